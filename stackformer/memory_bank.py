@@ -1,0 +1,402 @@
+# Copyright 2026 The Stackformer authors. Licensed under the Apache License, Version 2.0.
+"""Banked linear attention: the operator, as a recurrence, in chunks, one step at a time, and run backwards.
+
+Per head, with memories m = 1..R, each a matrix `memory[m]` [K, V] and a key sum `normalizer[m]` [K]:
+
+    memory[m]     <- exp(log_decay[m]) memory[m]     + write[m] key value^T
+    normalizer[m] <- exp(log_decay[m]) normalizer[m] + write[m] key
+    output = (query^T sum_m read[m] memory[m]) / (query^T sum_m read[m] normalizer[m] + eps)
+
+A read includes the token's own write. With one memory, unit gates and no decay this is the causal linear attention
+of Katharopoulos et al. 2020, "Transformers are RNNs" (equations 18 to 20).
+
+Letters: B batch, T time, H heads, K key size, V value size, R memories per head, C chunk length.
+Plain tensors in, plain tensors out: nothing here knows of a configuration or a cache.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+IMPLEMENTATIONS = ("recurrent", "chunk")
+
+# The centred exponents of a chunk stay within +-_MAX_EXPONENT: exp(80) squared still is no float32 infinity in the
+# products that are kept (their sum of exponents is at most 0), and exp(-80) is no denormal.
+_MAX_EXPONENT = 80.0
+# Elements of work space that one group of chunks may take: large enough for large products, small enough for a cache.
+_WORKSPACE = 2**22
+
+State = tuple[Tensor, Tensor]
+
+
+def banked_linear_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    read: Tensor,
+    write: Tensor,
+    log_decay: Tensor,
+    initial_state: State | None = None,
+    chunk_size: int = 64,
+    implementation: str | None = None,
+    max_decay: float | None = None,
+    eps: float = 1e-6,
+) -> tuple[Tensor, State]:
+    """Attend to a bank of linear-attention memories, causally.
+
+    Args:
+        query, key: [B, T, H, K], after the feature map (non-negative, or the normalizer may vanish).
+        value: [B, T, H, V].
+        read, write: [B, T, H, R], weights of the memories, >= 0. A token whose write weights and log decays are zero
+            leaves every memory as it was.
+        log_decay: [B, T, H, R], <= 0, logarithm of what is kept of each memory at each token.
+        initial_state: memory [B, H, R, K, V] and normalizer [B, H, R, K]; zeros if `None`.
+        chunk_size: tokens per chunk of the implementation "chunk"; changes the speed, not the result.
+        implementation: "recurrent" (the definition, one token after another) or "chunk" (a few large matrix products
+            per chunk, with a backward pass of its own). `None` takes "recurrent" for one token, else "chunk".
+        max_decay: a bound on `-log_decay`, if the caller knows one. `None` measures it, which costs a
+            synchronisation on a GPU and a graph break under `torch.compile`. Chunks are shortened as far as the
+            bound demands, so that no exponential overflows.
+        eps: added to the denominator.
+
+    Returns:
+        The output [B, T, H, V] in the dtype of `value`, and the final state in float32 (float64 for float64 inputs).
+
+    Raises:
+        ValueError: if shapes do not agree, or for an unknown `implementation`.
+    """
+    _check_shapes(query, key, value, read, write, log_decay, initial_state)
+    if chunk_size < 1:
+        raise ValueError(f"`chunk_size` must be at least 1, got {chunk_size}")
+    if implementation is None:
+        implementation = "recurrent" if query.shape[1] == 1 else "chunk"
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"`implementation` must be one of {IMPLEMENTATIONS} or None, got {implementation!r}")
+
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    if initial_state is None:
+        initial_state = init_memory_bank(query, value, read)
+    memory, normalizer = (tensor.to(dtype) for tensor in initial_state)
+
+    with torch.autocast(query.device.type, enabled=False):
+        if implementation == "recurrent":
+            inputs = (tensor.to(dtype) for tensor in (query, key, value, read, write, log_decay))
+            output, state = _recurrent(*inputs, (memory, normalizer), eps)
+            return output.to(value.dtype), state
+        if max_decay is None:
+            max_decay = float(log_decay.detach().abs().amax()) if log_decay.numel() else 0.0
+        length = _safe_chunk_length(chunk_size, max_decay)
+        output, memory, normalizer = _ChunkedAttention.apply(
+            query, key, value, read, write, log_decay, memory, normalizer, length, eps
+        )
+        return output, (memory, normalizer)
+
+
+def banked_linear_attention_step(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    read: Tensor,
+    write: Tensor,
+    log_decay: Tensor,
+    state: State,
+    eps: float = 1e-6,
+) -> tuple[Tensor, State]:
+    """One token of `banked_linear_attention`: the recurrence itself, for decoding.
+
+    Args:
+        query, key: [B, H, K]; value: [B, H, V]; read, write, log_decay: [B, H, R].
+        state: memory [B, H, R, K, V] and normalizer [B, H, R, K]. It is not changed in place.
+
+    Returns:
+        The output [B, H, V] and the new state.
+    """
+    memory, normalizer = state
+    decay = log_decay.exp().unsqueeze(-1)  # [B, H, R, 1]
+    written_key = write.unsqueeze(-1) * key.unsqueeze(-2)  # [B, H, R, K]
+    memory = decay.unsqueeze(-1) * memory + written_key.unsqueeze(-1) * value[..., None, None, :]
+    normalizer = decay * normalizer + written_key
+    read_query = (read.unsqueeze(-1) * query.unsqueeze(-2)).flatten(-2)  # [B, H, R*K]
+    numerator = (read_query.unsqueeze(-2) @ memory.flatten(-3, -2)).squeeze(-2)
+    denominator = (read_query * normalizer.flatten(-2)).sum(-1, keepdim=True)
+    return numerator / (denominator + eps), (memory, normalizer)
+
+
+def reverse_banked_linear_attention(
+    key: Tensor,
+    value: Tensor,
+    write: Tensor,
+    log_decay: Tensor,
+    final_state: State,
+    chunk_size: int = 64,
+) -> State:
+    """The state before some tokens, from the state after them: what they wrote is taken out, the decay undone.
+
+    What has decayed by exp(-a) comes back with its rounding error amplified by exp(a): undo only as much decay as
+    the dtype can bear.
+
+    Args:
+        key: [B, T, H, K]; value: [B, T, H, V]; write, log_decay: [B, T, H, R], as they were on the way forward.
+        final_state: memory [B, H, R, K, V] and normalizer [B, H, R, K] after the T tokens.
+        chunk_size: tokens that are undone at once.
+
+    Returns:
+        The state before the T tokens, in the dtype of `final_state`.
+    """
+    memory, normalizer = final_state
+    dtype = memory.dtype
+    for stop in range(key.shape[1], 0, -chunk_size):
+        span = slice(max(stop - chunk_size, 0), stop)
+        gates = log_decay[:, span].to(dtype).transpose(1, 2).cumsum(2)  # [B, H, C, R]
+        total = gates[:, :, -1]
+        weight = write[:, span].to(dtype).transpose(1, 2) * (total.unsqueeze(2) - gates).exp()
+        keys = key[:, span].to(dtype).transpose(1, 2)
+        written_key = (weight.unsqueeze(-1) * keys.unsqueeze(-2)).flatten(-2)  # [B, H, C, R*K]
+        values = value[:, span].to(dtype).transpose(1, 2)
+        growth = (-total).exp().unsqueeze(-1)
+        written = (written_key.transpose(-1, -2) @ values).view_as(memory)
+        memory = (memory - written) * growth.unsqueeze(-1)
+        normalizer = (normalizer - written_key.sum(2).view_as(normalizer)) * growth
+    return memory, normalizer
+
+
+def init_memory_bank(query: Tensor, value: Tensor, read: Tensor) -> State:
+    """Empty memories for inputs [B, ..., H, K], [B, ..., H, V] and [B, ..., H, R]: float32 at least, zeros."""
+    batch, heads, key_size = query.shape[0], query.shape[-2], query.shape[-1]
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    memory = torch.zeros(
+        batch, heads, read.shape[-1], key_size, value.shape[-1], dtype=dtype, device=query.device
+    )
+    return memory, torch.zeros_like(memory[..., 0])
+
+
+def _check_shapes(query, key, value, read, write, log_decay, initial_state) -> None:
+    if query.dim() != 4:
+        raise ValueError(f"`query` must have shape [batch, time, heads, key size], got {tuple(query.shape)}")
+    batch, time, heads, key_size = query.shape
+    if time < 1:
+        raise ValueError(f"`query` must have at least one token (dimension 1), got shape {tuple(query.shape)}")
+    value_size, memories = value.shape[-1], read.shape[-1]
+    expected = {
+        "key": (key, (batch, time, heads, key_size)),
+        "value": (value, (batch, time, heads, value_size)),
+        "read": (read, (batch, time, heads, memories)),
+        "write": (write, (batch, time, heads, memories)),
+        "log_decay": (log_decay, (batch, time, heads, memories)),
+    }
+    if initial_state is not None:
+        memory, normalizer = initial_state
+        expected["initial_state[0]"] = (memory, (batch, heads, memories, key_size, value_size))
+        expected["initial_state[1]"] = (normalizer, (batch, heads, memories, key_size))
+    for name, (tensor, shape) in expected.items():
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"`{name}` must have shape {shape} to go with `query`, got {tuple(tensor.shape)}")
+
+
+def _recurrent(query, key, value, read, write, log_decay, state: State, eps: float) -> tuple[Tensor, State]:
+    """The definition, token by token; autograd differentiates it."""
+    outputs = []
+    for t in range(query.shape[1]):
+        token = (tensor[:, t] for tensor in (query, key, value, read, write, log_decay))
+        output, state = banked_linear_attention_step(*token, state, eps)
+        outputs.append(output)
+    return torch.stack(outputs, dim=1), state
+
+
+def _safe_chunk_length(chunk_size: int, max_decay: float) -> int:
+    """The longest chunk, halving from `chunk_size`, whose centred exponents stay inside float32."""
+    while chunk_size > 1 and (chunk_size - 1) * max_decay / 2 > _MAX_EXPONENT:
+        chunk_size //= 2
+    return chunk_size
+
+
+# --- The chunk form ------------------------------------------------------------------------------------------------
+#
+# Inside a chunk, with G the cumulative sum of log_decay and c its midpoint, the weight of token j at token i >= j is
+#     (q_i . k_j) * sum_m [read_im exp(G_im - c_m)] [write_jm exp(c_m - G_jm)],
+# one product of queries and keys for all memories times a product of rank R; c_m keeps the exponents small. Across
+# chunks, the states are read and updated by two products with inner dimension R*K. The normalizer rides along as one
+# more value column, which is 1 for every token. Groups of chunks are processed together, so that the work space is
+# bounded and memory does not grow with T*R*K; the backward pass keeps one state per group and recomputes the others.
+
+
+def _in_chunks(tensor: Tensor, start: int, count: int, length: int, dtype: torch.dtype) -> Tensor:
+    """Tokens start .. start + count * length of [B, T, H, F] as [B*H, count, length, F]."""
+    batch, _, heads, features = tensor.shape
+    tensor = tensor[:, start : start + count * length].unflatten(1, (count, length)).permute(0, 3, 1, 2, 4)
+    return tensor.to(dtype).reshape(batch * heads, count, length, features)
+
+
+def _from_chunks(tensor: Tensor, heads: int) -> Tensor:
+    """[B*H, count, length, F] as [B, count * length, H, F]."""
+    return tensor.unflatten(0, (-1, heads)).permute(0, 2, 3, 1, 4).flatten(1, 2)
+
+
+def _chunk_groups(time: int, length: int, elements_per_chunk: int) -> list[tuple[int, int, int]]:
+    """(start, chunks, chunk length) of each group of chunks; the last one may be a single shorter chunk."""
+    length = min(length, time)
+    whole = time // length
+    per_group = max(1, _WORKSPACE // elements_per_chunk)
+    groups = [(i * length, min(per_group, whole - i), length) for i in range(0, whole, per_group)]
+    if whole * length < time:
+        groups.append((whole * length, 1, time - whole * length))
+    return groups
+
+
+class _Gates:
+    """The exponentials of a group of chunks, each [B*H, count, C, R]; `decay` is [B*H, count, R]."""
+
+    def __init__(self, read: Tensor, write: Tensor, log_decay: Tensor):
+        total = log_decay.cumsum(-2)
+        last = total[..., -1:, :]
+        center = (total[..., :1, :] + last) / 2
+        self.from_center, self.to_center = (total - center).exp(), (center - total).exp()
+        self.from_start, self.to_end = total.exp(), (last - total).exp()
+        self.decay = last.squeeze(-2).exp()
+        self.read_inside, self.write_inside = read * self.from_center, write * self.to_center
+        self.read_state, self.write_state = read * self.from_start, write * self.to_end
+
+
+def _expand(weights: Tensor, features: Tensor) -> Tensor:
+    """[..., C, R] and [..., C, K] to [..., C, R*K]."""
+    return (weights.unsqueeze(-1) * features.unsqueeze(-2)).flatten(-2)
+
+
+def _with_ones(value: Tensor) -> Tensor:
+    return torch.cat([value, torch.ones_like(value[..., :1])], dim=-1)
+
+
+def _scan(state: Tensor, decay: Tensor, update: Tensor) -> tuple[Tensor, Tensor]:
+    """States at the start of each chunk [B*H, count, R*K, V+1], and the state after the last one.
+
+    state: [B*H, R*K, V+1]; decay: [B*H, count, R]; update: [B*H, count, R*K, V+1].
+    """
+    decay = decay.repeat_interleave(update.shape[-2] // decay.shape[-1], dim=-1).unsqueeze(-1)
+    starts = []
+    for chunk in range(update.shape[1]):
+        starts.append(state)
+        state = torch.addcmul(update[:, chunk], decay[:, chunk], state)
+    return torch.stack(starts, dim=1), state
+
+
+class _ChunkedAttention(torch.autograd.Function):
+    """`banked_linear_attention` in chunks, with its gradients written out."""
+
+    @staticmethod
+    def forward(ctx, query, key, value, read, write, log_decay, memory, normalizer, length, eps):
+        batch, time, heads, key_size = query.shape
+        memories, value_size = read.shape[-1], value.shape[-1]
+        dtype = memory.dtype
+        columns = memories * key_size
+        groups = _chunk_groups(
+            time, length, batch * heads * (length * (length + columns) + columns * (value_size + 1))
+        )
+        state = torch.cat([memory, normalizer.unsqueeze(-1)], dim=-1).reshape(
+            batch * heads, columns, value_size + 1
+        )
+        group_states, outputs, denominators = [], [], []
+        for group in groups:
+            q, k, v, r, w, g = (
+                _in_chunks(tensor, *group, dtype) for tensor in (query, key, value, read, write, log_decay)
+            )
+            v = _with_ones(v)
+            gates = _Gates(r, w, g)
+            group_states.append(state)
+            starts, state = _scan(state, gates.decay, _expand(gates.write_state, k).transpose(-1, -2) @ v)
+            weights = (q @ k.transpose(-1, -2)) * _inside(gates)
+            sums = weights @ v + _expand(gates.read_state, q) @ starts
+            denominator = sums[..., -1:] + eps
+            outputs.append(_from_chunks(sums[..., :-1] / denominator, heads))
+            denominators.append(_from_chunks(denominator, heads))
+        output = torch.cat(outputs, dim=1).to(value.dtype)
+        state = state.view(batch, heads, memories, key_size, value_size + 1)
+        ctx.groups = groups
+        ctx.save_for_backward(
+            query, key, value, read, write, log_decay, output,
+            torch.cat(denominators, dim=1), torch.stack(group_states),
+        )  # fmt: skip
+        return output, state[..., :-1].contiguous(), state[..., -1].contiguous()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_output, grad_memory, grad_normalizer):
+        with torch.autocast(grad_output.device.type, enabled=False):
+            return _ChunkedAttention._backward(ctx, grad_output, grad_memory, grad_normalizer)
+
+    @staticmethod
+    def _backward(ctx, grad_output, grad_memory, grad_normalizer):
+        query, key, value, read, write, log_decay, output, denominator, group_states = ctx.saved_tensors
+        heads = query.shape[2]
+        dtype = denominator.dtype
+        grad_sums = grad_output.to(dtype) / denominator
+        grad_sums = torch.cat([grad_sums, -(grad_sums * output).sum(-1, keepdim=True)], dim=-1)
+        grad_state = torch.cat([grad_memory, grad_normalizer.unsqueeze(-1)], dim=-1).view_as(group_states[0])
+        grads: list[list[Tensor]] = [[] for _ in range(6)]
+        for group, state in zip(reversed(ctx.groups), reversed(group_states.unbind()), strict=True):
+            inputs = (_in_chunks(x, *group, dtype) for x in (query, key, value, read, write, log_decay))
+            group_grads, grad_state = _group_backward(
+                *inputs, state, _in_chunks(grad_sums, *group, dtype), grad_state
+            )
+            for collected, grad in zip(grads, group_grads, strict=True):
+                collected.append(_from_chunks(grad, heads))
+        inputs = (query, key, value, read, write, log_decay)
+        results = [torch.cat(parts[::-1], dim=1).to(x.dtype) for parts, x in zip(grads, inputs, strict=True)]
+        grad_state = grad_state.view(*grad_memory.shape[:-1], -1)
+        return *results, grad_state[..., :-1], grad_state[..., -1], None, None
+
+
+def _inside(gates: _Gates) -> Tensor:
+    """How much of token j is read at token i of the same chunk, all memories together [B*H, count, C, C]."""
+    return (gates.read_inside @ gates.write_inside.transpose(-1, -2)).tril()
+
+
+def _group_backward(q, k, v, r, w, g, state, grad_sums, grad_state):
+    """Gradients of a group's six inputs, and of its state at the start, from those of its sums and its final state."""
+    v = _with_ones(v)
+    gates = _Gates(r, w, g)
+    read_query, written_key = _expand(gates.read_state, q), _expand(gates.write_state, k)
+    starts, _ = _scan(state, gates.decay, written_key.transpose(-1, -2) @ v)
+    # From the last chunk to the first: the gradient of each chunk's final state, then of the group's initial one.
+    decay = gates.decay.flip(1)
+    grad_ends, grad_state = _scan(grad_state, decay, (read_query.transpose(-1, -2) @ grad_sums).flip(1))
+    grad_ends = grad_ends.flip(1)
+
+    scores, inside = q @ k.transpose(-1, -2), _inside(gates)
+    grad_weights = grad_sums @ v.transpose(-1, -2)
+    grad_scores = grad_weights * inside  # `inside` is lower triangular
+    grad_inside = (grad_weights * scores).tril()
+    grad_read_query = (grad_sums @ starts.transpose(-1, -2)).unflatten(-1, (r.shape[-1], -1))
+    grad_written_key = (v @ grad_ends.transpose(-1, -2)).unflatten(-1, (r.shape[-1], -1))
+
+    grad_q = grad_scores @ k + (gates.read_state.unsqueeze(-2) @ grad_read_query).squeeze(-2)
+    grad_k = grad_scores.transpose(-1, -2) @ q + (gates.write_state.unsqueeze(-2) @ grad_written_key).squeeze(-2)
+    grad_v = (scores * inside).transpose(-1, -2) @ grad_sums + written_key @ grad_ends
+
+    grad_read_inside = grad_inside @ gates.write_inside
+    grad_write_inside = grad_inside.transpose(-1, -2) @ gates.read_inside
+    grad_read_state = (grad_read_query @ q.unsqueeze(-1)).squeeze(-1)
+    grad_write_state = (grad_written_key @ k.unsqueeze(-1)).squeeze(-1)
+    grad_r = grad_read_inside * gates.from_center + grad_read_state * gates.from_start
+    grad_w = grad_write_inside * gates.to_center + grad_write_state * gates.to_end
+
+    # Every exponential is its own derivative; the midpoint cancels.
+    leaving = grad_write_state * gates.write_state
+    grad_total = grad_r * r - grad_write_inside * gates.write_inside - leaving
+    grad_decay = (starts * grad_ends).sum(-1).unflatten(-1, (r.shape[-1], -1)).sum(-1) * gates.decay
+    grad_total[..., -1, :] += leaving.sum(-2) + grad_decay
+    grad_g = grad_total.flip(-2).cumsum(-2).flip(-2)
+    return (grad_q, grad_k, grad_v[..., :-1], grad_r, grad_w, grad_g), grad_state
+
+
+FeatureMap = Callable[[Tensor], Tensor]
+
+# Feature maps by name. All are non-negative, so that the normalizer cannot vanish between positive and negative terms.
+FEATURE_MAPS: dict[str, FeatureMap] = {
+    "elu_plus_one": lambda x: torch.nn.functional.elu(x) + 1,
+    "relu": torch.nn.functional.relu,
+    "softplus": torch.nn.functional.softplus,
+    "softmax": lambda x: x.softmax(-1),
+    "exp": lambda x: x.clamp(max=_MAX_EXPONENT / 4).exp(),
+}

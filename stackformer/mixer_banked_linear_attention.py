@@ -1,0 +1,109 @@
+# Copyright 2026 The Stackformer authors. Licensed under the Apache License, Version 2.0.
+"""The token mixer that Stackformer is built around: gated linear attention to a bank of decaying memories.
+
+A mixer is a module with one contract: `forward(hidden, pointer, layout, state)` takes the active tokens [n, d], their
+stack pointer [n, S], the `TokenLayout` and the state of its slice of the recurrence (`None` at the beginning), and
+returns the mixed tokens [n, d], the new state (a tuple of tensors, rows first), and what it wants the stack trace to
+show, or `None`.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from .configuration_stackformer import StackformerConfig
+from .memory_bank import FEATURE_MAPS, banked_linear_attention
+from .processing_stack import TokenLayout, address_memories
+
+
+class BankedLinearAttention(nn.Module):
+    """Linear attention that reads from and writes to S*N memories per head, of which it picks by pointer and softmax."""
+
+    def __init__(self, config: StackformerConfig):
+        super().__init__()
+        self.num_heads = config.num_attention_heads
+        self.num_banks = config.num_memory_banks
+        self.num_memories = config.num_memory_banks * config.stack_depth
+        self.head_dim = config.core_size // config.num_attention_heads
+        self.max_decay_rate = config.max_decay_rate
+        self.chunk_size = config.chunk_size
+        self.kernel_size = config.conv_kernel_size
+        self.feature_map = FEATURE_MAPS[config.feature_map]
+
+        size = config.core_size
+        self.qkv_proj = nn.Linear(size, 3 * size, bias=False)
+        # Depth-wise and causal: without positions, this is what tells word order.
+        self.conv = nn.Conv1d(3 * size, 3 * size, self.kernel_size, groups=3 * size, bias=False)
+        self.decay_proj = nn.Linear(size, self.num_heads * self.num_banks)
+        if self.num_banks > 1:
+            self.read_proj = nn.Linear(size, self.num_heads * self.num_banks)
+            self.write_proj = nn.Linear(size, self.num_heads * self.num_banks)
+        self.gate_proj = nn.Linear(size, size, bias=False)
+        self.norm = nn.RMSNorm(self.head_dim, eps=config.rms_norm_eps)
+        self.o_proj = nn.Linear(size, size, bias=False)
+
+    def forward(
+        self, hidden: Tensor, pointer: Tensor, layout: TokenLayout, state: tuple[Tensor, ...] | None
+    ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, Tensor]]:
+        """Mix the active tokens along time.
+
+        Args:
+            hidden: [n, d], normalised; pointer: [n, S]; layout: of the n tokens.
+            state: memory [B', H, R, K, V] and normalizer [B', H, R, K], float32, and the last inputs of the convolution
+                [B', kernel - 1, 3 d]; `None` for the beginning of the sequences.
+
+        Returns:
+            The mixed tokens [n, d], the new state, and the bank weights (read, write), each [n, H, N].
+        """
+        rows = layout.to_rows(self.qkv_proj(hidden))
+        past = None if state is None else state[2]
+        rows, past = self._convolve(rows, past, layout)
+        query, key, value = rows.unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(2)
+        query, key = self.feature_map(query), self.feature_map(key)
+
+        read, write, log_decay = self._gates(hidden)
+        memory_gates = [
+            layout.to_rows(gate)
+            for gate in (
+                address_memories(pointer, read),
+                address_memories(pointer, write),
+                address_memories(pointer, write * log_decay),
+            )
+        ]
+        mixed, (memory, normalizer) = banked_linear_attention(
+            query,
+            key,
+            value,
+            *memory_gates,
+            initial_state=None if state is None else (state[0], state[1]),
+            chunk_size=self.chunk_size,
+            max_decay=self.max_decay_rate,
+        )
+        mixed = self.norm(layout.to_tokens(mixed)).flatten(1)
+        output = self.o_proj(nn.functional.silu(self.gate_proj(hidden)) * mixed)
+        return output, (memory, normalizer, past), (read, write)
+
+    def _convolve(self, rows: Tensor, past: Tensor | None, layout: TokenLayout) -> tuple[Tensor, Tensor]:
+        """Convolve rows [B', T', 3 d] that follow `past` [B', kernel - 1, 3 d]; also the past of what comes next."""
+        history = self.kernel_size - 1
+        if past is None:
+            past = rows.new_zeros(rows.shape[0], history, rows.shape[2])
+        window = torch.cat([past.to(rows.dtype), rows], dim=1)
+        taps = self.conv.weight.squeeze(1).to(rows.dtype).unbind(-1)
+        length = rows.shape[1]
+        mixed = window[:, :length] * taps[0]
+        for offset in range(1, self.kernel_size):
+            mixed = torch.addcmul(mixed, window[:, offset : offset + length], taps[offset])
+        return mixed, layout.last_of_rows(window, history).to(torch.promote_types(rows.dtype, torch.float32))
+
+    def _gates(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Read weights, write weights and log decay of a full write, each [n, H, N], float32 at least."""
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+
+        def logits(projection: nn.Linear) -> Tensor:
+            return projection(hidden).to(dtype).unflatten(-1, (self.num_heads, self.num_banks))
+
+        log_decay = -self.max_decay_rate * logits(self.decay_proj).sigmoid()
+        if self.num_banks == 1:
+            one = torch.ones_like(log_decay)
+            return one, one, log_decay
+        return logits(self.read_proj).softmax(-1), logits(self.write_proj).softmax(-1), log_decay

@@ -1,0 +1,451 @@
+# Copyright 2026 The Stackformer authors. Licensed under the Apache License, Version 2.0.
+"""The Stackformer model: a recurrent core in a bottleneck, applied again and again under a processing stack.
+
+- embeddings (D) are large, the recurrent core (d) is small: a down-projection before it, a feed-forward after it
+- core layers mix tokens through a bank of linear-attention memories: constant state, exact for any split of the input
+- every ponder step moves probability on a differentiable stack; what falls off its bottom is the output
+- tokens that are padding, or done, are gathered out: they take no time and leave no trace
+
+Letters: B batch, T time, D hidden size, d core width, n active tokens, S stack levels, P ponder steps.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, Cache
+from transformers.generation import GenerationMixin
+from transformers.modeling_layers import (
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+    GradientCheckpointingLayer,
+)
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import PreTrainedModel
+from transformers.utils import ModelOutput, can_return_tuple
+
+from .cache_stackformer import StackformerCache, StackformerCacheLayer
+from .configuration_stackformer import StackformerConfig
+from .mixer_banked_linear_attention import BankedLinearAttention
+from .processing_stack import (
+    DEQUEUE,
+    Stack,
+    TokenLayout,
+    flush_stack,
+    init_stack,
+    read_stack,
+    step_stack,
+)
+
+# The token mixers by their name in `config.layer_types`.
+MIXERS = {"banked_linear_attention": BankedLinearAttention}
+
+# `DynamicCache(config=...)` builds the right layers, too.
+DYNAMIC_LAYER_TYPE_MAPPING.update(dict.fromkeys(MIXERS, StackformerCacheLayer))
+
+# Dequeue starts unlikely, so that training starts at full depth: shallower starts collapse to one step.
+DEQUEUE_BIAS = -3.0
+
+
+@dataclass
+class StackTrace(ModelOutput):
+    """What every token did at every ponder step; zeros where it was not active.
+
+    Args:
+        active (`torch.BoolTensor` [B, T, P]): whether the token was computed.
+        pointer (`torch.FloatTensor` [B, T, P, S]): probability mass on each stack level, before the step.
+        actions (`torch.FloatTensor` [B, T, P, 3]): probabilities of enqueue, no-op and dequeue. At the last step, and
+            where the rest of the mass was flushed, all that is left is dropped, whatever the actions say.
+        bank_reads, bank_writes (`torch.FloatTensor` [B, T, P, L, H, N]): softmax over the memory banks.
+    """
+
+    active: Tensor | None = None
+    pointer: Tensor | None = None
+    actions: Tensor | None = None
+    bank_reads: Tensor | None = None
+    bank_writes: Tensor | None = None
+
+
+@dataclass
+class StackformerModelOutputWithPast(BaseModelOutputWithPast):
+    """Base class for the model's outputs.
+
+    Args:
+        last_hidden_state (`torch.FloatTensor` [B, T, D]): the accumulated output of the stack, normalised.
+        past_key_values ([`StackformerCache`]): the recurrent state after the last token.
+        hidden_states (`tuple(torch.FloatTensor)`): with `output_hidden_states=True`, P + 1 tensors [B, T, D]: the
+            embeddings, and what each token was thinking after each ponder step.
+        ponder_steps (`torch.FloatTensor` [B, T]): expected number of ponder steps of each token, 0 for padding.
+            Gradients flow through it.
+        stack_trace ([`StackTrace`]): with `output_stack_trace=True`.
+    """
+
+    ponder_steps: Tensor | None = None
+    stack_trace: StackTrace | None = None
+
+
+@dataclass
+class StackformerCausalLMOutputWithPast(CausalLMOutputWithPast):
+    """`CausalLMOutputWithPast` with `ponder_steps` and `stack_trace`, see [`StackformerModelOutputWithPast`]."""
+
+    ponder_steps: Tensor | None = None
+    stack_trace: StackTrace | None = None
+
+
+class StackformerMLP(nn.Module):
+    """Gated feed-forward (Shazeer 2020, "GLU Variants Improve Transformer", equation 6)."""
+
+    def __init__(self, input_size: int, intermediate_size: int, output_size: int, hidden_act: str):
+        super().__init__()
+        self.gate_proj = nn.Linear(input_size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(input_size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, output_size, bias=False)
+        self.act_fn = ACT2FN[hidden_act]
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(hidden)) * self.up_proj(hidden))
+
+
+class StackformerCoreLayer(GradientCheckpointingLayer):
+    """Pre-norm residual layer of the core: a mixer along time, a feed-forward along channels."""
+
+    def __init__(self, config: StackformerConfig, layer_idx: int):
+        super().__init__()
+        size = config.core_size
+        self.input_layernorm = nn.RMSNorm(size, eps=config.rms_norm_eps)
+        self.mixer = MIXERS[config.layer_types[layer_idx]](config)
+        self.post_attention_layernorm = nn.RMSNorm(size, eps=config.rms_norm_eps)
+        self.mlp = StackformerMLP(size, config.intermediate_size, size, config.hidden_act)
+
+    def forward(
+        self, hidden: Tensor, pointer: Tensor, layout: TokenLayout, state: tuple[Tensor, ...] | None
+    ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, Tensor] | None]:
+        """Active tokens [n, d] to active tokens [n, d], the mixer's new state, and its bank weights."""
+        mixed, state, bank_weights = self.mixer(self.input_layernorm(hidden), pointer, layout, state)
+        hidden = hidden + mixed
+        return hidden + self.mlp(self.post_attention_layernorm(hidden)), state, bank_weights
+
+
+class StackformerBottleneck(nn.Module):
+    """What the core thought [n, d] joins the embedding [n, D] that it was thinking about."""
+
+    def __init__(self, config: StackformerConfig):
+        super().__init__()
+        self.core_norm = nn.RMSNorm(config.bottleneck_size, eps=config.rms_norm_eps)
+        self.up_proj = nn.Linear(config.bottleneck_size, config.hidden_size, bias=False)
+        self.mlp = StackformerMLP(
+            config.bottleneck_size + config.hidden_size,
+            config.bottleneck_intermediate_size,
+            config.hidden_size,
+            config.hidden_act,
+        )
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(self, core: Tensor, embedding: Tensor) -> Tensor:
+        core = self.core_norm(core)
+        return self.norm(embedding + self.up_proj(core) + self.mlp(torch.cat([core, embedding], dim=-1)))
+
+
+class StackformerPreTrainedModel(PreTrainedModel):
+    """Weight initialisation and what the library has to know about the architecture."""
+
+    config: StackformerConfig
+    config_class = StackformerConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["StackformerCoreLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Initialise one module.
+
+        | what                        | initial value                                                                |
+        |-----------------------------|------------------------------------------------------------------------------|
+        | embeddings, projections     | normal, standard deviation `initializer_range`; biases 0                     |
+        | normalisations              | 1                                                                            |
+        | convolution                 | uniform within kernel_size ** -0.5                                           |
+        | decay bias                  | a full write decays a memory by 1/2 to 1/500 nats, log-spaced over heads and banks |
+        | dequeue bias                | `DEQUEUE_BIAS`                                                               |
+        """
+        super()._init_weights(module)
+        if isinstance(module, BankedLinearAttention):
+            bound = module.kernel_size**-0.5
+            init.uniform_(module.conv.weight, -bound, bound)
+            count = module.num_heads * module.num_banks
+            rates = torch.logspace(math.log10(1 / 2), math.log10(1 / 500), count)
+            fractions = (rates / max(module.max_decay_rate, 1e-6)).clamp(max=0.5)
+            init.copy_(module.decay_proj.bias, fractions.logit())
+        elif isinstance(module, StackformerModel) and module.action_proj is not None:
+            init.zeros_(module.action_proj.bias)
+            init.constant_(module.action_proj.bias[DEQUEUE], DEQUEUE_BIAS)
+
+
+class StackformerModel(StackformerPreTrainedModel):
+    """The bare Stackformer: embeddings in, the stack's accumulated output out."""
+
+    def __init__(self, config: StackformerConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList(
+            [StackformerCoreLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)]
+        )
+        self.down_proj = self.bottleneck = self.action_proj = self.return_norm = None
+        if config.bottleneck_size is not None:
+            self.down_proj = nn.Linear(config.hidden_size, config.bottleneck_size, bias=False)
+            self.bottleneck = StackformerBottleneck(config)
+        if config.max_ponder_steps > 1:
+            self.action_proj = nn.Linear(config.hidden_size, 3)
+        if config.max_ponder_steps > 1 and config.stack_depth > 1:
+            self.return_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_stack_trace: bool = False,
+        **kwargs,
+    ) -> StackformerModelOutputWithPast:
+        """Read T tokens, going on from `past_key_values`.
+
+        Args:
+            input_ids: [B, T], or `inputs_embeds`: [B, T, D].
+            attention_mask: [B, T] or [B, past + T], 0 for padding: left, right or in between.
+            past_key_values: a [`StackformerCache`], updated and returned.
+            use_cache: whether to return the state; by default `config.use_cache`, but not in training.
+            output_hidden_states: whether to return the embeddings and every ponder step's thoughts.
+            output_stack_trace: whether to return the [`StackTrace`].
+
+        Raises:
+            ValueError: without exactly one of `input_ids` and `inputs_embeds`, for an attention mask that is not a
+                padding mask, or for a cache made for another model.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("You must specify exactly one of `input_ids` and `inputs_embeds`")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        past_key_values = self._prepare_cache(past_key_values, use_cache)
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+
+        layout = self._layout(inputs_embeds, attention_mask)
+        thoughts, ponder_steps, hidden_states, trace = self._ponder(
+            inputs_embeds, layout, past_key_values, output_hidden_states, output_stack_trace
+        )
+        if past_key_values is not None:
+            for cache_layer in past_key_values.layers:
+                cache_layer.advance(inputs_embeds.shape[1])
+        hidden = self.norm(thoughts)
+        return StackformerModelOutputWithPast(
+            last_hidden_state=hidden,
+            past_key_values=past_key_values,
+            hidden_states=hidden_states,
+            ponder_steps=ponder_steps,
+            stack_trace=trace,
+        )
+
+    def _ponder(
+        self, embeds: Tensor, layout: TokenLayout, cache: Cache | None, all_thoughts: bool, with_trace: bool
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, ...] | None, StackTrace | None]:
+        """Ponder until every token's stack is empty: outputs [B, T, D] and ponder steps [B, T]."""
+        config = self.config
+        outputs = torch.zeros_like(embeds)
+        ponder_steps = embeds.new_zeros(embeds.shape[:2], dtype=torch.promote_types(embeds.dtype, torch.float32))
+        latest, hidden_states, steps = embeds, [embeds], []
+        embedding = layout.gather(embeds)
+        stack = init_stack(embedding, config.stack_depth)
+
+        for step in range(1, config.max_ponder_steps + 1):
+            if layout.num_tokens == 0:
+                break
+            thought, bank_weights = self._think(stack, layout, step - 1, cache)
+            actions = None if self.action_proj is None else self.action_proj(thought).float().softmax(-1)
+            if with_trace:
+                steps.append(self._trace_step(layout, stack.pointer, actions, bank_weights))
+            if all_thoughts:
+                latest = layout.scatter(thought, latest)
+                hidden_states.append(latest)
+
+            if step == config.max_ponder_steps:
+                done, finished = layout, flush_stack(stack, thought, step)
+            else:
+                stack = step_stack(stack, actions, thought, embedding, step, self.return_norm)
+                if config.halting_threshold == 0:
+                    continue
+                halted = stack.pointer.sum(-1) < config.halting_threshold
+                if not halted.any():
+                    continue
+                done, finished = layout.select(halted), tuple(x[halted] for x in flush_stack(stack, thought, step))
+                layout, stack = layout.select(~halted), Stack(*(x[~halted] for x in stack))
+                embedding = embedding[~halted]
+            outputs = done.scatter(finished[0], outputs)
+            ponder_steps = done.scatter(finished[1], ponder_steps)
+
+        hidden_states += [latest] * (config.max_ponder_steps + 1 - len(hidden_states))
+        trace = self._stack_steps(steps) if with_trace else None
+        return outputs, ponder_steps, tuple(hidden_states) if all_thoughts else None, trace
+
+    def _think(
+        self, stack: Stack, layout: TokenLayout, index: int, cache: Cache | None
+    ) -> tuple[Tensor, list[tuple[Tensor, Tensor] | None]]:
+        """One application of the core, on slice `index` of the recurrent state: thoughts [n, D], bank weights."""
+        superposition = read_stack(stack)
+        hidden = superposition if self.down_proj is None else self.down_proj(superposition)
+        bank_weights = []
+        for layer_idx, layer in enumerate(self.layers):
+            state = None if cache is None else cache.layers[layer_idx].read(index, layout.rows)
+            hidden, state, weights = layer(hidden, stack.pointer, layout, state)
+            bank_weights.append(weights)
+            if cache is not None:
+                cache.layers[layer_idx].write(index, state, layout.rows, layout.batch_size)
+        return hidden if self.bottleneck is None else self.bottleneck(hidden, superposition), bank_weights
+
+    def _prepare_cache(self, cache: Cache | None, use_cache: bool | None) -> Cache | None:
+        if cache is None:
+            if use_cache is None:
+                use_cache = self.config.use_cache and not self.training
+            return StackformerCache(self.config) if use_cache else None
+        if len(cache.layers) != self.config.num_hidden_layers:
+            raise ValueError(
+                f"`past_key_values` must be a StackformerCache with {self.config.num_hidden_layers} layers (or a "
+                f"DynamicCache(config=model.config)), got {type(cache).__name__} with {len(cache.layers)} layers"
+            )
+        return cache
+
+    @staticmethod
+    def _layout(embeds: Tensor, attention_mask: Tensor | None) -> TokenLayout:
+        batch_size, length = embeds.shape[:2]
+        if attention_mask is None:
+            return TokenLayout.full(batch_size, length)
+        if attention_mask.dim() != 2 or attention_mask.shape[0] != batch_size or attention_mask.shape[1] < length:
+            raise ValueError(
+                f"`attention_mask` must be a padding mask of shape [{batch_size}, {length}], or longer by the tokens "
+                f"in the cache, got shape {tuple(attention_mask.shape)}"
+            )
+        return TokenLayout.from_mask(attention_mask[:, -length:].bool())
+
+    @staticmethod
+    def _trace_step(layout: TokenLayout, pointer: Tensor, actions: Tensor | None, bank_weights: list) -> list[Tensor]:
+        """One ponder step of a trace: each of its tensors for all tokens [B, T, ...], zeros for inactive ones."""
+        if actions is None:
+            actions = torch.zeros(len(pointer), 3, device=pointer.device)
+        active = torch.ones(len(pointer), dtype=torch.bool, device=pointer.device)
+        reads, writes = (torch.stack(weights, dim=1) for weights in zip(*bank_weights, strict=True))
+        return [
+            layout.scatter(x, x.new_zeros(layout.batch_size, layout.length, *x.shape[1:]))
+            for x in (active, pointer, actions, reads, writes)
+        ]
+
+    def _stack_steps(self, steps: list[list[Tensor]]) -> StackTrace:
+        missing = self.config.max_ponder_steps - len(steps)
+        padded = steps + [[torch.zeros_like(x) for x in steps[0]]] * missing
+        return StackTrace(*(torch.stack(tensors, dim=2) for tensors in zip(*padded, strict=True)))
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        self.embed_tokens = value
+
+
+class StackformerForCausalLM(StackformerPreTrainedModel, GenerationMixin):
+    """Stackformer with a language-modelling head."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: StackformerConfig):
+        super().__init__(config)
+        self.model = StackformerModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs,
+    ) -> StackformerCausalLMOutputWithPast:
+        """See [`StackformerModel.forward`].
+
+        Args:
+            labels: [B, T], shifted inside; -100 is ignored. The loss is the cross-entropy, in training plus
+                `config.ponder_loss_coef` times the mean ponder steps of the tokens that predict a label.
+            logits_to_keep: the last positions to compute logits for; 0 for all, or a tensor of positions.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+            if self.training and self.config.ponder_loss_coef > 0:
+                ponder_loss = self._ponder_loss(outputs.ponder_steps, labels, **kwargs)
+                loss = loss + self.config.ponder_loss_coef * ponder_loss
+        return StackformerCausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            ponder_steps=outputs.ponder_steps,
+            stack_trace=outputs.stack_trace,
+        )
+
+    @staticmethod
+    def _ponder_loss(ponder_steps, labels, shift_labels=None, num_items_in_batch=None, **kwargs) -> Tensor:
+        """Mean ponder steps over the tokens that predict a label, reduced as the cross-entropy is."""
+        if shift_labels is None:
+            shift_labels = nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
+        counted = shift_labels.view(ponder_steps.shape) != -100
+        total = (ponder_steps * counted.to(ponder_steps.device)).sum()
+        return total / (counted.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs) -> None:
+        """`generate` makes a [`StackformerCache`], and no cache that grows."""
+        wanted = generation_config.use_cache is not False and generation_config.cache_implementation in (None, "dynamic")
+        if model_kwargs.get("past_key_values") is None and wanted:
+            model_kwargs["past_key_values"] = StackformerCache(self.config)
+        else:
+            super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+
+
+class StackformerForSequenceClassification(GenericForSequenceClassification, StackformerPreTrainedModel):
+    """Stackformer with a classifier on the last token that is not padding."""
+
+
+class StackformerForTokenClassification(GenericForTokenClassification, StackformerPreTrainedModel):
+    """Stackformer with a classifier on every token."""
+
+
+__all__ = [
+    "StackTrace",
+    "StackformerForCausalLM",
+    "StackformerForSequenceClassification",
+    "StackformerForTokenClassification",
+    "StackformerModel",
+    "StackformerPreTrainedModel",
+]

@@ -1,0 +1,244 @@
+# Copyright 2026 The Stackformer authors. Licensed under the Apache License, Version 2.0.
+"""The differentiable processing stack: where a token thinks (pointer), what it keeps (frames), when it stops.
+
+Pure functions on tensors, and `TokenLayout`, which says which tokens of a batch still think. The stack is a
+superposition stack (Joulin & Mikolov 2015, "Inferring Algorithmic Patterns with Stack-Augmented Recurrent Nets",
+equations 1 to 5) whose frames are embeddings of one token; what leaves it at the bottom is accumulated as in Adaptive
+Computation Time (Graves 2016, equation 13).
+
+Letters: D hidden size, S stack levels, N memory banks, H heads, n active tokens; "..." are any leading dimensions.
+Level 0 is the bottom. The pointer is a distribution over levels that loses mass as the token finishes:
+its sum plus the mass that was dropped is always 1.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+ENQUEUE, NOOP, DEQUEUE = range(3)
+
+
+class Stack(NamedTuple):
+    """Everything a token carries from one ponder step to the next."""
+
+    pointer: Tensor  # [..., S], probability mass on each level, >= 0
+    frames: Tensor  # [..., S, D], the embedding stack
+    output: Tensor  # [..., D], sum of dropped mass * what the token was thinking then
+    ponder_steps: Tensor  # [...], sum of dropped mass * the step it was dropped at (1 for the first)
+
+
+class Transfer(NamedTuple):
+    """Where the mass of each level goes in one step, [..., S] each, and what leaves the stack, [...]."""
+
+    kept: Tensor
+    pushed: Tensor  # arrives from the level below
+    popped: Tensor  # arrives from the level above
+    returned: Tensor  # leaves its level downwards; off the bottom it is dropped
+    dropped: Tensor
+
+
+def init_stack(embedding: Tensor, depth: int) -> Stack:
+    """All mass on level 0, every frame holding the token's embedding [..., D]."""
+    pointer = embedding.new_zeros(*embedding.shape[:-1], depth, dtype=_at_least_float32(embedding))
+    pointer[..., 0] = 1
+    frames = embedding.unsqueeze(-2).expand(*embedding.shape[:-1], depth, embedding.shape[-1])
+    return Stack(pointer, frames, torch.zeros_like(embedding), torch.zeros_like(pointer[..., 0]))
+
+
+def read_stack(stack: Stack) -> Tensor:
+    """The superposition of the frames under the pointer [..., D]: sum_s p_s E_s / sum_s p_s."""
+    weights = stack.pointer / stack.pointer.sum(-1, keepdim=True)
+    return (weights.to(stack.frames.dtype).unsqueeze(-2) @ stack.frames).squeeze(-2)
+
+
+def transfer_mass(pointer: Tensor, actions: Tensor) -> Transfer:
+    """Split each level's mass by what the token does. A push at the top level stays there.
+
+    Args:
+        pointer: [..., S].
+        actions: [..., 3], probabilities of enqueue (descend into a subroutine), no-op, dequeue (return).
+    """
+    enqueue, noop, dequeue = actions.unsqueeze(-1).unbind(-2)  # [..., 1] each
+    nothing = torch.zeros_like(pointer[..., :1])
+    up, returned = enqueue * pointer, dequeue * pointer
+    pushed = torch.cat([nothing, up[..., :-1]], dim=-1)
+    popped = torch.cat([returned[..., 1:], nothing], dim=-1)
+    kept = noop * pointer + torch.cat([torch.zeros_like(up[..., :-1]), up[..., -1:]], dim=-1)
+    return Transfer(kept, pushed, popped, returned, returned[..., 0])
+
+
+def write_back(
+    frames: Tensor,
+    pointer: Tensor,
+    transfer: Transfer,
+    thought: Tensor,
+    embedding: Tensor,
+    norm: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """Scatter one step's result over the frames [..., S, D].
+
+    The frame in use takes the thought, whether it goes on or calls; a call copies the thought one level up; a return is
+    added to the caller's frame and normalised; a frame that returned is erased to the token's embedding. The weights
+    of each new frame sum to at most one, so the stack stays bounded.
+
+    Args:
+        frames: [..., S, D]; pointer: [..., S], before the step; transfer: of this step.
+        thought: [..., D], what the core made of the superposition.
+        embedding: [..., D], the token's embedding.
+        norm: normalisation of the caller's frame plus what was returned to it.
+    """
+    thought, embedding = thought.unsqueeze(-2), embedding.unsqueeze(-2)
+
+    def weight(mass: Tensor) -> Tensor:
+        return mass.to(frames.dtype).unsqueeze(-1)
+
+    new = frames + weight(pointer - transfer.returned + transfer.pushed) * (thought - frames)
+    if frames.shape[-2] > 1:
+        new = new + weight(transfer.popped) * (norm(frames + thought) - frames)
+    return new + weight(transfer.returned) * (embedding - frames)
+
+
+def step_stack(
+    stack: Stack,
+    actions: Tensor,
+    thought: Tensor,
+    embedding: Tensor,
+    step: int,
+    norm: Callable[[Tensor], Tensor],
+) -> Stack:
+    """One ponder step: move the mass, write the thought back, accumulate what fell off the bottom.
+
+    Args:
+        stack: before the step; actions: [..., 3]; thought, embedding: [..., D]; step: 1 for the first.
+    """
+    transfer = transfer_mass(stack.pointer, actions)
+    frames = write_back(stack.frames, stack.pointer, transfer, thought, embedding, norm)
+    output, ponder_steps = accumulate(stack, transfer.dropped, thought, step)
+    return Stack(transfer.kept + transfer.pushed + transfer.popped, frames, output, ponder_steps)
+
+
+def accumulate(stack: Stack, mass: Tensor, thought: Tensor, step: int) -> tuple[Tensor, Tensor]:
+    """Output and ponder steps after `mass` [...] left the stack while the token thought `thought` [..., D]."""
+    output = stack.output + mass.to(thought.dtype).unsqueeze(-1) * thought
+    return output, stack.ponder_steps + step * mass
+
+
+def flush_stack(stack: Stack, thought: Tensor, step: int) -> tuple[Tensor, Tensor]:
+    """Output and ponder steps when all remaining mass leaves at once: the token is done."""
+    return accumulate(stack, stack.pointer.sum(-1), thought, step)
+
+
+def address_memories(pointer: Tensor, bank_weights: Tensor) -> Tensor:
+    """Weights of the S*N memories of each head: the pointer picks a row of banks, the bank weights a bank in it.
+
+    Because writes carry the mass that is still in the stack, what ends up in memory is the accumulation of the memories
+    after each step, weighted by the mass dropped at that step (exactly so without decay).
+
+    Args:
+        pointer: [n, S]; bank_weights: [n, H, N].
+
+    Returns:
+        [n, H, S*N], level by level.
+    """
+    return (pointer[:, None, :, None] * bank_weights.unsqueeze(-2)).flatten(-2)
+
+
+def _at_least_float32(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+@dataclass(frozen=True)
+class TokenLayout:
+    """Which tokens of a batch [B, T] are active, and where they go when only they are computed.
+
+    The core works on the n active tokens alone, flat: [n, ...]. Mixers, which look along time, see them as rows
+    [B', T', ...] of only active tokens, left-aligned: B' rows that have any, T' as long as the longest. Empty slots are
+    zeros, and a token with zero write weight and zero decay is none. Padding, halting and packing are all this
+    one mechanism. `None` stands for "all, in order": nothing is moved then.
+    """
+
+    batch_size: int
+    length: int
+    positions: Tensor | None = None  # [n], places of the active tokens in the flattened [B, T]
+    rows: Tensor | None = None  # [B'], batch indices of the rows
+    slots: Tensor | None = None  # [n], places of the active tokens in the flattened [B', T']
+    row_lengths: Tensor | None = None  # [B'], active tokens of each row
+    num_rows: int = 0  # B'
+    row_length: int = 0  # T'
+
+    @classmethod
+    def full(cls, batch_size: int, length: int) -> "TokenLayout":
+        """Every token is active."""
+        return cls(batch_size, length, num_rows=batch_size, row_length=length)
+
+    @classmethod
+    def from_mask(cls, active: Tensor) -> "TokenLayout":
+        """Layout of a boolean mask [B, T]. The number of active tokens is read: one synchronisation on a GPU."""
+        return cls._from_positions(active.flatten().nonzero().squeeze(-1), *active.shape)
+
+    @classmethod
+    def _from_positions(cls, positions: Tensor, batch_size: int, length: int) -> "TokenLayout":
+        if positions.numel() == batch_size * length:
+            return cls.full(batch_size, length)
+        row = positions.div(length, rounding_mode="floor")
+        counts = torch.bincount(row, minlength=batch_size)
+        rows = counts.nonzero().squeeze(-1)
+        row_lengths = counts[rows]
+        row_length = int(row_lengths.max()) if len(rows) else 0
+        rank = (counts > 0).cumsum(0) - 1
+        offset = torch.arange(len(positions), device=positions.device) - (counts.cumsum(0) - counts)[row]
+        slots = rank[row] * row_length + offset
+        all_rows = len(rows) == batch_size
+        return cls(
+            batch_size, length, positions, None if all_rows else rows, slots, row_lengths, len(rows), row_length
+        )
+
+    @property
+    def num_tokens(self) -> int:
+        """n, the number of active tokens."""
+        return self.batch_size * self.length if self.positions is None else len(self.positions)
+
+    def select(self, keep: Tensor) -> "TokenLayout":
+        """The layout of those active tokens that `keep` [n] marks."""
+        positions = self.positions
+        if positions is None:
+            positions = torch.arange(self.num_tokens, device=keep.device)
+        return self._from_positions(positions[keep], self.batch_size, self.length)
+
+    def gather(self, batch: Tensor) -> Tensor:
+        """[B, T, ...] to the active tokens [n, ...]."""
+        flat = batch.flatten(0, 1)
+        return flat if self.positions is None else flat.index_select(0, self.positions)
+
+    def scatter(self, tokens: Tensor, base: Tensor) -> Tensor:
+        """`base` [B, T, ...] with the active tokens replaced by `tokens` [n, ...]."""
+        if self.positions is None:
+            return tokens.view(base.shape)
+        return base.flatten(0, 1).index_copy(0, self.positions, tokens).view(base.shape)
+
+    def to_rows(self, tokens: Tensor) -> Tensor:
+        """Active tokens [n, ...] to rows [B', T', ...], zeros in the empty slots."""
+        shape = (self.num_rows, self.row_length, *tokens.shape[1:])
+        if self.slots is None:
+            return tokens.view(shape)
+        empty = tokens.new_zeros(self.num_rows * self.row_length, *tokens.shape[1:])
+        return empty.index_copy(0, self.slots, tokens).view(shape)
+
+    def to_tokens(self, rows: Tensor) -> Tensor:
+        """Rows [B', T', ...] to active tokens [n, ...]."""
+        flat = rows.flatten(0, 1)
+        return flat if self.slots is None else flat.index_select(0, self.slots)
+
+    def last_of_rows(self, window: Tensor, count: int) -> Tensor:
+        """The last `count` entries [B', count, ...] of each row of `window` [B', count + T', ...].
+
+        The window is `count` entries of the past followed by the rows themselves.
+        """
+        if self.row_lengths is None:
+            return window[:, window.shape[1] - count :]
+        index = self.row_lengths.unsqueeze(1) + torch.arange(count, device=window.device)
+        index = index.view(*index.shape, *[1] * (window.dim() - 2)).expand(-1, -1, *window.shape[2:])
+        return window.gather(1, index)

@@ -1,0 +1,115 @@
+# Copyright 2026 The Stackformer authors. Licensed under the Apache License, Version 2.0.
+"""Byte-level tokenizers that load anywhere: plain tokenizer files, no class of this package, no remote code.
+
+Ids are the same in both tokenizers: byte b has id b, then come the special tokens, then merged tokens (BPE).
+
+    0..255  bytes
+    256     <|pad|>        257  <|bos|>        258  <|eos|>
+    259     <|im_start|>   260  <|im_end|>
+    261...  merged tokens of the BPE
+
+Any text is encoded without loss, nothing is normalised, and no special token is added: a language model trains
+on raw text. Text that spells a special token, such as "<|eos|>", becomes that token (the chat template needs it)
+and decodes to the same text; call with `split_special_tokens=True` to encode it as its bytes, as untrusted text
+should be.
+Lone surrogates, which Python strings can hold, are not Unicode text and cannot be encoded.
+"""
+
+import json
+from collections.abc import Iterable
+from itertools import chain
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+SPECIAL_TOKENS = {
+    "pad_token": "<|pad|>",
+    "bos_token": "<|bos|>",
+    "eos_token": "<|eos|>",
+    "extra_special_tokens": ["<|im_start|>", "<|im_end|>"],
+}
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def build_byte_tokenizer() -> PreTrainedTokenizerFast:
+    """Tokenizer whose ids are the UTF-8 bytes of the text: 256 bytes and 5 special tokens, 261 ids in all."""
+    return _build_tokenizer(merged_tokens=[], merges=[])
+
+
+def train_bpe_tokenizer(
+    texts: Iterable[str], vocab_size: int, show_progress: bool = True
+) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE (the GPT-2 kind: merges never cross words) that extends the byte tokenizer.
+
+    Args:
+        texts: training texts; read once, so a generator over a file of any size will do.
+        vocab_size: number of ids wanted, at least 261 (bytes and special tokens). A small text may not have
+            enough pairs to merge, so size the embedding of a model by `len(tokenizer)`.
+        show_progress: show the progress bars of the trainer.
+
+    Raises:
+        ValueError: if `vocab_size` is under 261, or `texts` is a single string or has no text in it.
+    """
+    base_size = len(_base_tokens())
+    if vocab_size < base_size:
+        raise ValueError(
+            f"vocab_size={vocab_size}: expected at least {base_size}, for 256 bytes and the special tokens."
+        )
+    if isinstance(texts, str):
+        raise ValueError(f"texts={texts[:20]!r}...: expected an iterable of strings, got a single string.")
+    texts = (text for text in texts if text)
+    first = next(texts, None)
+    if first is None:
+        raise ValueError("texts is empty: expected at least one non-empty string to train on.")
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - base_size + 256,
+        initial_alphabet=sorted(bytes_to_unicode().values()),
+        show_progress=show_progress,
+    )
+    tokenizer.train_from_iterator(chain([first], texts), trainer)
+    bpe = json.loads(tokenizer.to_str())["model"]
+    # The trainer numbers the alphabet in an order of its own; only what it learned is kept, in that order.
+    learned = sorted(bpe["vocab"], key=bpe["vocab"].get)[256:]
+    return _build_tokenizer(learned, [tuple(pair) for pair in bpe["merges"]])
+
+
+def is_byte_tokenizer(tokenizer: PreTrainedTokenizerFast) -> bool:
+    """Whether byte b of any text is encoded as id b, so that bytes can be used as ids as they are."""
+    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    first_tokens = tokenizer.convert_ids_to_tokens(list(range(min(256, len(tokenizer)))))
+    return model["type"] == "BPE" and not model["merges"] and first_tokens == _base_tokens()[:256]
+
+
+def _base_tokens() -> list[str]:
+    """The tokens with ids 0..260. A byte is spelled as a printable character, as byte-level tokenizers do."""
+    spelling = bytes_to_unicode()
+    *named, extra = SPECIAL_TOKENS.values()
+    return [spelling[byte] for byte in range(256)] + named + extra
+
+
+def _build_tokenizer(merged_tokens: list[str], merges: list[tuple[str, str]]) -> PreTrainedTokenizerFast:
+    vocab = {token: index for index, token in enumerate(_base_tokens() + merged_tokens)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
+    # Without merges, splitting to words would change nothing but the time.
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=bool(merges))
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+        model_input_names=["input_ids", "attention_mask"],
+        chat_template=CHAT_TEMPLATE,
+        **SPECIAL_TOKENS,
+    )
+
+
+__all__ = ["SPECIAL_TOKENS", "build_byte_tokenizer", "is_byte_tokenizer", "train_bpe_tokenizer"]

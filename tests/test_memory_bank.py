@@ -1,0 +1,263 @@
+"""The operator against its definition: outputs, states, every gradient, at odd sizes and with extreme gates."""
+
+import pytest
+import torch
+
+from stackformer.memory_bank import (
+    banked_linear_attention,
+    banked_linear_attention_step,
+    init_memory_bank,
+    reverse_banked_linear_attention,
+)
+
+NAMES = ("query", "key", "value", "read", "write", "log_decay", "memory", "normalizer")
+
+
+def make_inputs(batch=2, time=65, heads=2, key_size=5, value_size=3, memories=3, rate=1.0, dtype=torch.float64):
+    """Random inputs with a non-zero initial state, ready for gradients."""
+    generator = torch.Generator().manual_seed(time * 1000 + memories * 10 + key_size)
+
+    def rand(*shape):
+        return torch.rand(*shape, generator=generator, dtype=dtype)
+
+    gates = (batch, time, heads, memories)
+    inputs = {
+        "query": rand(batch, time, heads, key_size) + 0.1,
+        "key": rand(batch, time, heads, key_size) + 0.1,
+        "value": rand(batch, time, heads, value_size) - 0.5,
+        "read": rand(*gates),
+        "write": rand(*gates),
+        "log_decay": -rate * rand(*gates),
+        "memory": rand(batch, heads, memories, key_size, value_size) - 0.5,
+        "normalizer": rand(batch, heads, memories, key_size) + 0.1,
+    }
+    return {name: tensor.requires_grad_() for name, tensor in inputs.items()}
+
+
+def run(inputs, implementation, **kwargs):
+    *tokens, memory, normalizer = inputs.values()
+    return banked_linear_attention(
+        *tokens, initial_state=(memory, normalizer), implementation=implementation, **kwargs
+    )
+
+
+def results_and_gradients(inputs, implementation, **kwargs):
+    """Output, final state, and all gradients under random gradients of the output *and* of the final state."""
+    output, (memory, normalizer) = run(inputs, implementation, **kwargs)
+    generator = torch.Generator().manual_seed(0)
+    loss = sum(
+        (result * torch.randn(result.shape, generator=generator, dtype=result.dtype)).sum()
+        for result in (output, memory, normalizer)
+    )
+    gradients = torch.autograd.grad(loss, list(inputs.values()))
+    named = {f"gradient of {name}": gradient for name, gradient in zip(NAMES, gradients, strict=True)}
+    return {"output": output, "final memory": memory, "final normalizer": normalizer, **named}
+
+
+def assert_same(expected, actual, rtol):
+    for name, reference in expected.items():
+        scale = reference.abs().max().clamp(min=1e-3)  # some gradients cancel to rounding errors
+        error = (actual[name] - reference).abs().max() / scale
+        assert torch.isfinite(actual[name]).all(), f"{name} is not finite"
+        assert error < rtol, f"{name}: relative error {error:.2e}"
+
+
+@pytest.mark.parametrize("memories", [1, 3, 16])
+@pytest.mark.parametrize("time", [1, 63, 64, 65, 150])
+def test_chunk_equals_recurrent(time, memories):
+    inputs = make_inputs(time=time, memories=memories)
+    expected = results_and_gradients(inputs, "recurrent")
+    assert_same(expected, results_and_gradients(inputs, "chunk"), rtol=1e-11)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 2, 7, 16, 100, 1000])
+def test_chunk_size_changes_nothing(chunk_size):
+    inputs = make_inputs(time=101)
+    expected = results_and_gradients(inputs, "recurrent")
+    assert_same(expected, results_and_gradients(inputs, "chunk", chunk_size=chunk_size), rtol=1e-11)
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+def test_small_work_space(monkeypatch, groups):
+    """Chunks in groups of one or a few: states are recomputed at every group boundary."""
+    inputs = make_inputs(time=150)
+    expected = results_and_gradients(inputs, "recurrent")
+    per_chunk = 2 * 2 * (16 * (16 + 15) + 15 * 4)
+    monkeypatch.setattr("stackformer.memory_bank._WORKSPACE", groups * per_chunk)
+    assert_same(expected, results_and_gradients(inputs, "chunk", chunk_size=16), rtol=1e-11)
+
+
+@pytest.mark.parametrize("rate", [0.0, 5.0, 50.0, 5000.0])
+@pytest.mark.parametrize("dtype,rtol", [(torch.float64, 1e-10), (torch.float32, 2e-4)])
+def test_extreme_decays(rate, dtype, rtol):
+    inputs = make_inputs(time=130, rate=rate, dtype=dtype)
+    expected = results_and_gradients(inputs, "recurrent")
+    assert_same(expected, results_and_gradients(inputs, "chunk"), rtol=rtol)
+
+
+def test_decays_mixed_from_none_to_complete():
+    """Some tokens keep everything, some erase everything: one chunk holds both."""
+    inputs = make_inputs(time=130)
+    with torch.no_grad():
+        inputs["log_decay"].masked_fill_(inputs["log_decay"] > -0.5, 0.0)
+        inputs["log_decay"][:, ::17] = -300.0
+    expected = results_and_gradients(inputs, "recurrent")
+    assert_same(expected, results_and_gradients(inputs, "chunk"), rtol=1e-10)
+
+
+def test_zero_writes_leave_the_state_alone():
+    inputs = make_inputs(time=70)
+    with torch.no_grad():
+        inputs["write"].zero_()
+        inputs["log_decay"].zero_()
+    for implementation in ("recurrent", "chunk"):
+        _, (memory, normalizer) = run(inputs, implementation)
+        assert torch.equal(memory, inputs["memory"])
+        assert torch.equal(normalizer, inputs["normalizer"])
+    expected = results_and_gradients(inputs, "recurrent")
+    assert_same(expected, results_and_gradients(inputs, "chunk"), rtol=1e-11)
+
+
+@pytest.mark.parametrize("memories", [1, 3])
+def test_gradcheck(memories):
+    inputs = make_inputs(batch=1, time=9, memories=memories)
+
+    def function(*tensors):
+        *tokens, memory, normalizer = tensors
+        output, state = banked_linear_attention(
+            *tokens, initial_state=(memory, normalizer), chunk_size=4, implementation="chunk", max_decay=1.0
+        )
+        return output, *state
+
+    assert torch.autograd.gradcheck(function, tuple(inputs.values()))
+
+
+def test_any_split_is_the_same():
+    inputs = {name: tensor.detach() for name, tensor in make_inputs(time=90).items()}
+    *tokens, memory, normalizer = inputs.values()
+    whole, final = banked_linear_attention(*tokens, initial_state=(memory, normalizer))
+    state, parts = (memory, normalizer), []
+    for start, stop in [(0, 1), (1, 40), (40, 41), (41, 90)]:
+        part, state = banked_linear_attention(*(x[:, start:stop] for x in tokens), initial_state=state)
+        parts.append(part)
+    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-11, atol=1e-12)
+    torch.testing.assert_close(state, final, rtol=1e-11, atol=1e-12)
+
+
+def test_step_is_the_recurrence():
+    inputs = {name: tensor.detach() for name, tensor in make_inputs(time=4).items()}
+    *tokens, memory, normalizer = inputs.values()
+    expected, final = run(inputs, "chunk")
+    state = (memory, normalizer)
+    for t in range(4):
+        output, state = banked_linear_attention_step(*(x[:, t] for x in tokens), state)
+        torch.testing.assert_close(output, expected[:, t], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(state, final, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("time", [1, 64, 150])
+def test_reverse_restores_the_initial_state(time):
+    inputs = make_inputs(time=time, rate=0.1)
+    _, final = run(inputs, "chunk")
+    arguments = (inputs[name] for name in ("key", "value", "write", "log_decay"))
+    memory, normalizer = reverse_banked_linear_attention(*arguments, final)
+    torch.testing.assert_close(memory, inputs["memory"], rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(normalizer, inputs["normalizer"], rtol=1e-9, atol=1e-9)
+
+
+def test_low_precision_inputs_keep_a_float32_state():
+    inputs = {name: tensor.detach() for name, tensor in make_inputs(time=70, dtype=torch.float32).items()}
+    *tokens, memory, normalizer = inputs.values()
+    expected, _ = banked_linear_attention(*tokens, initial_state=(memory, normalizer))
+    halves = [x.bfloat16() for x in tokens]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output, state = banked_linear_attention(*halves, initial_state=(memory, normalizer))
+    assert output.dtype == torch.bfloat16
+    assert all(tensor.dtype == torch.float32 for tensor in state)
+    assert (output - expected).abs().max() < 0.02 * expected.abs().max()
+
+
+def test_autocast_does_not_touch_the_backward_pass():
+    inputs = make_inputs(time=70, dtype=torch.float32)
+    expected = results_and_gradients(inputs, "chunk")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        actual = results_and_gradients(inputs, "chunk")
+    assert_same(expected, actual, rtol=1e-6)
+
+
+def test_memory_grows_without_the_bank(monkeypatch):
+    """No tensor of the forward or backward pass has T*R*K elements, and what is saved does not either."""
+    batch, time, heads, key_size, memories = 1, 1024, 1, 16, 16
+    monkeypatch.setattr("stackformer.memory_bank._WORKSPACE", 2**15)
+    inputs = make_inputs(batch, time, heads, key_size, key_size, memories, dtype=torch.float32)
+    largest = 0
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            nonlocal largest
+            result = function(*args, **(kwargs or {}))
+            for tensor in torch.utils._pytree.tree_leaves(result):
+                if isinstance(tensor, torch.Tensor):
+                    largest = max(largest, tensor.untyped_storage().nbytes() // tensor.element_size())
+            return result
+
+    with Watch():
+        results_and_gradients(inputs, "chunk")
+    assert largest <= time * max(key_size + 1, memories) + 16 * memories * key_size * (key_size + 1)
+    assert largest < time * memories * key_size / 2
+
+
+def test_equals_fast_transformers():
+    """One memory without decay is fast-transformers' CausalLinearAttention.
+
+    To run this one: pip install torch setuptools wheel, then, with nvcc not on PATH,
+    pip install --no-build-isolation "stackformer[fast-transformers]" (compiles for about five minutes).
+    """
+    pytest.importorskip("fast_transformers")
+    from fast_transformers.attention import CausalLinearAttention
+    from fast_transformers.masking import LengthMask, TriangularCausalMask
+
+    torch.manual_seed(0)
+    batch, time, heads, size = 2, 150, 4, 32
+    query, key, value = (torch.randn(batch, time, heads, size, requires_grad=True) for _ in range(3))
+    attention = CausalLinearAttention(size)
+    lengths = LengthMask(torch.full((batch,), time))
+    theirs = attention(query, key, value, TriangularCausalMask(time), lengths, lengths)
+    phi = [torch.nn.functional.elu(x) + 1 for x in (query, key)]
+    ones = torch.ones(batch, time, heads, 1)
+    ours, _ = banked_linear_attention(*phi, value, ones, ones, torch.zeros_like(ones), implementation="chunk")
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    gradient = torch.randn_like(theirs)
+    for mine, reference in zip(
+        torch.autograd.grad(ours, (query, key, value), gradient),
+        torch.autograd.grad(theirs, (query, key, value), gradient),
+        strict=True,
+    ):
+        torch.testing.assert_close(mine, reference, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        ({"implementation": "fast"}, "implementation"),
+        ({"chunk_size": 0}, "chunk_size"),
+        ({"key": torch.zeros(2, 5, 2, 6)}, "`key` must have shape"),
+        ({"write": torch.zeros(2, 5, 2, 4)}, "`write` must have shape"),
+        ({"query": torch.zeros(2, 0, 2, 5)}, "at least one token"),
+        ({"initial_state": (torch.zeros(1), torch.zeros(1))}, r"initial_state\[0\]"),
+    ],
+)
+def test_bad_input_is_named(change, message):
+    inputs = {name: tensor for name, tensor in make_inputs(time=5).items() if name not in NAMES[-2:]}
+    with pytest.raises(ValueError, match=message):
+        banked_linear_attention(**(inputs | change))
+
+
+def test_initial_state_defaults_to_zeros():
+    inputs = {name: tensor for name, tensor in make_inputs(time=5).items() if name not in NAMES[-2:]}
+    zeros = init_memory_bank(inputs["query"], inputs["value"], inputs["read"])
+    for implementation in ("recurrent", "chunk"):
+        torch.testing.assert_close(
+            banked_linear_attention(**inputs, implementation=implementation),
+            banked_linear_attention(**inputs, implementation=implementation, initial_state=zeros),
+        )
