@@ -7,12 +7,49 @@ returns the mixed tokens [n, d], the new state (a tuple of tensors, rows first),
 show, or `None`.
 """
 
+import math
+
 import torch
 from torch import Tensor, nn
 
 from .configuration_stackformer import StackformerConfig
 from .memory_bank import FEATURE_MAPS, banked_linear_attention
 from .processing_stack import TokenLayout, address_memories
+
+
+class ShortConvolution(nn.Conv1d):
+    """Causal depth-wise convolution: without positions, this is what tells word order."""
+
+    def __init__(self, channels: int, kernel_size: int):
+        super().__init__(channels, channels, kernel_size, groups=channels, bias=False)
+
+    def forward(self, window: Tensor) -> Tensor:
+        """Window [B', kernel - 1 + T', channels], the past in front, to [B', T', channels]."""
+        taps = self.weight.squeeze(1).to(window.dtype).unbind(-1)
+        length = window.shape[1] - len(taps) + 1
+        mixed = window[:, :length] * taps[0]
+        for offset, tap in enumerate(taps[1:], start=1):
+            mixed = torch.addcmul(mixed, window[:, offset : offset + length], tap)
+        return mixed
+
+
+class DecayProjection(nn.Linear):
+    """How fast each memory forgets while it is written to, in nats per token for a full write: [n, d] to [n, H, N]."""
+
+    def __init__(self, size: int, num_heads: int, num_banks: int, max_rate: float):
+        super().__init__(size, num_heads * num_banks)
+        self.bank_shape = (num_heads, num_banks)
+        self.max_rate = max_rate
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """The logarithm of what is kept, within [-max_rate, 0], float32 at least."""
+        logits = super().forward(hidden).unflatten(-1, self.bank_shape)
+        return -self.max_rate * logits.to(torch.promote_types(hidden.dtype, torch.float32)).sigmoid()
+
+    def initial_bias(self) -> Tensor:
+        """Decays from 1/2 to 1/500 nats, log-spaced over heads and banks: each starts with a horizon of its own."""
+        rates = torch.logspace(math.log10(1 / 2), math.log10(1 / 500), self.out_features)
+        return (rates / max(self.max_rate, 1e-6)).clamp(max=0.5).logit()
 
 
 class BankedLinearAttention(nn.Module):
@@ -26,14 +63,13 @@ class BankedLinearAttention(nn.Module):
         self.head_dim = config.core_size // config.num_attention_heads
         self.max_decay_rate = config.max_decay_rate
         self.chunk_size = config.chunk_size
-        self.kernel_size = config.conv_kernel_size
+        self.conv_history = config.conv_kernel_size - 1
         self.feature_map = FEATURE_MAPS[config.feature_map]
 
         size = config.core_size
         self.qkv_proj = nn.Linear(size, 3 * size, bias=False)
-        # Depth-wise and causal: without positions, this is what tells word order.
-        self.conv = nn.Conv1d(3 * size, 3 * size, self.kernel_size, groups=3 * size, bias=False)
-        self.decay_proj = nn.Linear(size, self.num_heads * self.num_banks)
+        self.conv = ShortConvolution(3 * size, config.conv_kernel_size)
+        self.decay_proj = DecayProjection(size, self.num_heads, self.num_banks, self.max_decay_rate)
         if self.num_banks > 1:
             self.read_proj = nn.Linear(size, self.num_heads * self.num_banks)
             self.write_proj = nn.Linear(size, self.num_heads * self.num_banks)
@@ -84,26 +120,20 @@ class BankedLinearAttention(nn.Module):
 
     def _convolve(self, rows: Tensor, past: Tensor | None, layout: TokenLayout) -> tuple[Tensor, Tensor]:
         """Convolve rows [B', T', 3 d] that follow `past` [B', kernel - 1, 3 d]; also the past of what comes next."""
-        history = self.kernel_size - 1
         if past is None:
-            past = rows.new_zeros(rows.shape[0], history, rows.shape[2])
+            past = rows.new_zeros(rows.shape[0], self.conv_history, rows.shape[2])
         window = torch.cat([past.to(rows.dtype), rows], dim=1)
-        taps = self.conv.weight.squeeze(1).to(rows.dtype).unbind(-1)
-        length = rows.shape[1]
-        mixed = window[:, :length] * taps[0]
-        for offset in range(1, self.kernel_size):
-            mixed = torch.addcmul(mixed, window[:, offset : offset + length], taps[offset])
-        return mixed, layout.last_of_rows(window, history).to(torch.promote_types(rows.dtype, torch.float32))
+        past = layout.last_of_rows(window, self.conv_history).to(torch.promote_types(rows.dtype, torch.float32))
+        return self.conv(window), past
 
     def _gates(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Read weights, write weights and log decay of a full write, each [n, H, N], float32 at least."""
-        dtype = torch.promote_types(hidden.dtype, torch.float32)
-
-        def logits(projection: nn.Linear) -> Tensor:
-            return projection(hidden).to(dtype).unflatten(-1, (self.num_heads, self.num_banks))
-
-        log_decay = -self.max_decay_rate * logits(self.decay_proj).sigmoid()
+        log_decay = self.decay_proj(hidden)
         if self.num_banks == 1:
             one = torch.ones_like(log_decay)
             return one, one, log_decay
-        return logits(self.read_proj).softmax(-1), logits(self.write_proj).softmax(-1), log_decay
+        read, write = (
+            proj(hidden).to(log_decay.dtype).unflatten(-1, (self.num_heads, self.num_banks)).softmax(-1)
+            for proj in (self.read_proj, self.write_proj)
+        )
+        return read, write, log_decay

@@ -9,7 +9,6 @@
 Letters: B batch, T time, D hidden size, d core width, n active tokens, S stack levels, P ponder steps.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -29,7 +28,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 
 from .cache_stackformer import StackformerCache, StackformerCacheLayer
 from .configuration_stackformer import StackformerConfig
-from .mixer_banked_linear_attention import BankedLinearAttention
+from .mixer_banked_linear_attention import BankedLinearAttention, DecayProjection, ShortConvolution
 from .processing_stack import (
     DEQUEUE,
     Stack,
@@ -45,9 +44,6 @@ MIXERS = {"banked_linear_attention": BankedLinearAttention}
 
 # `DynamicCache(config=...)` builds the right layers, too.
 DYNAMIC_LAYER_TYPE_MAPPING.update(dict.fromkeys(MIXERS, StackformerCacheLayer))
-
-# Dequeue starts unlikely, so that training starts at full depth: shallower starts collapse to one step.
-DEQUEUE_BIAS = -3.0
 
 
 @dataclass
@@ -149,6 +145,22 @@ class StackformerBottleneck(nn.Module):
         return self.norm(embedding + self.up_proj(core) + self.mlp(torch.cat([core, embedding], dim=-1)))
 
 
+class StackActions(nn.Linear):
+    """Probabilities of enqueue, no-op and dequeue: thoughts [n, D] to [n, 3], float32 at least."""
+
+    def __init__(self, hidden_size: int):
+        super().__init__(hidden_size, 3)
+
+    def forward(self, thought: Tensor) -> Tensor:
+        return super().forward(thought).to(torch.promote_types(thought.dtype, torch.float32)).softmax(-1)
+
+    def initial_bias(self) -> Tensor:
+        """Dequeue starts unlikely, so that training starts at full depth: shallower starts collapse to one step."""
+        bias = torch.zeros(3)
+        bias[DEQUEUE] = -3
+        return bias
+
+
 class StackformerPreTrainedModel(PreTrainedModel):
     """Weight initialisation and what the library has to know about the architecture."""
 
@@ -161,27 +173,22 @@ class StackformerPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Initialise one module.
+        """Initialise one module; transformers calls it for modules that hold parameters of their own.
 
-        | what                        | initial value                                                                |
-        |-----------------------------|------------------------------------------------------------------------------|
-        | embeddings, projections     | normal, standard deviation `initializer_range`; biases 0                     |
-        | normalisations              | 1                                                                            |
-        | convolution                 | uniform within kernel_size ** -0.5                                           |
-        | decay bias                  | a full write decays a memory by 1/2 to 1/500 nats, log-spaced over heads and banks |
-        | dequeue bias                | `DEQUEUE_BIAS`                                                               |
+        | what                    | initial value                                                                      |
+        |-------------------------|------------------------------------------------------------------------------------|
+        | embeddings, projections | normal, standard deviation `initializer_range`; biases 0                           |
+        | normalisations          | 1                                                                                  |
+        | convolution             | uniform within kernel_size ** -0.5                                                 |
+        | decay bias              | a full write decays a memory by 1/2 to 1/500 nats, log-spaced over heads and banks |
+        | dequeue bias            | -3: full depth                                                                     |
         """
         super()._init_weights(module)
-        if isinstance(module, BankedLinearAttention):
-            bound = module.kernel_size**-0.5
-            init.uniform_(module.conv.weight, -bound, bound)
-            count = module.num_heads * module.num_banks
-            rates = torch.logspace(math.log10(1 / 2), math.log10(1 / 500), count)
-            fractions = (rates / max(module.max_decay_rate, 1e-6)).clamp(max=0.5)
-            init.copy_(module.decay_proj.bias, fractions.logit())
-        elif isinstance(module, StackformerModel) and module.action_proj is not None:
-            init.zeros_(module.action_proj.bias)
-            init.constant_(module.action_proj.bias[DEQUEUE], DEQUEUE_BIAS)
+        if isinstance(module, ShortConvolution):
+            bound = module.kernel_size[0] ** -0.5
+            init.uniform_(module.weight, -bound, bound)
+        elif isinstance(module, (DecayProjection, StackActions)):
+            init.copy_(module.bias, module.initial_bias())
 
 
 class StackformerModel(StackformerPreTrainedModel):
@@ -198,7 +205,7 @@ class StackformerModel(StackformerPreTrainedModel):
             self.down_proj = nn.Linear(config.hidden_size, config.bottleneck_size, bias=False)
             self.bottleneck = StackformerBottleneck(config)
         if config.max_ponder_steps > 1:
-            self.action_proj = nn.Linear(config.hidden_size, 3)
+            self.action_proj = StackActions(config.hidden_size)
         if config.max_ponder_steps > 1 and config.stack_depth > 1:
             self.return_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -270,7 +277,7 @@ class StackformerModel(StackformerPreTrainedModel):
             if layout.num_tokens == 0:
                 break
             thought, bank_weights = self._think(stack, layout, step - 1, cache)
-            actions = None if self.action_proj is None else self.action_proj(thought).float().softmax(-1)
+            actions = None if self.action_proj is None else self.action_proj(thought)
             if with_trace:
                 steps.append(self._trace_step(layout, stack.pointer, actions, bank_weights))
             if all_thoughts:

@@ -8,10 +8,10 @@ Ids are the same in both tokenizers: byte b has id b, then come the special toke
     259     <|im_start|>   260  <|im_end|>
     261...  merged tokens of the BPE
 
-Any text is encoded without loss, nothing is normalised, and no special token is added: a language model trains
-on raw text. Text that spells a special token, such as "<|eos|>", becomes that token (the chat template needs it)
-and decodes to the same text; call with `split_special_tokens=True` to encode it as its bytes, as untrusted text
-should be.
+Any text is encoded without loss, nothing is normalised, and no special token is added: a language model
+trains on raw text. Text that spells a special token, such as "<|eos|>", becomes that token (the chat
+template needs it) and decodes to the same text; call with `split_special_tokens=True` to encode it as its
+bytes, as untrusted text should be.
 Lone surrogates, which Python strings can hold, are not Unicode text and cannot be encoded.
 """
 

@@ -1,0 +1,49 @@
+"""Small models for tests, with weights spread so far that a lost state or an unmasked token shows."""
+
+import torch
+
+from stackformer import StackformerConfig, StackformerForCausalLM
+
+# One model of each shape the class can take.
+SHAPES = {
+    "plain core": {"bottleneck_size": None, "num_memory_banks": 1, "stack_depth": 1, "max_ponder_steps": 1},
+    "one step": {"num_memory_banks": 3, "stack_depth": 1, "max_ponder_steps": 1},
+    "fixed depth": {"num_memory_banks": 1, "stack_depth": 2, "max_ponder_steps": 3, "halting_threshold": 0.0},
+    "halting stack": {"num_memory_banks": 2, "stack_depth": 3, "max_ponder_steps": 4, "halting_threshold": 0.4},
+}
+
+
+def tiny_config(**overrides) -> StackformerConfig:
+    fields = {
+        "hidden_size": 24,
+        "bottleneck_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "chunk_size": 8,
+        "max_decay_rate": 0.5,
+        "initializer_range": 0.2,
+        **SHAPES["halting stack"],
+    }
+    return StackformerConfig(**(fields | overrides))
+
+
+def spread_weights(model: torch.nn.Module, noise: float = 0.2, seed: int = 0) -> torch.nn.Module:
+    """Noise on every parameter, so that no gate, bias or padding row stays at a value that hides a mistake."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += noise * torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
+        for name, parameter in model.named_parameters():
+            if name.endswith("action_proj.bias"):
+                parameter.copy_(torch.tensor([0.0, 0.0, 1.0]))  # tokens finish after one to four steps
+    return model
+
+
+def tiny_model(dtype: torch.dtype = torch.float64, noise: float = 0.2, **overrides) -> StackformerForCausalLM:
+    """In float64, where equal means equal to 1e-9; in evaluation mode."""
+    torch.manual_seed(0)
+    return spread_weights(StackformerForCausalLM(tiny_config(**overrides)), noise).to(dtype).eval()
+
+
+def random_ids(batch: int, length: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(0, 256, (batch, length), generator=torch.Generator().manual_seed(seed))
