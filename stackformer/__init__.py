@@ -20,16 +20,20 @@ from .modeling_stackformer import (
     StackformerPreTrainedModel,
     StackTrace,
 )
+from .tokenization_stackformer import build_byte_tokenizer, train_bpe_tokenizer
 
 __version__ = "0.1.0"
 
 AutoConfig.register("stackformer", StackformerConfig, exist_ok=True)
-AutoModel.register(StackformerConfig, StackformerModel, exist_ok=True)
-AutoModelForCausalLM.register(StackformerConfig, StackformerForCausalLM, exist_ok=True)
-AutoModelForSequenceClassification.register(
-    StackformerConfig, StackformerForSequenceClassification, exist_ok=True
-)
-AutoModelForTokenClassification.register(StackformerConfig, StackformerForTokenClassification, exist_ok=True)
+StackformerConfig.register_for_auto_class()
+for _auto_class, _model_class in (
+    (AutoModel, StackformerModel),
+    (AutoModelForCausalLM, StackformerForCausalLM),
+    (AutoModelForSequenceClassification, StackformerForSequenceClassification),
+    (AutoModelForTokenClassification, StackformerForTokenClassification),
+):
+    _auto_class.register(StackformerConfig, _model_class, exist_ok=True)
+    _model_class.register_for_auto_class(_auto_class.__name__)  # `save_pretrained` writes the code, too
 
 __all__ = [
     "StackTrace",
@@ -41,4 +45,6 @@ __all__ = [
     "StackformerModel",
     "StackformerPreTrainedModel",
     "banked_linear_attention",
+    "build_byte_tokenizer",
+    "train_bpe_tokenizer",
 ]

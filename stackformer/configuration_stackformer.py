@@ -3,6 +3,7 @@
 
 import math
 
+from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 
 LAYER_TYPES = ("banked_linear_attention",)
@@ -87,7 +88,7 @@ class StackformerConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         if self.layer_types is None and isinstance(self.num_hidden_layers, int):
             self.layer_types = ["banked_linear_attention"] * self.num_hidden_layers
-        self._validate()
+        self.validate()
         if self.intermediate_size is None:
             self.intermediate_size = 3 * self.core_size
         if self.bottleneck_intermediate_size is None:
@@ -99,10 +100,8 @@ class StackformerConfig(PreTrainedConfig):
         """Width d of the recurrent core."""
         return self.hidden_size if self.bottleneck_size is None else self.bottleneck_size
 
-    def validate_layer_type(self):
-        """transformers knows a closed list of layer types; ours are checked with the other fields."""
-
-    def _validate(self) -> None:
+    def validate(self) -> None:
+        """Check every field; also called before saving. (The base class would insist on its own layer types.)"""
         for name in (
             "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_memory_banks",
             "stack_depth", "max_ponder_steps", "conv_kernel_size", "chunk_size",
@@ -121,6 +120,7 @@ class StackformerConfig(PreTrainedConfig):
         self._require(
             "rms_norm_eps", _is_number(self.rms_norm_eps) and self.rms_norm_eps > 0, "a number above 0"
         )
+        self._require("hidden_act", self.hidden_act in ACT2FN, "the name of an activation in transformers.activations")
         self._require("feature_map", self.feature_map in FEATURE_MAP_NAMES, f"one of {FEATURE_MAP_NAMES}")
         self._require(
             "num_attention_heads",

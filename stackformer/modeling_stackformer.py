@@ -42,6 +42,15 @@ from .processing_stack import (
 # The token mixers by their name in `config.layer_types`.
 MIXERS = {"banked_linear_attention": BankedLinearAttention}
 
+# Where a saved model's code finds the class of each auto class.
+AUTO_MAP = {
+    "AutoConfig": "configuration_stackformer.StackformerConfig",
+    "AutoModel": "modeling_stackformer.StackformerModel",
+    "AutoModelForCausalLM": "modeling_stackformer.StackformerForCausalLM",
+    "AutoModelForSequenceClassification": "modeling_stackformer.StackformerForSequenceClassification",
+    "AutoModelForTokenClassification": "modeling_stackformer.StackformerForTokenClassification",
+}
+
 # `DynamicCache(config=...)` builds the right layers, too.
 DYNAMIC_LAYER_TYPE_MAPPING.update(dict.fromkeys(MIXERS, StackformerCacheLayer))
 
@@ -170,6 +179,11 @@ class StackformerPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["StackformerCoreLayer"]
     _skip_keys_device_placement = ["past_key_values"]
+
+    def save_pretrained(self, *args, **kwargs) -> None:
+        """As in transformers. The code is saved too, and every auto class is told where its model is in it."""
+        self.config.auto_map = dict(AUTO_MAP)
+        super().save_pretrained(*args, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

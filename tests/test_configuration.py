@@ -1,0 +1,102 @@
+"""Every field is documented, validated, saved and loaded."""
+
+import copy
+import json
+import pickle
+import re
+from pathlib import Path
+
+import pytest
+from transformers import AutoConfig
+
+from stackformer import StackformerConfig, StackformerForCausalLM
+
+PRESETS = sorted((Path(__file__).parent.parent / "configs").glob("*.json"))
+
+
+@pytest.mark.parametrize(
+    "name,value",
+    [
+        ("vocab_size", 0),
+        ("hidden_size", -1),
+        ("hidden_size", "large"),
+        ("hidden_size", True),
+        ("bottleneck_size", 0),
+        ("num_hidden_layers", 0),
+        ("num_hidden_layers", None),
+        ("num_attention_heads", 0),
+        ("num_attention_heads", 7),
+        ("intermediate_size", 0),
+        ("bottleneck_intermediate_size", 1.5),
+        ("num_memory_banks", 0),
+        ("stack_depth", 0),
+        ("max_ponder_steps", 0),
+        ("halting_threshold", 1.0),
+        ("halting_threshold", -0.1),
+        ("ponder_loss_coef", float("nan")),
+        ("max_decay_rate", -1.0),
+        ("max_decay_rate", float("inf")),
+        ("feature_map", "cosine"),
+        ("conv_kernel_size", 0),
+        ("chunk_size", 0),
+        ("layer_types", ["banked_linear_attention"]),
+        ("layer_types", ["full_attention"] * 4),
+        ("hidden_act", "sinus"),
+        ("initializer_range", -0.02),
+        ("rms_norm_eps", 0.0),
+    ],
+)
+def test_bad_values_are_named(name, value):
+    with pytest.raises(ValueError, match=rf"`{name}` must be .*, got {re.escape(repr(value))}"):
+        StackformerConfig(**{name: value})
+
+
+def test_every_field_is_documented():
+    own = [name for name in StackformerConfig.__annotations__ if name not in ("model_type",)]
+    assert len(own) > 20
+    for name in own:
+        assert re.search(rf"\b{name}\b.*\(`", StackformerConfig.__doc__), f"{name} is not documented"
+
+
+def test_defaults_in_the_docstring_are_the_defaults():
+    config = StackformerConfig()
+    documented = re.findall(r"^\s+(\w+) \(`[^)]*?defaults to `?\"?([^`\")]+)`?\"?\)", StackformerConfig.__doc__, re.M)
+    assert len(documented) > 15
+    for name, value in documented:
+        actual = getattr(config, name)
+        assert str(actual) == value or (isinstance(actual, float) and actual == float(value)), name
+
+
+def test_derived_sizes():
+    config = StackformerConfig(hidden_size=96, bottleneck_size=32)
+    assert (config.core_size, config.intermediate_size, config.bottleneck_intermediate_size) == (32, 96, 96)
+    assert StackformerConfig(hidden_size=96, bottleneck_size=None).core_size == 96
+    assert config.layer_types == ["banked_linear_attention"] * 4
+
+
+def test_round_trips(tmp_path):
+    config = StackformerConfig(num_memory_banks=7, bottleneck_size=None)
+    config.save_pretrained(tmp_path)
+    for other in (
+        copy.deepcopy(config),
+        pickle.loads(pickle.dumps(config)),
+        StackformerConfig.from_dict(config.to_dict()),
+        StackformerConfig(**json.loads(config.to_json_string(use_diff=False))),
+    ):
+        assert other.to_dict() == config.to_dict()
+    loaded = AutoConfig.from_pretrained(tmp_path)
+    assert type(loaded) is StackformerConfig
+    assert loaded.num_memory_banks == 7 and loaded.bottleneck_size is None
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
+def test_presets_build_models(path):
+    given = json.loads(path.read_text())
+    config = StackformerConfig.from_json_file(path)
+    for name, value in given.items():
+        assert getattr(config, name) == value, f"{name} is not a field"
+    assert StackformerForCausalLM(config).num_parameters() > 0
+
+
+def test_there_are_presets():
+    assert {path.stem for path in PRESETS} >= {"stackformer-tiny", "plain-tiny", "wrapper-tiny"}

@@ -1,0 +1,106 @@
+"""Saved models are the same models: in this process, sharded, and where the package is not installed."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModel, AutoModelForCausalLM
+
+import stackformer
+from stackformer import StackformerForCausalLM, StackformerModel, build_byte_tokenizer
+from tests.models import random_ids, tiny_model
+
+SOURCES = {path.name for path in Path(stackformer.__file__).parent.glob("*.py")}
+
+
+def run_without_the_package(script: str, folder: Path) -> str:
+    """Run a script in a process that cannot import stackformer, with module and hub caches of its own."""
+    blocker = "import sys; sys.modules['stackformer'] = None\n"
+    environment = {**os.environ, "HF_HOME": str(folder / "hf_home"), "HF_HUB_OFFLINE": "1"}
+    result = subprocess.run(
+        [sys.executable, "-c", blocker + script], env=environment, cwd=folder, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@pytest.mark.parametrize("tie_word_embeddings", [False, True])
+@pytest.mark.parametrize("max_shard_size", ["5GB", "20KB"])
+@torch.no_grad()
+def test_reload(tmp_path, tie_word_embeddings, max_shard_size):
+    model, ids = tiny_model(torch.float32, tie_word_embeddings=tie_word_embeddings), random_ids(2, 9)
+    model.save_pretrained(tmp_path, max_shard_size=max_shard_size)
+    assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == (max_shard_size == "20KB")
+    loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert type(loaded) is StackformerForCausalLM
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+    bare = AutoModel.from_pretrained(tmp_path)
+    assert type(bare) is StackformerModel
+    assert torch.equal(bare(ids).last_hidden_state, model.model(ids).last_hidden_state)
+
+
+@torch.no_grad()
+def test_missing_weights_are_initialised_as_in_a_new_model(tmp_path):
+    """Loading goes through the meta device: what is not in the file must get its special initial value."""
+    model = tiny_model(torch.float32, max_ponder_steps=1, stack_depth=1)
+    model.save_pretrained(tmp_path)
+    loaded = StackformerForCausalLM.from_pretrained(tmp_path, max_ponder_steps=3)
+    assert loaded.model.action_proj.bias.tolist() == [0, 0, -3]
+    bias = loaded.model.layers[0].mixer.decay_proj.bias
+    assert torch.equal(bias, model.model.layers[0].mixer.decay_proj.bias)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_low_precision_loading(tmp_path, dtype):
+    model, ids = tiny_model(torch.float32, noise=0.05, halting_threshold=0.0), random_ids(2, 9)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)
+    logits = loaded(ids).logits
+    assert logits.dtype == dtype
+    reference = model(ids).logits
+    assert (logits.float() - reference).abs().max() < 0.1 * reference.abs().max()
+
+
+@torch.no_grad()
+def test_remote_code_without_the_package(tmp_path):
+    """Load, generate, save again and load that, all from the saved folder alone."""
+    model, ids = tiny_model(torch.float32), random_ids(2, 9)
+    model.save_pretrained(tmp_path / "model")
+    build_byte_tokenizer().save_pretrained(tmp_path / "model")
+    assert {path.name for path in (tmp_path / "model").glob("*.py")} <= SOURCES
+    torch.save({"ids": ids, "logits": model(ids).logits}, tmp_path / "expected.pt")
+    output = run_without_the_package(
+        """
+import torch
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, pipeline
+expected = torch.load("expected.pt")
+model = AutoModelForCausalLM.from_pretrained("model", trust_remote_code=True)
+with torch.no_grad():
+    assert torch.equal(model(expected["ids"]).logits, expected["logits"])
+for auto_class in (AutoConfig, AutoModel, AutoModelForSequenceClassification):
+    assert auto_class.from_pretrained("model", trust_remote_code=True) is not None
+model.save_pretrained("again")
+again = AutoModelForCausalLM.from_pretrained("again", trust_remote_code=True)
+with torch.no_grad():
+    assert torch.equal(again(expected["ids"]).logits, expected["logits"])
+generator = pipeline("text-generation", model="again", tokenizer="model", trust_remote_code=True)
+print(repr(generator("Hello", max_new_tokens=5, do_sample=False)[0]["generated_text"]))
+""",
+        tmp_path,
+    )
+    assert "Hello" in output
+
+
+def test_the_code_that_is_saved_imports_nothing_but_torch_and_transformers(tmp_path):
+    from transformers.dynamic_module_utils import get_imports
+
+    tiny_model().save_pretrained(tmp_path)
+    files = list(tmp_path.glob("*.py"))
+    assert len(files) >= 5
+    for path in files:
+        assert set(get_imports(path)) <= {"torch", "transformers"} | set(sys.stdlib_module_names), path.name
