@@ -6,7 +6,7 @@ import math
 from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 
-LAYER_TYPES = ("banked_linear_attention",)
+MIXER_TYPES = ("banked_linear_attention",)
 FEATURE_MAP_NAMES = ("elu_plus_one", "relu", "softplus", "softmax", "exp")
 
 
@@ -36,7 +36,7 @@ class StackformerConfig(PreTrainedConfig):
             "elu_plus_one", "relu", "softplus", "softmax", "exp".
         conv_kernel_size (`int`, defaults to 4): Tokens seen by the causal convolution over queries, keys and values.
         chunk_size (`int`, defaults to 64): Tokens per chunk in training and prefill; changes speed, not results.
-        layer_types (`list[str]`, *optional*): The mixer of each core layer; all "banked_linear_attention" if `None`.
+        mixer_types (`list[str]`, *optional*): The mixer of each core layer; all "banked_linear_attention" if `None`.
         hidden_act (`str`, defaults to `"silu"`): Activation of the (gated) feed-forwards.
         rms_norm_eps (`float`, defaults to 1e-6): Epsilon of the normalisations.
         initializer_range (`float`, defaults to 0.02): Standard deviation of the initial embeddings and projections.
@@ -75,7 +75,7 @@ class StackformerConfig(PreTrainedConfig):
     feature_map: str = "elu_plus_one"
     conv_kernel_size: int = 4
     chunk_size: int = 64
-    layer_types: list[str] | None = None
+    mixer_types: list[str] | None = None
     hidden_act: str = "silu"
     rms_norm_eps: float = 1e-6
     initializer_range: float = 0.02
@@ -86,8 +86,8 @@ class StackformerConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = 258
 
     def __post_init__(self, **kwargs):
-        if self.layer_types is None and isinstance(self.num_hidden_layers, int):
-            self.layer_types = ["banked_linear_attention"] * self.num_hidden_layers
+        if self.mixer_types is None and isinstance(self.num_hidden_layers, int):
+            self.mixer_types = ["banked_linear_attention"] * self.num_hidden_layers
         self.validate()
         if self.intermediate_size is None:
             self.intermediate_size = 3 * self.core_size
@@ -100,8 +100,16 @@ class StackformerConfig(PreTrainedConfig):
         """Width d of the recurrent core."""
         return self.hidden_size if self.bottleneck_size is None else self.bottleneck_size
 
+    @property
+    def layer_types(self) -> list[str]:
+        """The kind of cache of each layer, for transformers' caches.
+
+        Not a field: transformers refuses a saved config with names it does not know, wherever the code is not loaded.
+        """
+        return ["stackformer"] * self.num_hidden_layers
+
     def validate(self) -> None:
-        """Check every field; also called before saving. (The base class would insist on its own layer types.)"""
+        """Check every field; also called before saving."""
         for name in (
             "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_memory_banks",
             "stack_depth", "max_ponder_steps", "conv_kernel_size", "chunk_size",
@@ -128,11 +136,11 @@ class StackformerConfig(PreTrainedConfig):
             f"a divisor of the core's width {self.core_size} (`bottleneck_size`, or `hidden_size` without one)",
         )
         self._require(
-            "layer_types",
-            isinstance(self.layer_types, (list, tuple))
-            and len(self.layer_types) == self.num_hidden_layers
-            and all(name in LAYER_TYPES for name in self.layer_types),
-            f"a list of num_hidden_layers={self.num_hidden_layers} names out of {LAYER_TYPES}",
+            "mixer_types",
+            isinstance(self.mixer_types, (list, tuple))
+            and len(self.mixer_types) == self.num_hidden_layers
+            and all(name in MIXER_TYPES for name in self.mixer_types),
+            f"a list of num_hidden_layers={self.num_hidden_layers} names out of {MIXER_TYPES}",
         )
 
     def _require(self, name: str, condition: bool, expected: str) -> None:

@@ -39,7 +39,7 @@ from .processing_stack import (
     step_stack,
 )
 
-# The token mixers by their name in `config.layer_types`.
+# The token mixers by their name in `config.mixer_types`.
 MIXERS = {"banked_linear_attention": BankedLinearAttention}
 
 # Where a saved model's code finds the class of each auto class.
@@ -52,7 +52,7 @@ AUTO_MAP = {
 }
 
 # `DynamicCache(config=...)` builds the right layers, too.
-DYNAMIC_LAYER_TYPE_MAPPING.update(dict.fromkeys(MIXERS, StackformerCacheLayer))
+DYNAMIC_LAYER_TYPE_MAPPING["stackformer"] = StackformerCacheLayer
 
 
 @dataclass
@@ -121,7 +121,7 @@ class StackformerCoreLayer(GradientCheckpointingLayer):
         super().__init__()
         size = config.core_size
         self.input_layernorm = nn.RMSNorm(size, eps=config.rms_norm_eps)
-        self.mixer = MIXERS[config.layer_types[layer_idx]](config)
+        self.mixer = MIXERS[config.mixer_types[layer_idx]](config)
         self.post_attention_layernorm = nn.RMSNorm(size, eps=config.rms_norm_eps)
         self.mlp = StackformerMLP(size, config.intermediate_size, size, config.hidden_act)
 

@@ -39,8 +39,8 @@ PRESETS = sorted((Path(__file__).parent.parent / "configs").glob("*.json"))
         ("feature_map", "cosine"),
         ("conv_kernel_size", 0),
         ("chunk_size", 0),
-        ("layer_types", ["banked_linear_attention"]),
-        ("layer_types", ["full_attention"] * 4),
+        ("mixer_types", ["banked_linear_attention"]),
+        ("mixer_types", ["full_attention"] * 4),
         ("hidden_act", "sinus"),
         ("initializer_range", -0.02),
         ("rms_norm_eps", 0.0),
@@ -71,7 +71,7 @@ def test_derived_sizes():
     config = StackformerConfig(hidden_size=96, bottleneck_size=32)
     assert (config.core_size, config.intermediate_size, config.bottleneck_intermediate_size) == (32, 96, 96)
     assert StackformerConfig(hidden_size=96, bottleneck_size=None).core_size == 96
-    assert config.layer_types == ["banked_linear_attention"] * 4
+    assert config.mixer_types == ["banked_linear_attention"] * 4
 
 
 def test_round_trips(tmp_path):

@@ -114,24 +114,26 @@ def test_loads_without_the_package(tokenizer, tmp_path):
     StackformerConfig(vocab_size=600).save_pretrained(tmp_path)  # as beside a model, of a type unknown there
     texts = [*SAMPLES, *_random_texts(20)]
     program = """if True:
-        import json, sys
+        import json
+        import sys
         sys.modules["stackformer"] = None  # importing it is an ImportError from here on
         from transformers import AutoTokenizer
         tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
         padded = tokenizer(["a", "abc\\x00"], padding=True)
         chat = tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], add_generation_prompt=True)
-        ids = [tokenizer.encode(text) for text in json.load(sys.stdin)]
+        ids = [tokenizer.encode(text) for text in json.loads(sys.argv[2])]
         decoded = [tokenizer.decode(row) for row in ids]
-        json.dump([ids, decoded, dict(padded), chat["input_ids"], tokenizer.model_max_length], sys.stdout)
+        result = [ids, decoded, dict(padded), chat["input_ids"], tokenizer.model_max_length]
+        print("\\n" + json.dumps(result))  # on a line of its own, whatever transformers printed
     """
     result = subprocess.run(
-        [sys.executable, "-c", program, str(tmp_path)],
-        input=json.dumps(texts),
+        [sys.executable, "-c", program, str(tmp_path), json.dumps(texts)],
+        stdin=subprocess.DEVNULL,  # nobody is there to answer whether to run remote code
         capture_output=True,
         text=True,
-        check=True,
     )
-    ids, decoded, padded, chat, max_length = json.loads(result.stdout)
+    assert result.returncode == 0, result.stderr
+    ids, decoded, padded, chat, max_length = json.loads(result.stdout.splitlines()[-1])
     assert ids == [tokenizer.encode(text) for text in texts]
     assert decoded == texts
     assert padded == dict(tokenizer(["a", "abc\x00"], padding=True))

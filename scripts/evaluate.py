@@ -1,0 +1,174 @@
+# Copyright 2026 The Stackformer authors. Licensed under the Apache License, Version 2.0.
+"""Bits per byte and perplexity of a saved model on a text: in windows, and with its state carried along.
+
+    python -m scripts.evaluate --model_name_or_path runs/tiny --text text.txt
+    python -m scripts.evaluate --model_name_or_path runs/tiny --text enwik8 --range 95000000:96000000 \
+        --window 1024 --stride 256 --chunk_length 512 --json results/tiny.json
+    python -m scripts.evaluate --model_name_or_path runs/tiny --text text.txt --no_windowed
+
+windowed   every token is predicted from at most `window` tokens before it and, once there are that many,
+           from more than `window - stride`: the usual measure of a model with a limited context.
+carried    the text is read once, from its start, in chunks; the cache is carried over, so the context is all
+           of the text so far. With a cache that grows this slows down; with a state of one size it does not.
+
+Both predict every token but the first one exactly once. Works for any causal language model of transformers
+(carried: for those that return `past_key_values`).
+"""
+
+import math
+import time
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, PreTrainedModel
+
+import stackformer  # noqa: F401  (importing it registers the Auto classes)
+from scripts.data import encode, read_bytes
+from scripts.report import bits_per_byte, commit, machine_line, write_json
+
+
+@dataclass
+class EvaluationArguments:
+    model_name_or_path: str = field(metadata={"help": "Folder of a saved model and its tokenizer."})
+    text: str = field(metadata={"help": "Text file; read as bytes."})
+    range: str | None = field(
+        default=None, metadata={"help": "START:STOP in bytes; all of the file if not given."}
+    )
+    windowed: bool = field(default=True, metadata={"help": "Evaluate in windows."})
+    window: int = field(default=256, metadata={"help": "Tokens of context, at most, in a window."})
+    stride: int | None = field(
+        default=None, metadata={"help": "Tokens between windows; half a window if not given."}
+    )
+    batch_size: int = field(default=16, metadata={"help": "Windows at once."})
+    carry_state: bool = field(
+        default=True, metadata={"help": "Evaluate with the state carried across the text."}
+    )
+    chunk_length: int = field(default=256, metadata={"help": "Tokens at once where the state is carried."})
+    device: str = field(default="cpu", metadata={"help": "Device of the model, such as cuda."})
+    json: str | None = field(default=None, metadata={"help": "File to write the results to."})
+
+
+def window_spans(num_predictions: int, window: int, stride: int) -> list[tuple[int, int, int]]:
+    """Windows (start, first, stop): inputs start..stop-1, of which first..stop-1 predict a token anew.
+
+    Each is min(window, num_predictions) long; together, first..stop-1 cover 0..num_predictions-1 once.
+
+    Raises:
+        ValueError: unless 1 <= stride <= window.
+    """
+    if not 1 <= stride <= window:
+        raise ValueError(f"stride={stride}: expected 1 <= stride <= window={window}.")
+    stops = [*range(min(window, num_predictions), num_predictions, stride), num_predictions]
+    return [(max(0, stop - window), first, stop) for first, stop in zip([0, *stops[:-1]], stops, strict=True)]
+
+
+@torch.no_grad()
+def windowed_nll(
+    model: PreTrainedModel, ids: torch.Tensor, window: int, stride: int, batch_size: int = 16
+) -> float:
+    """Sum of -log p(token) in nats over `ids[1:]`, each from its window; ids: [tokens], on its device."""
+    spans = window_spans(len(ids) - 1, window, stride)
+    total = 0.0
+    with tqdm(total=len(ids) - 1, desc="windowed", unit="token") as progress:
+        for batch in (spans[index : index + batch_size] for index in range(0, len(spans), batch_size)):
+            inputs = torch.stack([ids[start:stop] for start, _, stop in batch])
+            logits = model(input_ids=inputs, use_cache=False).logits
+            for row, (start, first, stop) in zip(logits, batch, strict=True):
+                total += _nll(row[first - start :], ids[first + 1 : stop + 1])
+            progress.update(batch[-1][2] - batch[0][1])
+    return total
+
+
+@torch.no_grad()
+def carried_nll(model: PreTrainedModel, ids: torch.Tensor, chunk_length: int) -> float:
+    """Sum of -log p(token) in nats over `ids[1:]`, each from all before; ids: [tokens], on its device.
+
+    The inputs are `ids[:-1]` in chunks, so the last logits of a chunk predict the first token of the next.
+
+    Raises:
+        ValueError: if `chunk_length` is not positive, or the model returns no `past_key_values`.
+    """
+    if chunk_length < 1:
+        raise ValueError(f"chunk_length={chunk_length}: expected at least 1.")
+    total, cache = 0.0, None
+    with tqdm(total=len(ids) - 1, desc="carried", unit="token") as progress:
+        for inputs, targets in zip(ids[:-1].split(chunk_length), ids[1:].split(chunk_length), strict=True):
+            outputs = model(input_ids=inputs[None], past_key_values=cache, use_cache=True)
+            cache = outputs.past_key_values
+            if cache is None:
+                raise ValueError(f"carry_state: {type(model).__name__} returned no past_key_values to carry.")
+            total += _nll(outputs.logits[0], targets)
+            progress.update(len(inputs))
+    return total
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    """Evaluate as `argv` says (default: the command line), print a table, and return what --json holds."""
+    (args,) = HfArgumentParser(
+        EvaluationArguments, description=__doc__.split("\n")[0]
+    ).parse_args_into_dataclasses(argv)
+    tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)
+    model = AutoModelForCausalLM.from_pretrained(args.model_name_or_path).to(args.device).eval()
+    data = read_bytes(args.text, args.range)
+    ids = torch.from_numpy(encode(data, tokenizer).astype(np.int64)).to(args.device)
+    if len(ids) < 2:
+        raise ValueError(f"text={args.text!r}: expected at least two tokens, got {len(ids)}.")
+
+    runs = {}
+    if args.windowed:
+        stride = max(1, args.window // 2) if args.stride is None else args.stride
+        runs["windowed"] = lambda: windowed_nll(model, ids, args.window, stride, args.batch_size)
+    if args.carry_state:
+        runs["carried"] = lambda: carried_nll(model, ids, args.chunk_length)
+    results = {name: _measure(run, len(ids), len(data)) for name, run in runs.items()}
+    report = {
+        "results": results,
+        "tokens": len(ids),
+        "bytes": len(data),
+        "parameters": model.num_parameters(),
+        "machine": machine_line(),
+        "commit": commit(),
+        "arguments": asdict(args),
+    }
+    print_table(report)
+    if args.json:
+        write_json(args.json, report)
+    return report
+
+
+def print_table(report: dict[str, Any]) -> None:
+    """Print the results, one row each, over the machine line."""
+    print(f"{'':10} {'bits/byte':>10} {'perplexity':>11} {'tokens':>10} {'seconds':>9} {'tokens/s':>9}")
+    for name, row in report["results"].items():
+        speed = row["predictions"] / row["seconds"]
+        print(
+            f"{name:10} {row['bits_per_byte']:10.4f} {row['perplexity']:11.4f} {row['predictions']:10d} "
+            f"{row['seconds']:9.1f} {speed:9.0f}"
+        )
+    print(f"{report['parameters']:,} parameters; {report['machine']}")
+
+
+def _measure(run, num_tokens: int, num_bytes: int) -> dict[str, float]:
+    started = time.perf_counter()
+    mean_nll = run() / (num_tokens - 1)
+    return {
+        "bits_per_byte": bits_per_byte(mean_nll, num_tokens, num_bytes),
+        "perplexity": math.exp(mean_nll),
+        "predictions": num_tokens - 1,
+        "seconds": time.perf_counter() - started,
+    }
+
+
+def _nll(logits: torch.Tensor, targets: torch.Tensor) -> float:
+    """Sum of -log p(target), from logits [tokens, vocab] of any dtype and targets [tokens]."""
+    return torch.nn.functional.cross_entropy(logits.float(), targets, reduction="sum").item()
+
+
+__all__ = ["EvaluationArguments", "carried_nll", "main", "print_table", "window_spans", "windowed_nll"]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,291 @@
+# Copyright 2026 The Stackformer authors. Licensed under the Apache License, Version 2.0.
+"""Train a causal language model on a text with transformers' Trainer, and measure it in bits per byte.
+
+A new model from a preset, on the bytes of a file:
+
+    python -m scripts.train --config configs/stackformer-tiny.json --dataset text.txt --output_dir runs/tiny
+
+With other fields than the preset's, other parts of the file, and other options of TrainingArguments:
+
+    python -m scripts.train --config configs/stackformer-tiny.json \
+        --config_overrides "num_memory_banks=4,max_ponder_steps=3" --dataset enwik8 --data_path enwik8 \
+        --train_range 0:3600000 --eval_range 3600000:3800000 --block_size 256 \
+        --max_steps 1000 --per_device_train_batch_size 16 --learning_rate 2e-3 --output_dir runs/enwik8
+
+On a dataset of the `datasets` library, with a BPE trained on it:
+
+    python -m scripts.train --config configs/stackformer-tiny.json --tokenizer bpe:4096 \
+        --dataset wikitext --dataset_config wikitext-2-raw-v1 --output_dir runs/wikitext
+
+Resume a run that was stopped (the same command, and); start a new run from the weights of another:
+
+    python -m scripts.train ... --resume_from_checkpoint last
+    python -m scripts.train --model_name_or_path runs/tiny --dataset other.txt --output_dir runs/other
+
+The output folder gets the model, its tokenizer and metrics.json. The evaluation here predicts each block from
+its own start; `python -m scripts.evaluate` also carries the state across the whole text.
+"""
+
+import json
+import re
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    EvalPrediction,
+    HfArgumentParser,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainingArguments,
+    default_data_collator,
+    set_seed,
+)
+from transformers.trainer_utils import get_last_checkpoint
+
+import stackformer  # noqa: F401  (importing it registers the Auto classes)
+from scripts.data import Blocks, DataArguments, encode, load_splits, load_tokenizer
+from scripts.report import bits_per_byte, commit, machine_line, write_json
+
+
+@dataclass
+class ModelArguments:
+    config: str | None = field(default=None, metadata={"help": "JSON preset of a new model."})
+    config_overrides: str | None = field(
+        default=None,
+        metadata={"help": 'Fields other than in the preset, "name=value,name=value"; lists as JSON.'},
+    )
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Saved model to start from instead."}
+    )
+    tokenizer: str | None = field(
+        default=None,
+        metadata={
+            "help": "byte, bpe:VOCAB, or a saved tokenizer. Default: byte, or that of --model_name_or_path."
+        },
+    )
+
+
+def make_parser() -> HfArgumentParser:
+    """The command line: model, data and transformers' TrainingArguments, with defaults for a small model."""
+    parser = HfArgumentParser(
+        (ModelArguments, DataArguments, TrainingArguments), description=__doc__.split("\n")[0]
+    )
+    parser.set_defaults(
+        output_dir="runs/train",
+        per_device_train_batch_size=16,
+        per_device_eval_batch_size=16,
+        learning_rate=2e-3,
+        lr_scheduler_type="cosine",
+        warmup_steps=0.05,  # below one it is a share of the steps
+        logging_steps=50,
+        save_steps=500,
+        save_total_limit=2,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        include_num_input_tokens_seen=True,
+        report_to="none",
+    )
+    return parser
+
+
+def parse_overrides(text: str, defaults: dict[str, Any]) -> dict[str, Any]:
+    """Parse "name=value,name=value" with the types of `defaults` (all fields of a config and their values).
+
+    "none" is None. A field whose default is a list or None takes JSON, such as names=["a","b"].
+
+    Raises:
+        ValueError: if an entry is not name=value, the name no field, or the value not of the field's type.
+    """
+    overrides = {}
+    for entry in re.split(r",(?![^\[]*\])", text):  # the commas that are not inside a list
+        name, separator, value = (part.strip() for part in entry.partition("="))
+        if not separator:
+            raise ValueError(f"config_overrides={text!r}: expected name=value, got {entry!r}.")
+        if name not in defaults:
+            raise ValueError(f"config_overrides: unknown field {name!r}, expected one of {sorted(defaults)}.")
+        overrides[name] = _parse_value(name, value, defaults[name])
+    return overrides
+
+
+def build_config(preset: str, overrides: str | None, tokenizer: PreTrainedTokenizerFast) -> PreTrainedConfig:
+    """A config from a JSON preset, with vocabulary size and token ids of the tokenizer, and then `overrides`.
+
+    The fields are merged before the config is built, so what it derives and checks is what is asked for.
+    """
+    if not Path(preset).is_file():
+        raise ValueError(f"config={preset!r}: expected a JSON file with the fields of a config.")
+    fields = json.loads(Path(preset).read_text(encoding="utf-8"))
+    model_type = fields.pop("model_type", "stackformer")
+    defaults = AutoConfig.for_model(model_type).to_dict()
+    if unknown := sorted(set(fields) - set(defaults)):
+        raise ValueError(f"config={preset!r}: unknown fields {unknown}, expected some of {sorted(defaults)}.")
+    fields["vocab_size"] = len(tokenizer)
+    fields |= {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
+    if overrides:
+        fields |= parse_overrides(overrides, defaults)
+    return AutoConfig.for_model(model_type, **fields)
+
+
+def build_model(args: ModelArguments, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
+    """A new model from `args.config`, or the saved one of `args.model_name_or_path`; exactly one is given."""
+    if (args.config is None) == (args.model_name_or_path is None):
+        raise ValueError(
+            f"config={args.config!r}, model_name_or_path={args.model_name_or_path!r}: expected exactly one."
+        )
+    if args.config:
+        model = AutoModelForCausalLM.from_config(build_config(args.config, args.config_overrides, tokenizer))
+    elif args.config_overrides:
+        raise ValueError(
+            f"config_overrides={args.config_overrides!r}: expected none with model_name_or_path."
+        )
+    else:
+        model = AutoModelForCausalLM.from_pretrained(args.model_name_or_path)
+    if model.config.vocab_size < len(tokenizer):
+        raise ValueError(
+            f"vocab_size={model.config.vocab_size}: expected the tokenizer's {len(tokenizer)} or more."
+        )
+    return model
+
+
+def block_nll(logits: torch.Tensor | tuple[torch.Tensor, ...], labels: torch.Tensor) -> torch.Tensor:
+    """Mean negative log likelihood of each block [B], from its logits [B, T, vocab] and labels [B, T].
+
+    Not the model's loss, which may have other terms in it than the likelihood of the text.
+    """
+    if isinstance(logits, tuple):  # what else the model returns comes after its logits
+        logits = logits[0]
+    nll = torch.nn.functional.cross_entropy(logits[:, :-1].float().mT, labels[:, 1:], reduction="none")
+    return nll.mean(dim=1)
+
+
+def build_trainer(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    texts: tuple[bytes, bytes],
+    block_size: int,
+    args: TrainingArguments,
+) -> Trainer:
+    """A Trainer on the blocks of the training text that reports the bits per byte of the evaluation text."""
+    train_ids, eval_ids = (encode(text, tokenizer) for text in texts)
+    num_eval_bytes = len(texts[1])
+
+    def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
+        mean_nll = float(np.mean(prediction.predictions, dtype=np.float64))
+        return {"bits_per_byte": bits_per_byte(mean_nll, len(eval_ids), num_eval_bytes)}
+
+    return Trainer(
+        model,
+        args,
+        train_dataset=Blocks(train_ids, block_size, "training"),
+        eval_dataset=Blocks(eval_ids, block_size, "evaluation"),
+        data_collator=default_data_collator,
+        processing_class=tokenizer,
+        compute_metrics=compute_metrics,
+        preprocess_logits_for_metrics=block_nll,
+    )
+
+
+def save(trainer: Trainer) -> None:
+    """Save model and tokenizer to the output folder, file by file only once all of them are written."""
+    output_dir = Path(trainer.args.output_dir)
+    partial = output_dir / "partial"
+    trainer.model.config.use_cache = True  # the Trainer turns it off, which is right for training only
+    trainer.save_model(str(partial))
+    if trainer.is_world_process_zero():
+        for file in sorted(partial.iterdir()):
+            file.replace(output_dir / file.name)
+        partial.rmdir()
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    """Train as `argv` says (default: the command line) and return what metrics.json holds."""
+    model_args, data_args, args = make_parser().parse_args_into_dataclasses(argv)
+    checkpoint = find_checkpoint(args)
+    set_seed(args.seed)
+    texts = load_splits(data_args)
+    tokenizer_source = checkpoint or model_args.tokenizer or model_args.model_name_or_path or "byte"
+    tokenizer = load_tokenizer(tokenizer_source, texts[0])
+    model = build_model(model_args, tokenizer)
+    trainer = build_trainer(model, tokenizer, texts, data_args.block_size, args)
+
+    # The weights of a checkpoint are read when training starts, so before that there is nothing to measure.
+    before = None if checkpoint else trainer.evaluate()["eval_bits_per_byte"]
+    started = time.perf_counter()
+    trainer.train(resume_from_checkpoint=checkpoint)
+    wall_time = time.perf_counter() - started
+    after = trainer.evaluate()["eval_bits_per_byte"]
+    save(trainer)
+
+    metrics = {
+        "bits_per_byte_before": before,
+        "bits_per_byte": after,
+        "seed": args.seed,
+        "machine": machine_line(),
+        "commit": commit(),
+        "parameters": model.num_parameters(),
+        "steps": trainer.state.global_step,
+        "tokens": trainer.state.num_input_tokens_seen,
+        "wall_time_seconds": round(wall_time, 2),
+        "train_bytes": len(texts[0]),
+        "eval_bytes": len(texts[1]),
+        "data": vars(data_args),
+        "config": model.config.to_diff_dict(),
+    }
+    if trainer.is_world_process_zero():
+        write_json(Path(args.output_dir) / "metrics.json", metrics)
+        start = "resumed" if before is None else f"{before:.4f}"
+        print(f"bits per byte: {start} -> {after:.4f} after {metrics['steps']} steps in {wall_time:.1f} s")
+        print(metrics["machine"])
+    return metrics
+
+
+def find_checkpoint(args: TrainingArguments) -> str | None:
+    """The checkpoint to resume from: a path, the newest of the output folder for "last", or None."""
+    checkpoint = args.resume_from_checkpoint
+    if checkpoint == "last":
+        checkpoint = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
+        if checkpoint is None:
+            raise ValueError(f"resume_from_checkpoint='last': expected a checkpoint in {args.output_dir!r}.")
+    elif checkpoint is not None and not Path(checkpoint).is_dir():
+        raise ValueError(f"resume_from_checkpoint={checkpoint!r}: expected a checkpoint folder or 'last'.")
+    return checkpoint
+
+
+def _parse_value(name: str, value: str, default: Any) -> Any:
+    """`value` as the type of `default`; JSON or a plain string where the default does not say."""
+    if value.lower() == "none":
+        return None
+    try:
+        if isinstance(default, bool):
+            return {"true": True, "false": False}[value.lower()]
+        if isinstance(default, int | float | str):
+            return type(default)(value)
+    except (KeyError, ValueError) as error:
+        expected = "true or false" if isinstance(default, bool) else type(default).__name__
+        raise ValueError(f"config_overrides: {name}={value!r}, expected {expected}.") from error
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError:
+        return value
+
+
+__all__ = [
+    "ModelArguments",
+    "block_nll",
+    "build_config",
+    "build_model",
+    "build_trainer",
+    "main",
+    "parse_overrides",
+]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,473 @@
+# Copyright 2026 The Stackformer authors. Licensed under the Apache License, Version 2.0.
+"""Scripts: they measure what a hand-written reference does, and a run can be stopped, resumed and used."""
+
+import io
+import json
+import math
+import pydoc_data.topics
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+import stackformer  # noqa: F401  (importing it registers the Auto classes)
+from scripts import evaluate, generate, train
+from scripts.data import Blocks, DataArguments, encode, load_splits, load_tokenizer, parse_range, read_bytes
+from scripts.report import bits_per_byte, write_json
+from stackformer.tokenization_stackformer import build_byte_tokenizer, train_bpe_tokenizer
+
+torch.set_num_threads(1)
+
+TEXT = "".join(pydoc_data.topics.topics.values()).encode("ascii", errors="ignore")[:30000]
+# Weights are spread widely: with the usual initialisation a tiny model's logits hardly depend on its context.
+PRESETS = {
+    "llama": {
+        "model_type": "llama",
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "initializer_range": 0.3,
+    },
+    "stackformer": {
+        "model_type": "stackformer",
+        "hidden_size": 24,
+        "bottleneck_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_memory_banks": 2,
+        "stack_depth": 2,
+        "max_ponder_steps": 2,
+        "chunk_size": 8,
+        "initializer_range": 0.3,
+    },
+}
+
+
+@pytest.fixture(scope="module", params=sorted(PRESETS))
+def model(request):
+    torch.manual_seed(0)
+    fields = {**PRESETS[request.param], "vocab_size": 261}
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(**fields)).eval()
+
+
+@pytest.fixture
+def text_file(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_bytes(TEXT)
+    return path
+
+
+def _preset(tmp_path, name="stackformer"):
+    path = tmp_path / f"{name}.json"
+    path.write_text(json.dumps(PRESETS[name]))
+    return str(path)
+
+
+def _ids(count, seed=0):
+    return torch.randint(0, 256, (count,), generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def _reference_nll(model, ids, context_start):
+    """Sum of -log p(ids[t] | ids[context_start(t):t]) over t >= 1, in a call without a cache for each t."""
+    total = 0.0
+    for t in range(1, len(ids)):
+        logits = model(input_ids=ids[None, context_start(t) : t], use_cache=False).logits[0, -1]
+        total -= logits.double().log_softmax(-1)[ids[t]].item()
+    return total
+
+
+# evaluate
+
+
+@pytest.mark.parametrize("chunk_length", [1, 5, 8, 36, 37, 100])
+def test_carried_equals_full_context(model, chunk_length):
+    ids = _ids(38)
+    expected = _reference_nll(model, ids, lambda t: 0)
+    assert evaluate.carried_nll(model, ids, chunk_length) == pytest.approx(expected, rel=1e-5)
+    # The measure can tell: without the carried state the sum is another one.
+    assert abs(_reference_nll(model, ids, lambda t: max(0, t - 5)) - expected) > 1e-2
+
+
+@pytest.mark.parametrize("window, stride", [(8, 8), (8, 3), (8, 1), (1, 1), (37, 5), (64, 32)])
+def test_windowed_equals_reference(model, window, stride):
+    ids = _ids(38)
+
+    def context_start(t):
+        # The window of a token is the first to reach it: windows end at window, window + stride, ..., 37.
+        end = min(window, 37)
+        while end < t:
+            end = min(end + stride, 37)
+        return max(0, end - window)
+
+    expected = _reference_nll(model, ids, context_start)
+    for batch_size in (1, 3):
+        nll = evaluate.windowed_nll(model, ids, window, stride, batch_size)
+        assert nll == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("window, stride, count", [(8, 3, 1), (8, 3, 8), (8, 3, 9), (8, 8, 64), (4, 1, 30)])
+def test_window_spans_cover_everything_once(window, stride, count):
+    spans = evaluate.window_spans(count, window, stride)
+    assert [t for _, first, stop in spans for t in range(first, stop)] == list(range(count))
+    assert {stop - start for start, _, stop in spans} == {min(window, count)}
+    assert all(0 <= start <= first for start, first, _ in spans)
+
+
+@pytest.mark.parametrize("window, stride", [(8, 0), (8, 9), (8, -1)])
+def test_bad_stride(window, stride):
+    with pytest.raises(ValueError, match=f"stride={stride}.*window={window}"):
+        evaluate.window_spans(10, window, stride)
+
+
+def test_bad_chunk_length(model):
+    with pytest.raises(ValueError, match="chunk_length=0"):
+        evaluate.carried_nll(model, _ids(4), 0)
+
+
+def test_evaluate_script(model, tmp_path, capsys):
+    model.save_pretrained(tmp_path)
+    build_byte_tokenizer().save_pretrained(tmp_path)
+    raw = bytes(range(256))  # no UTF-8: bytes are evaluated as they are
+    (tmp_path / "raw").write_bytes(raw)
+    argv = ["--model_name_or_path", str(tmp_path), "--text", str(tmp_path / "raw"), "--range", "100:140"]
+    output = tmp_path / "results" / "out.json"
+    report = evaluate.main([*argv, "--window", "16", "--chunk_length", "7", "--json", str(output)])
+
+    ids = torch.tensor(list(raw[100:140]))
+    carried = _reference_nll(model, ids, lambda t: 0) / 39
+    row = report["results"]["carried"]
+    assert row["bits_per_byte"] == pytest.approx(carried / math.log(2), rel=1e-5)
+    assert row["perplexity"] == pytest.approx(math.exp(carried), rel=1e-4)
+    windowed = evaluate.windowed_nll(model, ids, 16, 8) / 39
+    assert report["results"]["windowed"]["bits_per_byte"] == pytest.approx(windowed / math.log(2), rel=1e-6)
+    assert json.loads(output.read_text()) == report
+    printed = capsys.readouterr().out
+    assert all(f"{row['bits_per_byte']:.4f}" in printed for row in report["results"].values())
+    assert sorted(evaluate.main([*argv, "--no_windowed"])["results"]) == ["carried"]
+    assert sorted(evaluate.main([*argv, "--no_carry_state"])["results"]) == ["windowed"]
+
+
+def test_bits_per_byte_of_a_bpe(tmp_path):
+    """A model that gives every token the same probability takes log2(vocabulary) bits for each token."""
+    tokenizer = train_bpe_tokenizer([TEXT.decode()], 400, show_progress=False)
+    model = LlamaForCausalLM(LlamaConfig(**PRESETS["llama"] | {"vocab_size": 400}))
+    torch.nn.init.zeros_(model.lm_head.weight)
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "text").write_bytes(TEXT[:2000])
+    report = evaluate.main(["--model_name_or_path", str(tmp_path), "--text", str(tmp_path / "text")])
+    num_tokens = len(tokenizer.encode(TEXT[:2000].decode()))
+    assert num_tokens < 1500
+    for row in report["results"].values():
+        assert row["perplexity"] == pytest.approx(400, rel=1e-5)
+        assert row["bits_per_byte"] == pytest.approx(math.log2(400) * num_tokens / 2000, rel=1e-5)
+
+
+# data
+
+
+def test_read_bytes_and_ranges(text_file):
+    assert read_bytes(text_file) == TEXT
+    assert read_bytes(text_file, "10:20") == TEXT[10:20]
+    assert read_bytes(text_file, "29990:") == TEXT[29990:]
+    assert read_bytes(text_file, ":5") == TEXT[:5]
+    with pytest.raises(ValueError, match="found none"):
+        read_bytes(text_file.with_name("missing"))
+
+
+@pytest.mark.parametrize("text", ["5:5", "7:3", "0:101", "-3:5", "a:b", "5", "1:2:3", "1.5:3"])
+def test_bad_range(text):
+    with pytest.raises(ValueError, match=r"eval_range='.*START:STOP.*100 bytes"):
+        parse_range(text, 100, "eval_range")
+
+
+def test_splits_of_a_file(text_file):
+    train_text, eval_text = load_splits(DataArguments(dataset=str(text_file)))
+    assert train_text == TEXT[:27000]
+    assert eval_text == TEXT[27000:28500]
+    named = DataArguments(
+        dataset="enwik8", data_path=str(text_file), train_range="100:200", eval_range="200:250"
+    )
+    assert load_splits(named) == (TEXT[100:200], TEXT[200:250])
+
+
+def test_bad_splits(text_file):
+    with pytest.raises(ValueError, match="eval_range='50:150'.*overlap.*train_range='0:100'"):
+        load_splits(DataArguments(dataset=str(text_file), train_range="0:100", eval_range="50:150"))
+    with pytest.raises(ValueError, match="data_path=None.*enwik8"):
+        load_splits(DataArguments(dataset="enwik8"))
+
+
+def test_splits_of_a_dataset(tmp_path):
+    pytest.importorskip("datasets")
+    for name, text in {"train": "one\ntwo\nthree", "validation": "four\nfive"}.items():
+        (tmp_path / "data").mkdir(exist_ok=True)
+        (tmp_path / "data" / f"{name}.txt").write_text(text)
+    folder = str(tmp_path / "data")
+    assert load_splits(DataArguments(dataset=folder)) == (b"one\ntwo\nthree", b"four\nfive")
+    ranges = DataArguments(dataset=folder, train_range="4:7", eval_range="0:4", row_separator=" ")
+    assert load_splits(ranges) == (b"two", b"four")
+    with pytest.raises(ValueError, match="text_column='body'.*text"):
+        load_splits(DataArguments(dataset=folder, text_column="body"))
+
+
+def test_encode_keeps_bytes_and_loses_no_text():
+    raw = bytes(range(256)) + b"<|eos|>"
+    assert encode(raw, build_byte_tokenizer()).tolist() == list(raw)
+    tokenizer = load_tokenizer("bpe:300", TEXT)
+    assert len(tokenizer) == 300
+    long_text = TEXT * 5 + "<|eos|> \u20ac".encode()  # several pieces
+    ids = encode(long_text, tokenizer)
+    assert not np.isin(ids, tokenizer.all_special_ids).any()
+    assert tokenizer.decode(ids) == long_text.decode()
+    assert tokenizer.decode(encode(b"a\xffb", tokenizer)) == "a\ufffdb"
+    with pytest.raises(ValueError, match="tokenizer='bpe:many'"):
+        load_tokenizer("bpe:many", TEXT)
+
+
+def test_blocks():
+    blocks = Blocks(np.arange(11, dtype=np.uint8), 4, "training")
+    assert [blocks[index]["input_ids"].tolist() for index in range(len(blocks))] == [
+        [0, 1, 2, 3],
+        [4, 5, 6, 7],
+    ]
+    assert torch.equal(blocks[1]["input_ids"], blocks[1]["labels"])
+    assert blocks[0]["labels"].dtype == torch.long
+    with pytest.raises(ValueError, match="block_size=12.*11 tokens.*training"):
+        Blocks(np.arange(11), 12, "training")
+    with pytest.raises(ValueError, match="block_size=1:"):
+        Blocks(np.arange(11), 1, "training")
+
+
+def test_write_json_leaves_nothing_behind(tmp_path):
+    write_json(tmp_path / "a" / "b.json", {"x": 1})
+    with pytest.raises(TypeError):
+        write_json(tmp_path / "a" / "b.json", {"x": object()})
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["b.json"]
+    assert json.loads((tmp_path / "a" / "b.json").read_text()) == {"x": 1}
+
+
+# train
+
+
+DEFAULTS = {"banks": 4, "rate": 1.0, "feedback": False, "kind": "elu", "types": None}
+
+
+def test_overrides():
+    text = 'banks=8, rate=2,feedback=TRUE,kind=relu,types=["a", "b"]'
+    expected = {"banks": 8, "rate": 2.0, "feedback": True, "kind": "relu", "types": ["a", "b"]}
+    assert train.parse_overrides(text, DEFAULTS) == expected
+    assert train.parse_overrides("banks=none", DEFAULTS) == {"banks": None}
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("bonks=8", "unknown field 'bonks'.*banks"),
+        ("banks", "expected name=value, got 'banks'"),
+        ("banks=8,", "expected name=value, got ''"),
+        ("banks=many", "banks='many', expected int"),
+        ("banks=4.5", "banks='4.5', expected int"),
+        ("rate=x", "rate='x', expected float"),
+        ("feedback=maybe", "feedback='maybe', expected true or false"),
+    ],
+)
+def test_bad_overrides(text, message):
+    with pytest.raises(ValueError, match=message):
+        train.parse_overrides(text, DEFAULTS)
+
+
+def test_build_config(tmp_path):
+    tokenizer = train_bpe_tokenizer([TEXT.decode()], 300, show_progress=False)
+    preset = _preset(tmp_path)
+    config = train.build_config(preset, "num_memory_banks=5,halting_threshold=0", tokenizer)
+    assert (config.num_memory_banks, config.halting_threshold) == (5, 0.0)
+    assert (config.vocab_size, config.pad_token_id, config.eos_token_id) == (300, 256, 258)
+    assert config.hidden_size == PRESETS["stackformer"]["hidden_size"]
+    assert train.build_config(preset, "vocab_size=512", tokenizer).vocab_size == 512
+
+    (tmp_path / "typo.json").write_text('{"hidden_sise": 8}')
+    with pytest.raises(ValueError, match="unknown fields.*hidden_sise"):
+        train.build_config(str(tmp_path / "typo.json"), None, tokenizer)
+    with pytest.raises(ValueError, match="config='missing.json'"):
+        train.build_config("missing.json", None, tokenizer)
+
+
+def test_build_model_checks_its_arguments(tmp_path):
+    tokenizer = build_byte_tokenizer()
+    with pytest.raises(ValueError, match="exactly one"):
+        train.build_model(train.ModelArguments(), tokenizer)
+    with pytest.raises(ValueError, match="exactly one"):
+        train.build_model(train.ModelArguments(config="a", model_name_or_path="b"), tokenizer)
+    with pytest.raises(ValueError, match="config_overrides='a=1'"):
+        train.build_model(train.ModelArguments(model_name_or_path="b", config_overrides="a=1"), tokenizer)
+    small = train.ModelArguments(
+        config=_preset(tmp_path), config_overrides="vocab_size=259,eos_token_id=none"
+    )
+    with pytest.raises(ValueError, match="vocab_size=259.*261"):
+        train.build_model(small, train_bpe_tokenizer(["a"], 261, show_progress=False))
+
+
+def test_block_nll_is_of_the_next_token():
+    logits = torch.randn(2, 5, 7, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(10).view(2, 5) % 7
+    expected = [
+        -sum(logits[b, t].log_softmax(-1)[labels[b, t + 1]] for t in range(4)).item() / 4 for b in range(2)
+    ]
+    assert train.block_nll(logits, labels).tolist() == pytest.approx(expected, rel=1e-5)
+    assert torch.equal(train.block_nll((logits, None), labels), train.block_nll(logits, labels))
+
+
+def _train_argv(tmp_path, text_file, output, *more):
+    return [
+        *("--dataset", str(text_file), "--train_range", "0:6000", "--eval_range", "6000:7000"),
+        *("--block_size", "32", "--per_device_train_batch_size", "8", "--learning_rate", "3e-3"),
+        *("--save_steps", "2", "--use_cpu", "--disable_tqdm", "True", "--logging_steps", "1"),
+        *("--output_dir", str(tmp_path / output)),
+        *more,
+    ]
+
+
+def _other_weights(build_model):
+    def build(*args):
+        model = build_model(*args)
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter)
+        return model
+
+    return build
+
+
+def test_train_resume_and_continue(tmp_path, text_file, capsys, monkeypatch):
+    new = ["--config", _preset(tmp_path), "--config_overrides", "initializer_range=0.02"]
+    argv = _train_argv(tmp_path, text_file, "run", *new, "--max_steps", "4")
+    metrics = train.main(argv)
+    run = tmp_path / "run"
+    assert json.loads((run / "metrics.json").read_text()) == metrics
+    assert (metrics["steps"], metrics["tokens"], metrics["seed"]) == (4, 4 * 8 * 32, 42)
+    assert (metrics["train_bytes"], metrics["eval_bytes"]) == (6000, 1000)
+    assert metrics["parameters"] > 0 and "torch" in metrics["machine"] and metrics["wall_time_seconds"] > 0
+    assert metrics["bits_per_byte"] < metrics["bits_per_byte_before"] - 0.05
+    assert not (run / "partial").exists()
+    assert f"{metrics['bits_per_byte']:.4f}" in capsys.readouterr().out
+
+    # The saved model is what was measured: the same blocks, one by one, by hand.
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(run), AutoTokenizer.from_pretrained(run)
+    assert model.config.use_cache
+    assert tokenizer.encode("ab") == [97, 98]
+    blocks = torch.tensor(list(TEXT[6000:7000]))[: 31 * 32].view(31, 1, 32)
+    nll = sum(_reference_nll(model.eval(), block[0], lambda t: 0) for block in blocks) / (31 * 31)
+    assert metrics["bits_per_byte"] == pytest.approx(bits_per_byte(nll, 1000, 1000), rel=1e-4)
+
+    # Stopped after two steps and resumed, from whatever new weights, the run ends where it ended.
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "build_model", _other_weights(train.build_model))
+        again = train.main([*argv, "--resume_from_checkpoint", str(run / "checkpoint-2")])
+    assert again["bits_per_byte"] == pytest.approx(metrics["bits_per_byte"], rel=1e-6)
+    assert again["bits_per_byte_before"] is None and again["tokens"] == metrics["tokens"]
+    longer = train.main([*argv[:-1], "6", "--resume_from_checkpoint", "last"])
+    assert longer["steps"] == 6
+
+    # A new run from the saved weights starts where that one ended.
+    start = ["--model_name_or_path", str(run), "--max_steps", "1"]
+    continued = train.main(_train_argv(tmp_path, text_file, "other", *start))
+    assert continued["bits_per_byte_before"] == pytest.approx(longer["bits_per_byte"], rel=1e-6)
+    assert continued["steps"] == 1
+
+
+def test_train_with_a_bpe(tmp_path, text_file):
+    new = ["--config", _preset(tmp_path, "llama"), "--tokenizer", "bpe:300", "--max_steps", "3"]
+    metrics = train.main(_train_argv(tmp_path, text_file, "bpe", *new))
+    assert metrics["config"]["vocab_size"] == 300
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "bpe")
+    assert len(tokenizer) == 300
+    num_tokens = len(tokenizer.encode(TEXT[6000:7000].decode()))
+    # Bits are per byte and not per token: a hardly trained model takes about log2(300) for a token.
+    assert num_tokens < 900
+    assert metrics["bits_per_byte"] == pytest.approx(math.log2(300) * num_tokens / 1000, rel=0.3)
+
+
+def test_nothing_to_resume(tmp_path, text_file):
+    new = ["--config", _preset(tmp_path), "--max_steps", "1"]
+    with pytest.raises(ValueError, match="resume_from_checkpoint='last'.*checkpoint"):
+        train.main(_train_argv(tmp_path, text_file, "none", *new, "--resume_from_checkpoint", "last"))
+    with pytest.raises(ValueError, match="resume_from_checkpoint='nowhere'"):
+        train.main(_train_argv(tmp_path, text_file, "none", *new, "--resume_from_checkpoint", "nowhere"))
+
+
+# generate
+
+
+@pytest.fixture
+def saved_model(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    build_byte_tokenizer().save_pretrained(tmp_path)
+    return str(tmp_path)
+
+
+def test_generate_greedy(model, saved_model, capsys):
+    argv = [
+        "--model_name_or_path",
+        saved_model,
+        "--prompt",
+        "ab c",
+        "--max_new_tokens",
+        "6",
+        "--temperature",
+        "0",
+    ]
+    text = generate.main(argv)
+    ids = [97, 98, 32, 99]
+    for _ in range(6):
+        with torch.no_grad():
+            ids.append(model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax().item())
+    assert 258 not in ids  # nothing ended the generation early
+    tokenizer = build_byte_tokenizer()
+    assert text == tokenizer.decode(ids[4:], skip_special_tokens=True)
+    assert capsys.readouterr().out == tokenizer.decode(ids, skip_special_tokens=True) + "\n"
+
+
+def test_generate_samples_by_seed(saved_model, monkeypatch):
+    argv = [
+        "--model_name_or_path",
+        saved_model,
+        "--max_new_tokens",
+        "12",
+        "--temperature",
+        "2",
+        "--top_p",
+        "1",
+    ]
+
+    def run(seed):
+        monkeypatch.setattr("sys.stdin", io.StringIO("from standard input"))
+        return generate.main([*argv, "--seed", str(seed)])
+
+    assert run(1) == run(1)
+    assert len({run(seed) for seed in range(3)}) == 3
+
+
+def test_generate_chat_prints_the_answer_only(saved_model, capsys):
+    argv = ["--model_name_or_path", saved_model, "--prompt", "question", "--max_new_tokens", "5", "--chat"]
+    text = generate.main(argv)
+    assert capsys.readouterr().out == text + "\n"
+
+
+def test_prompts_and_stops():
+    tokenizer = build_byte_tokenizer()
+    assert generate.encode_prompt(tokenizer, "", chat=False)["input_ids"].tolist() == [[257]]
+    chat = generate.encode_prompt(tokenizer, "hi", chat=True)["input_ids"][0]
+    assert tokenizer.decode(chat) == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    assert generate.stop_ids(tokenizer, chat=False) == [258]
+    assert generate.stop_ids(tokenizer, chat=True) == [258, 260]
+
+
+@pytest.mark.parametrize(
+    "name, value", [("temperature", -1.0), ("top_p", 0.0), ("top_p", 1.5), ("max_new_tokens", 0)]
+)
+def test_bad_generation_arguments(name, value):
+    with pytest.raises(ValueError, match=f"{name}={value}"):
+        generate.GenerationArguments(model_name_or_path="x", **{name: value})
