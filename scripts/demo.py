@@ -1,5 +1,5 @@
 # Copyright 2026 The Stackformer authors. Licensed under the Apache License, Version 2.0.
-"""The whole path in a few minutes: train on the help texts that come with Python, save, reload, generate, draw.
+"""The whole path in a few minutes: train on Python's own help texts, save, reload, generate, draw.
 
     python -m scripts.demo
 

@@ -1,10 +1,11 @@
 # Copyright 2026 The Stackformer authors. Licensed under the Apache License, Version 2.0.
-"""Draw what a Stackformer did at every token of a text: how long it pondered, where on its stack, in which memories.
+"""Draw what a Stackformer did at every token: how long it pondered, where on its stack, in which memories.
 
     python -m scripts.visualize --model outputs/demo --text "The quick brown fox" --output picture.png
 
-From top to bottom: surprise (bits) and ponder steps; probability mass on each stack level, step by step; how much was
-read from and written to each memory bank by each core layer (mean over heads, weighted by the mass of each step).
+From top to bottom: surprise (bits) and ponder steps; probability mass on each stack level, step by step; how
+much was read from and written to each memory bank by each core layer (mean over heads, weighted by the mass
+of each step).
 """
 
 import argparse
@@ -24,7 +25,11 @@ import matplotlib.pyplot as plt  # noqa: E402  (the backend is chosen first)
 
 @torch.no_grad()
 def draw_trace(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str, path: str | Path, max_tokens: int = 100
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    path: str | Path,
+    max_tokens: int = 100,
 ) -> None:
     """Write the picture of the first `max_tokens` tokens of `text` to `path` (PNG).
 
@@ -47,10 +52,18 @@ def draw_trace(
         layout="constrained",
         sharex=True,
     )
-    _draw_surprise(axes[0], _surprise(outputs.logits[0], ids[0]), outputs.ponder_steps[0], config.max_ponder_steps)
-    rows = [f"step {p + 1}, level {s}" for p in range(config.max_ponder_steps) for s in range(config.stack_depth)]
+    _draw_surprise(
+        axes[0], _surprise(outputs.logits[0], ids[0]), outputs.ponder_steps[0], config.max_ponder_steps
+    )
+    rows = [
+        f"step {p + 1}, level {s}" for p in range(config.max_ponder_steps) for s in range(config.stack_depth)
+    ]
     _draw_heat(axes[1], trace.pointer[0].flatten(1), rows, "Stack pointer (probability mass)", maximum=1.0)
-    rows = [f"layer {i + 1}, bank {n + 1}" for i in range(config.num_hidden_layers) for n in range(config.num_memory_banks)]
+    rows = [
+        f"layer {i + 1}, bank {n + 1}"
+        for i in range(config.num_hidden_layers)
+        for n in range(config.num_memory_banks)
+    ]
     for axis, weights, title in (
         (axes[2], trace.bank_writes[0], "Memory banks written"),
         (axes[3], trace.bank_reads[0], "Memory banks read"),
@@ -82,7 +95,9 @@ def _draw_surprise(axis: plt.Axes, bits: Tensor, ponder_steps: Tensor, max_steps
 
 def _draw_heat(axis: plt.Axes, values: Tensor, rows: list[str], title: str, maximum: float) -> None:
     """A heat map of `values` [T, rows]."""
-    axis.imshow(values.T.float().cpu(), aspect="auto", cmap="magma", vmin=0, vmax=maximum, interpolation="nearest")
+    axis.imshow(
+        values.T.float().cpu(), aspect="auto", cmap="magma", vmin=0, vmax=maximum, interpolation="nearest"
+    )
     axis.set_yticks(range(len(rows)), rows, fontsize=7)
     axis.set_title(title, loc="left", fontsize=10)
 

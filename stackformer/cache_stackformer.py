@@ -26,7 +26,7 @@ class StackformerCacheLayer(CacheLayerMixin):
         self.seen_tokens = 0
 
     def read(self, index: int, rows: Tensor | None) -> tuple[Tensor, ...] | None:
-        """The state of slice `index`, for the batch rows `rows` [B'] (all if `None`); `None` before the first write."""
+        """Slice `index` for batch rows `rows` [B'] (`None`: all rows); `None` before the first write."""
         state = self.slices.get(index)
         if state is None or rows is None:
             return state
@@ -106,8 +106,8 @@ class StackformerCacheLayer(CacheLayerMixin):
 class StackformerCache(Cache):
     """The memory of a Stackformer: what it kept of everything it has read.
 
-    Returned as `past_key_values`, taken back by `forward` and `generate`. It has one layer per core layer, each with
-    one slice of state per ponder step. States are float32 (float64 in a float64 model).
+    Returned as `past_key_values`, taken back by `forward` and `generate`. It has one layer per core layer,
+    each with one slice of state per ponder step. States are float32 (float64 in a float64 model).
 
     Args:
         config ([`StackformerConfig`]): of the model that it is for.
@@ -130,7 +130,7 @@ class StackformerCache(Cache):
         return self._mapped(torch.clone)
 
     def detach(self) -> "StackformerCache":
-        """The same state, cut off from the graph that computed it: for truncated backpropagation through time."""
+        """The same state, cut off from its graph: for truncated backpropagation through time."""
         return self._mapped(Tensor.detach)
 
     @property

@@ -11,38 +11,47 @@ FEATURE_MAP_NAMES = ("elu_plus_one", "relu", "softplus", "softmax", "exp")
 
 
 class StackformerConfig(PreTrainedConfig):
-    r"""Configuration of a [`StackformerModel`]. The defaults make a byte-level model of about 5 million parameters.
+    r"""Configuration of a [`StackformerModel`]; the defaults make a byte-level one of 5 million parameters.
 
     Args:
-        vocab_size (`int`, defaults to 261): Tokens; the default is the byte tokenizer's 256 bytes and 5 specials.
+        vocab_size (`int`, defaults to 261): Tokens; the default is the byte tokenizer's 256 bytes and 5
+            specials.
         hidden_size (`int`, defaults to 512): Size D of the embeddings, which live on the processing stack.
-        bottleneck_size (`int`, *optional*, defaults to 256): Width d of the recurrent core, which sees the embedding
-            through a down-projection. `None` leaves the bottleneck out: the core works on the embedding itself.
+        bottleneck_size (`int`, *optional*, defaults to 256): Width d of the recurrent core, which sees the
+            embedding through a down-projection. `None` leaves the bottleneck out: the core works on the
+            embedding itself.
         num_hidden_layers (`int`, defaults to 4): Core layers L, each a mixer and a feed-forward.
         num_attention_heads (`int`, defaults to 4): Heads H of each mixer; must divide the core's width.
-        intermediate_size (`int`, *optional*): Inner width of the core's feed-forward; 3 times the core's width
-            if `None`.
-        bottleneck_intermediate_size (`int`, *optional*): Inner width of the feed-forward that joins the core's output
-            to the embedding; `hidden_size` if `None`.
+        intermediate_size (`int`, *optional*): Inner width of the core's feed-forward; 3 times the core's
+            width if `None`.
+        bottleneck_intermediate_size (`int`, *optional*): Inner width of the feed-forward that joins the
+            core's output to the embedding; `hidden_size` if `None`.
         num_memory_banks (`int`, defaults to 4): Memories N per head and stack level, chosen from by softmax.
         stack_depth (`int`, defaults to 3): Levels S of the processing stack.
         max_ponder_steps (`int`, defaults to 4): Ponder steps P after which every token is done.
-        halting_threshold (`float`, defaults to 0.01): A token with less probability mass than this left on its stack is
-            done: it is not computed any more. 0 computes every token at every step.
-        ponder_loss_coef (`float`, defaults to 0.0): Weight of the mean number of ponder steps in the training loss.
-        max_decay_rate (`float`, defaults to 1.0): Largest decay of a memory at one token, in nats, for a token that
-            writes with weight 1. 0 never forgets.
-        feature_map (`str`, defaults to `"elu_plus_one"`): Map of queries and keys to non-negative features. One of
-            "elu_plus_one", "relu", "softplus", "softmax", "exp".
-        conv_kernel_size (`int`, defaults to 4): Tokens seen by the causal convolution over queries, keys and values.
-        chunk_size (`int`, defaults to 64): Tokens per chunk in training and prefill; changes speed, not results.
-        mixer_types (`list[str]`, *optional*): The mixer of each core layer; all "banked_linear_attention" if `None`.
+        halting_threshold (`float`, defaults to 0.01): A token with less probability mass than this left on
+            its stack is done: it is not computed any more. 0 computes every token at every step.
+        ponder_loss_coef (`float`, defaults to 0.0): Weight of the mean number of ponder steps in the training
+            loss.
+        max_decay_rate (`float`, defaults to 1.0): Largest decay of a memory at one token, in nats, for a
+            token that writes with weight 1. 0 never forgets.
+        feature_map (`str`, defaults to `"elu_plus_one"`): Map of queries and keys to non-negative features.
+            One of "elu_plus_one", "relu", "softplus", "softmax", "exp".
+        conv_kernel_size (`int`, defaults to 4): Tokens seen by the causal convolution over queries, keys and
+            values.
+        chunk_size (`int`, defaults to 64): Tokens per chunk in training and prefill; changes speed, not
+            results.
+        mixer_types (`list[str]`, *optional*): The mixer of each core layer; all "banked_linear_attention" if
+            `None`.
         hidden_act (`str`, defaults to `"silu"`): Activation of the (gated) feed-forwards.
         rms_norm_eps (`float`, defaults to 1e-6): Epsilon of the normalisations.
-        initializer_range (`float`, defaults to 0.02): Standard deviation of the initial embeddings and projections.
-        tie_word_embeddings (`bool`, defaults to `False`): Whether the output projection is the embedding matrix.
+        initializer_range (`float`, defaults to 0.02): Standard deviation of the initial embeddings and
+            projections.
+        tie_word_embeddings (`bool`, defaults to `False`): Whether the output projection is the embedding
+            matrix.
         use_cache (`bool`, defaults to `True`): Whether to return the recurrent state, when not training.
-        pad_token_id, bos_token_id, eos_token_id (`int`, *optional*): Special tokens; the byte tokenizer's by default.
+        pad_token_id, bos_token_id, eos_token_id (`int`, *optional*): Special tokens; the byte tokenizer's by
+            default.
 
     Raises:
         ValueError: for a value out of range; it names the argument, the value and what was expected.
@@ -64,8 +73,8 @@ class StackformerConfig(PreTrainedConfig):
     bottleneck_size: int | None = 256
     num_hidden_layers: int = 4
     num_attention_heads: int = 4
-    intermediate_size: int | None = None
-    bottleneck_intermediate_size: int | None = None
+    intermediate_size: int = None  # type: ignore[assignment]  # None is replaced in __post_init__
+    bottleneck_intermediate_size: int = None  # type: ignore[assignment]
     num_memory_banks: int = 4
     stack_depth: int = 3
     max_ponder_steps: int = 4
@@ -75,7 +84,7 @@ class StackformerConfig(PreTrainedConfig):
     feature_map: str = "elu_plus_one"
     conv_kernel_size: int = 4
     chunk_size: int = 64
-    mixer_types: list[str] | None = None
+    mixer_types: list[str] = None  # type: ignore[assignment]
     hidden_act: str = "silu"
     rms_norm_eps: float = 1e-6
     initializer_range: float = 0.02
@@ -104,7 +113,7 @@ class StackformerConfig(PreTrainedConfig):
     def layer_types(self) -> list[str]:
         """The kind of cache of each layer, for transformers' caches.
 
-        Not a field: transformers refuses a saved config with names it does not know, wherever the code is not loaded.
+        Not a field: where the code is not loaded, transformers refuses saved names that it does not know.
         """
         return ["stackformer"] * self.num_hidden_layers
 
@@ -117,7 +126,9 @@ class StackformerConfig(PreTrainedConfig):
             self._require(name, _is_integer(getattr(self, name), least=1), "an integer of at least 1")
         for name in ("bottleneck_size", "intermediate_size", "bottleneck_intermediate_size"):
             value = getattr(self, name)
-            self._require(name, value is None or _is_integer(value, least=1), "an integer of at least 1, or None")
+            self._require(
+                name, value is None or _is_integer(value, least=1), "an integer of at least 1, or None"
+            )
         for name in ("ponder_loss_coef", "max_decay_rate", "initializer_range"):
             self._require(name, _is_number(getattr(self, name)), "a finite number of at least 0")
         self._require(
@@ -128,12 +139,14 @@ class StackformerConfig(PreTrainedConfig):
         self._require(
             "rms_norm_eps", _is_number(self.rms_norm_eps) and self.rms_norm_eps > 0, "a number above 0"
         )
-        self._require("hidden_act", self.hidden_act in ACT2FN, "the name of an activation in transformers.activations")
+        self._require(
+            "hidden_act", self.hidden_act in ACT2FN, "the name of an activation in transformers.activations"
+        )
         self._require("feature_map", self.feature_map in FEATURE_MAP_NAMES, f"one of {FEATURE_MAP_NAMES}")
         self._require(
             "num_attention_heads",
             self.core_size % self.num_attention_heads == 0,
-            f"a divisor of the core's width {self.core_size} (`bottleneck_size`, or `hidden_size` without one)",
+            f"a divisor of the core's width {self.core_size} (`bottleneck_size` or `hidden_size`)",
         )
         self._require(
             "mixer_types",

@@ -7,14 +7,15 @@ Per head, with memories m = 1..R, each a matrix `memory[m]` [K, V] and a key sum
     normalizer[m] <- exp(log_decay[m]) normalizer[m] + write[m] key
     output = (query^T sum_m read[m] memory[m]) / (query^T sum_m read[m] normalizer[m] + eps)
 
-A read includes the token's own write. With one memory, unit gates and no decay this is the causal linear attention
-of Katharopoulos et al. 2020, "Transformers are RNNs" (equations 18 to 20).
+A read includes the token's own write. With one memory, unit gates and no decay this is the causal linear
+attention of Katharopoulos et al. 2020, "Transformers are RNNs" (equations 18 to 20).
 
 Letters: B batch, T time, H heads, K key size, V value size, R memories per head, C chunk length.
 Plain tensors in, plain tensors out: nothing here knows of a configuration or a cache.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,10 +23,10 @@ from torch.autograd.function import once_differentiable
 
 IMPLEMENTATIONS = ("recurrent", "chunk")
 
-# The centred exponents of a chunk stay within +-_MAX_EXPONENT: exp(80) squared still is no float32 infinity in the
-# products that are kept (their sum of exponents is at most 0), and exp(-80) is no denormal.
+# The centred exponents of a chunk stay within +-_MAX_EXPONENT: exp(80) squared still is no float32 infinity
+# in the products that are kept (their sum of exponents is at most 0), and exp(-80) is no denormal.
 _MAX_EXPONENT = 80.0
-# Elements of work space that one group of chunks may take: large enough for large products, small enough for a cache.
+# Elements of work space for one group of chunks: large enough for large products, small enough for a cache.
 _WORKSPACE = 2**22
 
 State = tuple[Tensor, Tensor]
@@ -49,20 +50,22 @@ def banked_linear_attention(
     Args:
         query, key: [B, T, H, K], after the feature map (non-negative, or the normalizer may vanish).
         value: [B, T, H, V].
-        read, write: [B, T, H, R], weights of the memories, >= 0. A token whose write weights and log decays are zero
-            leaves every memory as it was.
+        read, write: [B, T, H, R], weights of the memories, >= 0. A token whose write weights and log decays
+            are zero leaves every memory as it was.
         log_decay: [B, T, H, R], <= 0, logarithm of what is kept of each memory at each token.
         initial_state: memory [B, H, R, K, V] and normalizer [B, H, R, K]; zeros if `None`.
         chunk_size: tokens per chunk of the implementation "chunk"; changes the speed, not the result.
-        implementation: "recurrent" (the definition, one token after another) or "chunk" (a few large matrix products
-            per chunk, with a backward pass of its own). `None` takes "recurrent" for one token, else "chunk".
+        implementation: "recurrent" (the definition, one token after another) or "chunk" (a few large matrix
+            products per chunk, with a backward pass of its own). `None` takes "recurrent" for one token, else
+            "chunk".
         max_decay: a bound on `-log_decay`, if the caller knows one. `None` measures it, which costs a
-            synchronisation on a GPU and a graph break under `torch.compile`. Chunks are shortened as far as the
-            bound demands, so that no exponential overflows.
+            synchronisation on a GPU and a graph break under `torch.compile`. Chunks are shortened as far as
+            the bound demands, so that no exponential overflows.
         eps: added to the denominator.
 
     Returns:
-        The output [B, T, H, V] in the dtype of `value`, and the final state in float32 (float64 for float64 inputs).
+        The output [B, T, H, V] in the dtype of `value`, and the final state in float32 (float64 for float64
+        inputs).
 
     Raises:
         ValueError: if shapes do not agree, or for an unknown `implementation`.
@@ -82,8 +85,8 @@ def banked_linear_attention(
 
     with torch.autocast(query.device.type, enabled=False):
         if implementation == "recurrent":
-            inputs = (tensor.to(dtype) for tensor in (query, key, value, read, write, log_decay))
-            output, state = _recurrent(*inputs, (memory, normalizer), eps)
+            tokens = [tensor.to(dtype) for tensor in (query, key, value, read, write, log_decay)]
+            output, state = _recurrent(tokens, (memory, normalizer), eps)
             return output.to(value.dtype), state
         if max_decay is None:
             max_decay = float(log_decay.detach().abs().amax()) if log_decay.numel() else 0.0
@@ -132,13 +135,14 @@ def reverse_banked_linear_attention(
     final_state: State,
     chunk_size: int = 64,
 ) -> State:
-    """The state before some tokens, from the state after them: what they wrote is taken out, the decay undone.
+    """The state before some tokens, from the state after them: their writes taken out, their decay undone.
 
-    What has decayed by exp(-a) comes back with its rounding error amplified by exp(a): undo only as much decay as
-    the dtype can bear.
+    What has decayed by exp(-a) comes back with its rounding error amplified by exp(a): undo only as much
+    decay as the dtype can bear.
 
     Args:
-        key: [B, T, H, K]; value: [B, T, H, V]; write, log_decay: [B, T, H, R], as they were on the way forward.
+        key: [B, T, H, K]; value: [B, T, H, V]; write, log_decay: [B, T, H, R], as they were on the way
+            forward.
         final_state: memory [B, H, R, K, V] and normalizer [B, H, R, K] after the T tokens.
         chunk_size: tokens that are undone at once.
 
@@ -163,7 +167,7 @@ def reverse_banked_linear_attention(
 
 
 def init_memory_bank(query: Tensor, value: Tensor, read: Tensor) -> State:
-    """Empty memories for inputs [B, ..., H, K], [B, ..., H, V] and [B, ..., H, R]: float32 at least, zeros."""
+    """Empty memories, float32 at least, for query, value and read of shapes [B, ..., H, K | V | R]."""
     batch, heads, key_size = query.shape[0], query.shape[-2], query.shape[-1]
     dtype = torch.promote_types(query.dtype, torch.float32)
     memory = torch.zeros(
@@ -177,9 +181,11 @@ def _check_shapes(query, key, value, read, write, log_decay, initial_state) -> N
         raise ValueError(f"`query` must have shape [batch, time, heads, key size], got {tuple(query.shape)}")
     batch, time, heads, key_size = query.shape
     if time < 1:
-        raise ValueError(f"`query` must have at least one token (dimension 1), got shape {tuple(query.shape)}")
+        raise ValueError(
+            f"`query` must have at least one token (dimension 1), got shape {tuple(query.shape)}"
+        )
     value_size, memories = value.shape[-1], read.shape[-1]
-    expected = {
+    expected: dict[str, tuple[Tensor, tuple[int, ...]]] = {
         "key": (key, (batch, time, heads, key_size)),
         "value": (value, (batch, time, heads, value_size)),
         "read": (read, (batch, time, heads, memories)),
@@ -192,15 +198,16 @@ def _check_shapes(query, key, value, read, write, log_decay, initial_state) -> N
         expected["initial_state[1]"] = (normalizer, (batch, heads, memories, key_size))
     for name, (tensor, shape) in expected.items():
         if tuple(tensor.shape) != shape:
-            raise ValueError(f"`{name}` must have shape {shape} to go with `query`, got {tuple(tensor.shape)}")
+            raise ValueError(
+                f"`{name}` must have shape {shape} to go with `query`, got {tuple(tensor.shape)}"
+            )
 
 
-def _recurrent(query, key, value, read, write, log_decay, state: State, eps: float) -> tuple[Tensor, State]:
-    """The definition, token by token; autograd differentiates it."""
+def _recurrent(tokens: list[Tensor], state: State, eps: float) -> tuple[Tensor, State]:
+    """The definition, token by token; autograd differentiates it. `tokens`: query, key, ... [B, T, ...]."""
     outputs = []
-    for t in range(query.shape[1]):
-        token = (tensor[:, t] for tensor in (query, key, value, read, write, log_decay))
-        output, state = banked_linear_attention_step(*token, state, eps)
+    for query, key, value, read, write, log_decay in zip(*(x.unbind(1) for x in tokens), strict=True):
+        output, state = banked_linear_attention_step(query, key, value, read, write, log_decay, state, eps)
         outputs.append(output)
     return torch.stack(outputs, dim=1), state
 
@@ -212,21 +219,31 @@ def _safe_chunk_length(chunk_size: int, max_decay: float) -> int:
     return chunk_size
 
 
-# --- The chunk form ------------------------------------------------------------------------------------------------
+# The chunk form.
 #
-# Inside a chunk, with G the cumulative sum of log_decay and c its midpoint, the weight of token j at token i >= j is
+# Inside a chunk, with G the cumulative sum of log_decay and c its midpoint, token j weighs at i >= j
 #     (q_i . k_j) * sum_m [read_im exp(G_im - c_m)] [write_jm exp(c_m - G_jm)],
-# one product of queries and keys for all memories times a product of rank R; c_m keeps the exponents small. Across
-# chunks, the states are read and updated by two products with inner dimension R*K. The normalizer rides along as one
-# more value column, which is 1 for every token. Groups of chunks are processed together, so that the work space is
-# bounded and memory does not grow with T*R*K; the backward pass keeps one state per group and recomputes the others.
+# one product of queries and keys for all memories times a product of rank R; c_m keeps the exponents small.
+# Across chunks, the states are read and updated by two products with inner dimension R*K. The normalizer
+# rides along as one more value column, which is 1 for every token. Groups of chunks are processed together,
+# so that the work space is bounded and memory does not grow with T*R*K; the backward pass keeps one state per
+# group and recomputes the others.
 
 
-def _in_chunks(tensor: Tensor, start: int, count: int, length: int, dtype: torch.dtype) -> Tensor:
-    """Tokens start .. start + count * length of [B, T, H, F] as [B*H, count, length, F]."""
+class _ChunkGroup(NamedTuple):
+    """`chunks` of `length` tokens from token `start` on, which are processed together."""
+
+    start: int
+    chunks: int
+    length: int
+
+
+def _in_chunks(tensor: Tensor, group: _ChunkGroup, dtype: torch.dtype) -> Tensor:
+    """The tokens of a group in [B, T, H, F] as [B*H, count, length, F]."""
     batch, _, heads, features = tensor.shape
-    tensor = tensor[:, start : start + count * length].unflatten(1, (count, length)).permute(0, 3, 1, 2, 4)
-    return tensor.to(dtype).reshape(batch * heads, count, length, features)
+    start, chunks, length = group
+    tensor = tensor[:, start : start + chunks * length].unflatten(1, (chunks, length)).permute(0, 3, 1, 2, 4)
+    return tensor.to(dtype).reshape(batch * heads, chunks, length, features)
 
 
 def _from_chunks(tensor: Tensor, heads: int) -> Tensor:
@@ -234,14 +251,14 @@ def _from_chunks(tensor: Tensor, heads: int) -> Tensor:
     return tensor.unflatten(0, (-1, heads)).permute(0, 2, 3, 1, 4).flatten(1, 2)
 
 
-def _chunk_groups(time: int, length: int, elements_per_chunk: int) -> list[tuple[int, int, int]]:
-    """(start, chunks, chunk length) of each group of chunks; the last one may be a single shorter chunk."""
+def _chunk_groups(time: int, length: int, elements_per_chunk: int) -> list[_ChunkGroup]:
+    """Groups that fit the work space; the last one may be a single shorter chunk."""
     length = min(length, time)
     whole = time // length
     per_group = max(1, _WORKSPACE // elements_per_chunk)
-    groups = [(i * length, min(per_group, whole - i), length) for i in range(0, whole, per_group)]
+    groups = [_ChunkGroup(i * length, min(per_group, whole - i), length) for i in range(0, whole, per_group)]
     if whole * length < time:
-        groups.append((whole * length, 1, time - whole * length))
+        groups.append(_ChunkGroup(whole * length, 1, time - whole * length))
     return groups
 
 
@@ -299,7 +316,7 @@ class _ChunkedAttention(torch.autograd.Function):
         group_states, outputs, denominators = [], [], []
         for group in groups:
             q, k, v, r, w, g = (
-                _in_chunks(tensor, *group, dtype) for tensor in (query, key, value, read, write, log_decay)
+                _in_chunks(tensor, group, dtype) for tensor in (query, key, value, read, write, log_decay)
             )
             v = _with_ones(v)
             gates = _Gates(r, w, g)
@@ -328,6 +345,7 @@ class _ChunkedAttention(torch.autograd.Function):
     @staticmethod
     def _backward(ctx, grad_output, grad_memory, grad_normalizer):
         query, key, value, read, write, log_decay, output, denominator, group_states = ctx.saved_tensors
+        inputs = (query, key, value, read, write, log_decay)
         heads = query.shape[2]
         dtype = denominator.dtype
         grad_sums = grad_output.to(dtype) / denominator
@@ -335,13 +353,12 @@ class _ChunkedAttention(torch.autograd.Function):
         grad_state = torch.cat([grad_memory, grad_normalizer.unsqueeze(-1)], dim=-1).view_as(group_states[0])
         grads: list[list[Tensor]] = [[] for _ in range(6)]
         for group, state in zip(reversed(ctx.groups), reversed(group_states.unbind()), strict=True):
-            inputs = (_in_chunks(x, *group, dtype) for x in (query, key, value, read, write, log_decay))
+            chunks = [_in_chunks(x, group, dtype) for x in inputs]
             group_grads, grad_state = _group_backward(
-                *inputs, state, _in_chunks(grad_sums, *group, dtype), grad_state
+                chunks, state, _in_chunks(grad_sums, group, dtype), grad_state
             )
             for collected, grad in zip(grads, group_grads, strict=True):
                 collected.append(_from_chunks(grad, heads))
-        inputs = (query, key, value, read, write, log_decay)
         results = [torch.cat(parts[::-1], dim=1).to(x.dtype) for parts, x in zip(grads, inputs, strict=True)]
         grad_state = grad_state.view(*grad_memory.shape[:-1], -1)
         return *results, grad_state[..., :-1], grad_state[..., -1], None, None
@@ -352,13 +369,16 @@ def _inside(gates: _Gates) -> Tensor:
     return (gates.read_inside @ gates.write_inside.transpose(-1, -2)).tril()
 
 
-def _group_backward(q, k, v, r, w, g, state, grad_sums, grad_state):
-    """Gradients of a group's six inputs, and of its state at the start, from those of its sums and its final state."""
+def _group_backward(
+    chunks: list[Tensor], state: Tensor, grad_sums: Tensor, grad_state: Tensor
+) -> tuple[tuple[Tensor, ...], Tensor]:
+    """Gradients of a group's inputs and initial state, from those of its sums and its final state."""
+    q, k, v, r, w, g = chunks
     v = _with_ones(v)
     gates = _Gates(r, w, g)
     read_query, written_key = _expand(gates.read_state, q), _expand(gates.write_state, k)
     starts, _ = _scan(state, gates.decay, written_key.transpose(-1, -2) @ v)
-    # From the last chunk to the first: the gradient of each chunk's final state, then of the group's initial one.
+    # From the last chunk to the first: gradients of the chunks' final states and of the group's initial one.
     decay = gates.decay.flip(1)
     grad_ends, grad_state = _scan(grad_state, decay, (read_query.transpose(-1, -2) @ grad_sums).flip(1))
     grad_ends = grad_ends.flip(1)
@@ -371,7 +391,8 @@ def _group_backward(q, k, v, r, w, g, state, grad_sums, grad_state):
     grad_written_key = (v @ grad_ends.transpose(-1, -2)).unflatten(-1, (r.shape[-1], -1))
 
     grad_q = grad_scores @ k + (gates.read_state.unsqueeze(-2) @ grad_read_query).squeeze(-2)
-    grad_k = grad_scores.transpose(-1, -2) @ q + (gates.write_state.unsqueeze(-2) @ grad_written_key).squeeze(-2)
+    grad_k = grad_scores.transpose(-1, -2) @ q
+    grad_k = grad_k + (gates.write_state.unsqueeze(-2) @ grad_written_key).squeeze(-2)
     grad_v = (scores * inside).transpose(-1, -2) @ grad_sums + written_key @ grad_ends
 
     grad_read_inside = grad_inside @ gates.write_inside
@@ -392,7 +413,7 @@ def _group_backward(q, k, v, r, w, g, state, grad_sums, grad_state):
 
 FeatureMap = Callable[[Tensor], Tensor]
 
-# Feature maps by name. All are non-negative, so that the normalizer cannot vanish between positive and negative terms.
+# Feature maps by name. All are non-negative, so that no normalizer vanishes between terms of both signs.
 FEATURE_MAPS: dict[str, FeatureMap] = {
     "elu_plus_one": lambda x: torch.nn.functional.elu(x) + 1,
     "relu": torch.nn.functional.relu,

@@ -1,10 +1,10 @@
 # Copyright 2026 The Stackformer authors. Licensed under the Apache License, Version 2.0.
 """The token mixer that Stackformer is built around: gated linear attention to a bank of decaying memories.
 
-A mixer is a module with one contract: `forward(hidden, pointer, layout, state)` takes the active tokens [n, d], their
-stack pointer [n, S], the `TokenLayout` and the state of its slice of the recurrence (`None` at the beginning), and
-returns the mixed tokens [n, d], the new state (a tuple of tensors, rows first), and what it wants the stack trace to
-show, or `None`.
+A mixer is a module with one contract: `forward(hidden, pointer, layout, state)` takes the active tokens [n,
+d], their stack pointer [n, S], the `TokenLayout` and the state of its slice of the recurrence (`None` at the
+beginning), and returns the mixed tokens [n, d], the new state (a tuple of tensors, rows first), and what it
+wants the stack trace to show, or `None`.
 """
 
 import math
@@ -34,7 +34,7 @@ class ShortConvolution(nn.Conv1d):
 
 
 class DecayProjection(nn.Linear):
-    """How fast each memory forgets while it is written to, in nats per token for a full write: [n, d] to [n, H, N]."""
+    """How fast each memory forgets while it is written to, in nats per token for a full write."""
 
     def __init__(self, size: int, num_heads: int, num_banks: int, max_rate: float):
         super().__init__(size, num_heads * num_banks)
@@ -42,18 +42,18 @@ class DecayProjection(nn.Linear):
         self.max_rate = max_rate
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """The logarithm of what is kept, within [-max_rate, 0], float32 at least."""
+        """[n, d] to [n, H, N], the logarithm of what is kept, within [-max_rate, 0], float32 at least."""
         logits = super().forward(hidden).unflatten(-1, self.bank_shape)
         return -self.max_rate * logits.to(torch.promote_types(hidden.dtype, torch.float32)).sigmoid()
 
     def initial_bias(self) -> Tensor:
-        """Decays from 1/2 to 1/500 nats, log-spaced over heads and banks: each starts with a horizon of its own."""
+        """Decays from 1/2 to 1/500 nats, log-spaced over heads and banks: to each its own horizon."""
         rates = torch.logspace(math.log10(1 / 2), math.log10(1 / 500), self.out_features)
         return (rates / max(self.max_rate, 1e-6)).clamp(max=0.5).logit()
 
 
 class BankedLinearAttention(nn.Module):
-    """Linear attention that reads from and writes to S*N memories per head, of which it picks by pointer and softmax."""
+    """Linear attention to S*N memories per head, picked from by stack pointer and softmax over banks."""
 
     def __init__(self, config: StackformerConfig):
         super().__init__()
@@ -84,8 +84,8 @@ class BankedLinearAttention(nn.Module):
 
         Args:
             hidden: [n, d], normalised; pointer: [n, S]; layout: of the n tokens.
-            state: memory [B', H, R, K, V] and normalizer [B', H, R, K], float32, and the last inputs of the convolution
-                [B', kernel - 1, 3 d]; `None` for the beginning of the sequences.
+            state: memory [B', H, R, K, V] and normalizer [B', H, R, K], float32, and the last inputs of the
+                convolution [B', kernel - 1, 3 d]; `None` for the beginning of the sequences.
 
         Returns:
             The mixed tokens [n, d], the new state, and the bank weights (read, write), each [n, H, N].
@@ -97,19 +97,13 @@ class BankedLinearAttention(nn.Module):
         query, key = self.feature_map(query), self.feature_map(key)
 
         read, write, log_decay = self._gates(hidden)
-        memory_gates = [
-            layout.to_rows(gate)
-            for gate in (
-                address_memories(pointer, read),
-                address_memories(pointer, write),
-                address_memories(pointer, write * log_decay),
-            )
-        ]
         mixed, (memory, normalizer) = banked_linear_attention(
             query,
             key,
             value,
-            *memory_gates,
+            layout.to_rows(address_memories(pointer, read)),
+            layout.to_rows(address_memories(pointer, write)),
+            layout.to_rows(address_memories(pointer, write * log_decay)),
             initial_state=None if state is None else (state[0], state[1]),
             chunk_size=self.chunk_size,
             max_decay=self.max_decay_rate,
@@ -119,11 +113,13 @@ class BankedLinearAttention(nn.Module):
         return output, (memory, normalizer, past), (read, write)
 
     def _convolve(self, rows: Tensor, past: Tensor | None, layout: TokenLayout) -> tuple[Tensor, Tensor]:
-        """Convolve rows [B', T', 3 d] that follow `past` [B', kernel - 1, 3 d]; also the past of what comes next."""
+        """Convolve rows [B', T', 3 d] that follow `past` [B', kernel - 1, 3 d]; also the past of the next."""
         if past is None:
             past = rows.new_zeros(rows.shape[0], self.conv_history, rows.shape[2])
         window = torch.cat([past.to(rows.dtype), rows], dim=1)
-        past = layout.last_of_rows(window, self.conv_history).to(torch.promote_types(rows.dtype, torch.float32))
+        past = layout.last_of_rows(window, self.conv_history).to(
+            torch.promote_types(rows.dtype, torch.float32)
+        )
         return self.conv(window), past
 
     def _gates(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:

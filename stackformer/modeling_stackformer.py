@@ -1,8 +1,8 @@
 # Copyright 2026 The Stackformer authors. Licensed under the Apache License, Version 2.0.
 """The Stackformer model: a recurrent core in a bottleneck, applied again and again under a processing stack.
 
-- embeddings (D) are large, the recurrent core (d) is small: a down-projection before it, a feed-forward after it
-- core layers mix tokens through a bank of linear-attention memories: constant state, exact for any split of the input
+- embeddings (D) are large, the recurrent core (d) is small: a projection before it, a feed-forward after it
+- core layers mix tokens through a bank of linear-attention memories: the state does not grow
 - every ponder step moves probability on a differentiable stack; what falls off its bottom is the output
 - tokens that are padding, or done, are gathered out: they take no time and leave no trace
 
@@ -62,8 +62,9 @@ class StackTrace(ModelOutput):
     Args:
         active (`torch.BoolTensor` [B, T, P]): whether the token was computed.
         pointer (`torch.FloatTensor` [B, T, P, S]): probability mass on each stack level, before the step.
-        actions (`torch.FloatTensor` [B, T, P, 3]): probabilities of enqueue, no-op and dequeue. At the last step, and
-            where the rest of the mass was flushed, all that is left is dropped, whatever the actions say.
+        actions (`torch.FloatTensor` [B, T, P, 3]): probabilities of enqueue, no-op and dequeue. At the last
+            step, and where the rest of the mass was flushed, all that is left is dropped, whatever the
+            actions say.
         bank_reads, bank_writes (`torch.FloatTensor` [B, T, P, L, H, N]): softmax over the memory banks.
     """
 
@@ -81,10 +82,11 @@ class StackformerModelOutputWithPast(BaseModelOutputWithPast):
     Args:
         last_hidden_state (`torch.FloatTensor` [B, T, D]): the accumulated output of the stack, normalised.
         past_key_values ([`StackformerCache`]): the recurrent state after the last token.
-        hidden_states (`tuple(torch.FloatTensor)`): with `output_hidden_states=True`, P + 1 tensors [B, T, D]: the
+        hidden_states (`tuple(torch.FloatTensor)`): with `output_hidden_states=True`, P + 1 tensors [B, T, D]:
+        the
             embeddings, and what each token was thinking after each ponder step.
-        ponder_steps (`torch.FloatTensor` [B, T]): expected number of ponder steps of each token, 0 for padding.
-            Gradients flow through it.
+        ponder_steps (`torch.FloatTensor` [B, T]): expected number of ponder steps of each token, 0 for
+            padding. Gradients flow through it.
         stack_trace ([`StackTrace`]): with `output_stack_trace=True`.
     """
 
@@ -94,7 +96,8 @@ class StackformerModelOutputWithPast(BaseModelOutputWithPast):
 
 @dataclass
 class StackformerCausalLMOutputWithPast(CausalLMOutputWithPast):
-    """`CausalLMOutputWithPast` with `ponder_steps` and `stack_trace`, see [`StackformerModelOutputWithPast`]."""
+    """`CausalLMOutputWithPast` with `ponder_steps` and `stack_trace`, see
+    [`StackformerModelOutputWithPast`]."""
 
     ponder_steps: Tensor | None = None
     stack_trace: StackTrace | None = None
@@ -139,10 +142,10 @@ class StackformerBottleneck(nn.Module):
 
     def __init__(self, config: StackformerConfig):
         super().__init__()
-        self.core_norm = nn.RMSNorm(config.bottleneck_size, eps=config.rms_norm_eps)
-        self.up_proj = nn.Linear(config.bottleneck_size, config.hidden_size, bias=False)
+        self.core_norm = nn.RMSNorm(config.core_size, eps=config.rms_norm_eps)
+        self.up_proj = nn.Linear(config.core_size, config.hidden_size, bias=False)
         self.mlp = StackformerMLP(
-            config.bottleneck_size + config.hidden_size,
+            config.core_size + config.hidden_size,
             config.bottleneck_intermediate_size,
             config.hidden_size,
             config.hidden_act,
@@ -164,7 +167,8 @@ class StackActions(nn.Linear):
         return super().forward(thought).to(torch.promote_types(thought.dtype, torch.float32)).softmax(-1)
 
     def initial_bias(self) -> Tensor:
-        """Dequeue starts unlikely, so that training starts at full depth: shallower starts collapse to one step."""
+        """Dequeue starts unlikely, so that training starts at full depth: shallower starts collapse to one
+        step."""
         bias = torch.zeros(3)
         bias[DEQUEUE] = -3
         return bias
@@ -181,7 +185,8 @@ class StackformerPreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement = ["past_key_values"]
 
     def save_pretrained(self, *args, **kwargs) -> None:
-        """As in transformers. The code is saved too, and every auto class is told where its model is in it."""
+        """As in transformers. The code is saved too, and every auto class is told where its model is in
+        it."""
         self.config.auto_map = dict(AUTO_MAP)
         super().save_pretrained(*args, **kwargs)
 
@@ -189,13 +194,13 @@ class StackformerPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         """Initialise one module; transformers calls it for modules that hold parameters of their own.
 
-        | what                    | initial value                                                                      |
-        |-------------------------|------------------------------------------------------------------------------------|
-        | embeddings, projections | normal, standard deviation `initializer_range`; biases 0                           |
-        | normalisations          | 1                                                                                  |
-        | convolution             | uniform within kernel_size ** -0.5                                                 |
-        | decay bias              | a full write decays a memory by 1/2 to 1/500 nats, log-spaced over heads and banks |
-        | dequeue bias            | -3: full depth                                                                     |
+        | what                    | initial value                                            |
+        |-------------------------|----------------------------------------------------------|
+        | embeddings, projections | normal, standard deviation `initializer_range`; biases 0 |
+        | normalisations          | 1                                                        |
+        | convolution             | uniform within kernel_size ** -0.5                       |
+        | decay bias              | `DecayProjection.initial_bias`                           |
+        | dequeue bias            | `StackActions.initial_bias`                              |
         """
         super()._init_weights(module)
         if isinstance(module, ShortConvolution):
@@ -214,14 +219,17 @@ class StackformerModel(StackformerPreTrainedModel):
         self.layers = nn.ModuleList(
             [StackformerCoreLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)]
         )
-        self.down_proj = self.bottleneck = self.action_proj = self.return_norm = None
+        # What a plain core, or a single ponder step, has no use for is not there.
+        self.down_proj: nn.Module = nn.Identity()
+        self.bottleneck = self.action_proj = None
+        self.return_norm: nn.Module = nn.Identity()
         if config.bottleneck_size is not None:
-            self.down_proj = nn.Linear(config.hidden_size, config.bottleneck_size, bias=False)
+            self.down_proj = nn.Linear(config.hidden_size, config.core_size, bias=False)
             self.bottleneck = StackformerBottleneck(config)
         if config.max_ponder_steps > 1:
             self.action_proj = StackActions(config.hidden_size)
-        if config.max_ponder_steps > 1 and config.stack_depth > 1:
-            self.return_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+            if config.stack_depth > 1:
+                self.return_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.gradient_checkpointing = False
         self.post_init()
@@ -249,8 +257,8 @@ class StackformerModel(StackformerPreTrainedModel):
             output_stack_trace: whether to return the [`StackTrace`].
 
         Raises:
-            ValueError: without exactly one of `input_ids` and `inputs_embeds`, for an attention mask that is not a
-                padding mask, or for a cache made for another model.
+            ValueError: without exactly one of `input_ids` and `inputs_embeds`, for an attention mask that is
+                not a padding mask, or for a cache made for another model.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of `input_ids` and `inputs_embeds`")
@@ -282,7 +290,9 @@ class StackformerModel(StackformerPreTrainedModel):
         """Ponder until every token's stack is empty: outputs [B, T, D] and ponder steps [B, T]."""
         config = self.config
         outputs = torch.zeros_like(embeds)
-        ponder_steps = embeds.new_zeros(embeds.shape[:2], dtype=torch.promote_types(embeds.dtype, torch.float32))
+        ponder_steps = embeds.new_zeros(
+            embeds.shape[:2], dtype=torch.promote_types(embeds.dtype, torch.float32)
+        )
         latest, hidden_states, steps = embeds, [embeds], []
         embedding = layout.gather(embeds)
         stack = init_stack(embedding, config.stack_depth)
@@ -291,7 +301,9 @@ class StackformerModel(StackformerPreTrainedModel):
             if layout.num_tokens == 0:
                 break
             thought, bank_weights = self._think(stack, layout, step - 1, cache)
-            actions = None if self.action_proj is None else self.action_proj(thought)
+            actions = (
+                thought.new_zeros(len(thought), 3) if self.action_proj is None else self.action_proj(thought)
+            )
             if with_trace:
                 steps.append(self._trace_step(layout, stack.pointer, actions, bank_weights))
             if all_thoughts:
@@ -299,7 +311,7 @@ class StackformerModel(StackformerPreTrainedModel):
                 hidden_states.append(latest)
 
             if step == config.max_ponder_steps:
-                done, finished = layout, flush_stack(stack, thought, step)
+                done, finished = layout, list(flush_stack(stack, thought, step))
             else:
                 stack = step_stack(stack, actions, thought, embedding, step, self.return_norm)
                 if config.halting_threshold == 0:
@@ -307,7 +319,7 @@ class StackformerModel(StackformerPreTrainedModel):
                 halted = stack.pointer.sum(-1) < config.halting_threshold
                 if not halted.any():
                     continue
-                done, finished = layout.select(halted), tuple(x[halted] for x in flush_stack(stack, thought, step))
+                done, finished = layout.select(halted), [x[halted] for x in flush_stack(stack, thought, step)]
                 layout, stack = layout.select(~halted), Stack(*(x[~halted] for x in stack))
                 embedding = embedding[~halted]
             outputs = done.scatter(finished[0], outputs)
@@ -320,9 +332,10 @@ class StackformerModel(StackformerPreTrainedModel):
     def _think(
         self, stack: Stack, layout: TokenLayout, index: int, cache: Cache | None
     ) -> tuple[Tensor, list[tuple[Tensor, Tensor] | None]]:
-        """One application of the core, on slice `index` of the recurrent state: thoughts [n, D], bank weights."""
+        """One application of the core, on slice `index` of the recurrent state: thoughts [n, D], bank
+        weights."""
         superposition = read_stack(stack)
-        hidden = superposition if self.down_proj is None else self.down_proj(superposition)
+        hidden = self.down_proj(superposition)
         bank_weights = []
         for layer_idx, layer in enumerate(self.layers):
             state = None if cache is None else cache.layers[layer_idx].read(index, layout.rows)
@@ -339,8 +352,8 @@ class StackformerModel(StackformerPreTrainedModel):
             return StackformerCache(self.config) if use_cache else None
         if len(cache.layers) != self.config.num_hidden_layers:
             raise ValueError(
-                f"`past_key_values` must be a StackformerCache with {self.config.num_hidden_layers} layers (or a "
-                f"DynamicCache(config=model.config)), got {type(cache).__name__} with {len(cache.layers)} layers"
+                f"`past_key_values` must be a StackformerCache of {self.config.num_hidden_layers} layers (or "
+                f"a DynamicCache(config=model.config)), got {type(cache).__name__} with {len(cache.layers)}"
             )
         return cache
 
@@ -349,18 +362,22 @@ class StackformerModel(StackformerPreTrainedModel):
         batch_size, length = embeds.shape[:2]
         if attention_mask is None:
             return TokenLayout.full(batch_size, length)
-        if attention_mask.dim() != 2 or attention_mask.shape[0] != batch_size or attention_mask.shape[1] < length:
+        if (
+            attention_mask.dim() != 2
+            or attention_mask.shape[0] != batch_size
+            or attention_mask.shape[1] < length
+        ):
             raise ValueError(
-                f"`attention_mask` must be a padding mask of shape [{batch_size}, {length}], or longer by the tokens "
-                f"in the cache, got shape {tuple(attention_mask.shape)}"
+                f"`attention_mask` must be a padding mask of shape [{batch_size}, {length}], or longer by "
+                f"the tokens in the cache, got shape {tuple(attention_mask.shape)}"
             )
         return TokenLayout.from_mask(attention_mask[:, -length:].bool())
 
     @staticmethod
-    def _trace_step(layout: TokenLayout, pointer: Tensor, actions: Tensor | None, bank_weights: list) -> list[Tensor]:
-        """One ponder step of a trace: each of its tensors for all tokens [B, T, ...], zeros for inactive ones."""
-        if actions is None:
-            actions = torch.zeros(len(pointer), 3, device=pointer.device)
+    def _trace_step(
+        layout: TokenLayout, pointer: Tensor, actions: Tensor, bank_weights: list
+    ) -> list[Tensor]:
+        """One ponder step of a trace: its tensors for all tokens [B, T, ...], zeros for inactive ones."""
         active = torch.ones(len(pointer), dtype=torch.bool, device=pointer.device)
         reads, writes = (torch.stack(weights, dim=1) for weights in zip(*bank_weights, strict=True))
         return [
@@ -423,7 +440,9 @@ class StackformerForCausalLM(StackformerPreTrainedModel, GenerationMixin):
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
+            )
             if self.training and self.config.ponder_loss_coef > 0:
                 ponder_loss = self._ponder_loss(outputs.ponder_steps, labels, **kwargs)
                 loss = loss + self.config.ponder_loss_coef * ponder_loss
@@ -447,7 +466,10 @@ class StackformerForCausalLM(StackformerPreTrainedModel, GenerationMixin):
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs) -> None:
         """`generate` makes a [`StackformerCache`], and no cache that grows."""
-        wanted = generation_config.use_cache is not False and generation_config.cache_implementation in (None, "dynamic")
+        wanted = generation_config.use_cache is not False and generation_config.cache_implementation in (
+            None,
+            "dynamic",
+        )
         if model_kwargs.get("past_key_values") is None and wanted:
             model_kwargs["past_key_values"] = StackformerCache(self.config)
         else:

@@ -2,13 +2,13 @@
 """The differentiable processing stack: where a token thinks (pointer), what it keeps (frames), when it stops.
 
 Pure functions on tensors, and `TokenLayout`, which says which tokens of a batch still think. The stack is a
-superposition stack (Joulin & Mikolov 2015, "Inferring Algorithmic Patterns with Stack-Augmented Recurrent Nets",
-equations 1 to 5) whose frames are embeddings of one token; what leaves it at the bottom is accumulated as in Adaptive
-Computation Time (Graves 2016, equation 13).
+superposition stack (Joulin & Mikolov 2015, "Inferring Algorithmic Patterns with Stack-Augmented Recurrent
+Nets", equations 1 to 5) whose frames are embeddings of one token; what leaves it at the bottom is accumulated
+as in Adaptive Computation Time (Graves 2016, equation 13).
 
-Letters: D hidden size, S stack levels, N memory banks, H heads, n active tokens; "..." are any leading dimensions.
-Level 0 is the bottom. The pointer is a distribution over levels that loses mass as the token finishes:
-its sum plus the mass that was dropped is always 1.
+Letters: D hidden size, S stack levels, N memory banks, H heads, n active tokens; "..." are any leading
+dimensions. Level 0 is the bottom. The pointer is a distribution over levels that loses mass as the token
+finishes: its sum plus the mass that was dropped is always 1.
 """
 
 from collections.abc import Callable
@@ -80,9 +80,9 @@ def write_back(
 ) -> Tensor:
     """Scatter one step's result over the frames [..., S, D].
 
-    The frame in use takes the thought, whether it goes on or calls; a call copies the thought one level up; a return is
-    added to the caller's frame and normalised; a frame that returned is erased to the token's embedding. The weights
-    of each new frame sum to at most one, so the stack stays bounded.
+    The frame in use takes the thought, whether it goes on or calls; a call copies the thought one level up; a
+    return is added to the caller's frame and normalised; a frame that returned is erased to the token's
+    embedding. The weights of each new frame sum to at most one, so the stack stays bounded.
 
     Args:
         frames: [..., S, D]; pointer: [..., S], before the step; transfer: of this step.
@@ -121,7 +121,8 @@ def step_stack(
 
 
 def accumulate(stack: Stack, mass: Tensor, thought: Tensor, step: int) -> tuple[Tensor, Tensor]:
-    """Output and ponder steps after `mass` [...] left the stack while the token thought `thought` [..., D]."""
+    """Output and ponder steps after `mass` [...] left the stack while the token thought `thought` [...,
+    D]."""
     output = stack.output + mass.to(thought.dtype).unsqueeze(-1) * thought
     return output, stack.ponder_steps + step * mass
 
@@ -132,10 +133,11 @@ def flush_stack(stack: Stack, thought: Tensor, step: int) -> tuple[Tensor, Tenso
 
 
 def address_memories(pointer: Tensor, bank_weights: Tensor) -> Tensor:
-    """Weights of the S*N memories of each head: the pointer picks a row of banks, the bank weights a bank in it.
+    """Weights of the S*N memories of each head: the pointer picks a row of banks, the bank weights a bank in
+    it.
 
-    Because writes carry the mass that is still in the stack, what ends up in memory is the accumulation of the memories
-    after each step, weighted by the mass dropped at that step (exactly so without decay).
+    Because writes carry the mass that is still in the stack, what ends up in memory is the accumulation of
+    the memories after each step, weighted by the mass dropped at that step (exactly so without decay).
 
     Args:
         pointer: [n, S]; bank_weights: [n, H, N].
@@ -154,10 +156,11 @@ def _at_least_float32(tensor: Tensor) -> torch.dtype:
 class TokenLayout:
     """Which tokens of a batch [B, T] are active, and where they go when only they are computed.
 
-    The core works on the n active tokens alone, flat: [n, ...]. Mixers, which look along time, see them as rows
-    [B', T', ...] of only active tokens, left-aligned: B' rows that have any, T' as long as the longest. Empty slots are
-    zeros, and a token with zero write weight and zero decay is none. Padding, halting and packing are all this
-    one mechanism. `None` stands for "all, in order": nothing is moved then.
+    The core works on the n active tokens alone, flat: [n, ...]. Mixers, which look along time, see them as
+        rows
+    [B', T', ...] of only active tokens, left-aligned: B' rows that have any, T' as long as the longest. Empty
+    slots are zeros, and a token with zero write weight and zero decay is none. Padding, halting and packing
+    are all this one mechanism. `None` stands for "all, in order": nothing is moved then.
     """
 
     batch_size: int
@@ -176,7 +179,8 @@ class TokenLayout:
 
     @classmethod
     def from_mask(cls, active: Tensor) -> "TokenLayout":
-        """Layout of a boolean mask [B, T]. The number of active tokens is read: one synchronisation on a GPU."""
+        """Layout of a boolean mask [B, T]. The number of active tokens is read: one synchronisation on a
+        GPU."""
         return cls._from_positions(active.flatten().nonzero().squeeze(-1), *active.shape)
 
     @classmethod
@@ -193,7 +197,14 @@ class TokenLayout:
         slots = rank[row] * row_length + offset
         all_rows = len(rows) == batch_size
         return cls(
-            batch_size, length, positions, None if all_rows else rows, slots, row_lengths, len(rows), row_length
+            batch_size,
+            length,
+            positions,
+            None if all_rows else rows,
+            slots,
+            row_lengths,
+            len(rows),
+            row_length,
         )
 
     @property

@@ -93,7 +93,7 @@ def _base_tokens() -> list[str]:
     """The tokens with ids 0..260. A byte is spelled as a printable character, as byte-level tokenizers do."""
     spelling = bytes_to_unicode()
     *named, extra = SPECIAL_TOKENS.values()
-    return [spelling[byte] for byte in range(256)] + named + extra
+    return [*(spelling[byte] for byte in range(256)), *named, *extra]
 
 
 def _build_tokenizer(merged_tokens: list[str], merges: list[tuple[str, str]]) -> PreTrainedTokenizerFast:

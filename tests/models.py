@@ -9,7 +9,12 @@ SHAPES = {
     "plain core": {"bottleneck_size": None, "num_memory_banks": 1, "stack_depth": 1, "max_ponder_steps": 1},
     "one step": {"num_memory_banks": 3, "stack_depth": 1, "max_ponder_steps": 1},
     "fixed depth": {"num_memory_banks": 1, "stack_depth": 2, "max_ponder_steps": 3, "halting_threshold": 0.0},
-    "halting stack": {"num_memory_banks": 2, "stack_depth": 3, "max_ponder_steps": 4, "halting_threshold": 0.4},
+    "halting stack": {
+        "num_memory_banks": 2,
+        "stack_depth": 3,
+        "max_ponder_steps": 4,
+        "halting_threshold": 0.4,
+    },
 }
 
 
@@ -28,7 +33,8 @@ def tiny_config(**overrides) -> StackformerConfig:
 
 
 def spread_weights(model: torch.nn.Module, noise: float = 0.2, seed: int = 0) -> torch.nn.Module:
-    """Noise on every parameter, so that no gate, bias or padding row stays at a value that hides a mistake."""
+    """Noise on every parameter, so that no gate, bias or padding row stays at a value that hides a
+    mistake."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -43,7 +43,9 @@ def test_batch_repeat_interleave(model):
     torch.testing.assert_close(continued(model, more, cache), expected, **CLOSE)
 
 
-@pytest.mark.parametrize("indices", [torch.tensor([2, 0]), torch.tensor([True, False, True])], ids=["ids", "mask"])
+@pytest.mark.parametrize(
+    "indices", [torch.tensor([2, 0]), torch.tensor([True, False, True])], ids=["ids", "mask"]
+)
 def test_batch_select_indices(model, indices):
     ids, more = random_ids(3, 9), random_ids(2, 4, seed=1)
     cache = filled_cache(model, ids)
@@ -62,7 +64,12 @@ def test_reset(model):
 
 @pytest.mark.parametrize(
     "copied",
-    [StackformerCache.clone, StackformerCache.detach, copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))],
+    [
+        StackformerCache.clone,
+        StackformerCache.detach,
+        copy.deepcopy,
+        lambda cache: pickle.loads(pickle.dumps(cache)),
+    ],
     ids=["clone", "detach", "deepcopy", "pickle"],
 )
 def test_a_copy_goes_its_own_way(model, copied):
@@ -76,7 +83,9 @@ def test_a_copy_goes_its_own_way(model, copied):
 
 def test_clone_keeps_the_graph_and_detach_cuts_it(model):
     cache = model(random_ids(2, 9), use_cache=True).past_key_values
-    tensors = [[t for state in c.layers[0].slices.values() for t in state] for c in (cache.clone(), cache.detach())]
+    tensors = [
+        [t for state in c.layers[0].slices.values() for t in state] for c in (cache.clone(), cache.detach())
+    ]
     assert all(tensor.requires_grad for tensor in tensors[0])
     assert not any(tensor.requires_grad for tensor in tensors[1])
 
@@ -102,7 +111,9 @@ def test_size_does_not_depend_on_length(model):
 def test_states_are_float32_in_a_bfloat16_model():
     model = tiny_model(torch.bfloat16)
     cache = filled_cache(model, random_ids(2, 9))
-    assert {t.dtype for layer in cache.layers for state in layer.slices.values() for t in state} == {torch.float32}
+    assert {t.dtype for layer in cache.layers for state in layer.slices.values() for t in state} == {
+        torch.float32
+    }
 
 
 def test_offload_and_prefetch(model):

@@ -60,7 +60,9 @@ def test_every_field_is_documented():
 
 def test_defaults_in_the_docstring_are_the_defaults():
     config = StackformerConfig()
-    documented = re.findall(r"^\s+(\w+) \(`[^)]*?defaults to `?\"?([^`\")]+)`?\"?\)", StackformerConfig.__doc__, re.M)
+    documented = re.findall(
+        r"^\s+(\w+) \(`[^)]*?defaults to `?\"?([^`\")]+)`?\"?\)", StackformerConfig.__doc__, re.M
+    )
     assert len(documented) > 15
     for name, value in documented:
         actual = getattr(config, name)

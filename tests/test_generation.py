@@ -106,7 +106,9 @@ def test_a_dynamic_cache_is_taken_as_well(model):
 def test_inputs_embeds(model):
     ids = random_ids(2, 9)
     embeds = model.get_input_embeddings()(ids)
-    new = model.generate(inputs_embeds=embeds, max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=256)
+    new = model.generate(
+        inputs_embeds=embeds, max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=256
+    )
     assert torch.equal(new, generate(model, ids, 8)[:, 9:])
 
 

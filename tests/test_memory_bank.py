@@ -1,4 +1,5 @@
-"""The operator against its definition: outputs, states, every gradient, at odd sizes and with extreme gates."""
+"""The operator against its definition: outputs, states, every gradient, at odd sizes and with extreme
+gates."""
 
 import pytest
 import torch
@@ -13,7 +14,9 @@ from stackformer.memory_bank import (
 NAMES = ("query", "key", "value", "read", "write", "log_decay", "memory", "normalizer")
 
 
-def make_inputs(batch=2, time=65, heads=2, key_size=5, value_size=3, memories=3, rate=1.0, dtype=torch.float64):
+def make_inputs(
+    batch=2, time=65, heads=2, key_size=5, value_size=3, memories=3, rate=1.0, dtype=torch.float64
+):
     """Random inputs with a non-zero initial state, ready for gradients."""
     generator = torch.Generator().manual_seed(time * 1000 + memories * 10 + key_size)
 
@@ -42,7 +45,8 @@ def run(inputs, implementation, **kwargs):
 
 
 def results_and_gradients(inputs, implementation, **kwargs):
-    """Output, final state, and all gradients under random gradients of the output *and* of the final state."""
+    """Output, final state, and all gradients under random gradients of the output *and* of the final
+    state."""
     output, (memory, normalizer) = run(inputs, implementation, **kwargs)
     generator = torch.Generator().manual_seed(0)
     loss = sum(

@@ -1,4 +1,5 @@
-"""The promises of the model: splits, padding, causality, gradients, halting that is real, and clear errors."""
+"""The promises of the model: splits, padding, causality, gradients, halting that is real, and clear
+errors."""
 
 import pytest
 import torch
@@ -53,7 +54,8 @@ def test_any_split_gives_the_same(shape, sizes):
 @every_shape
 @torch.no_grad()
 def test_any_split_gives_the_same_in_float32(shape):
-    """Within the promised 1e-4. (With the weights of the other tests, rounding errors grow from step to step.)"""
+    """Within the promised 1e-4. (With the weights of the other tests, rounding errors grow from step to
+    step.)"""
     model, ids = tiny_model(torch.float32, noise=0.05, chunk_size=64, **shape), random_ids(2, 150)
     expected = model(ids, use_cache=True)
     logits, cache = read_in_pieces(model, ids, [64, 1, 85])
@@ -149,7 +151,9 @@ def test_halting_is_by_the_threshold():
     assert (mass[..., 0] == 1).all()
     assert (mass[trace.active] >= model.config.halting_threshold).all()
     left = (mass[..., :-1] * (1 - trace.actions[..., :-1, 2])).where(trace.active[..., :-1], 1)
-    bottom_only = trace.pointer[..., :-1, 1:].sum(-1) == 0  # then the remaining mass is known from the trace alone
+    bottom_only = (
+        trace.pointer[..., :-1, 1:].sum(-1) == 0
+    )  # then the remaining mass is known from the trace alone
     halted = trace.active[..., :-1] & ~trace.active[..., 1:]
     assert (left[halted & bottom_only] < model.config.halting_threshold).all()
     model.config.halting_threshold = 0.0
@@ -245,7 +249,9 @@ def test_training_loss_adds_the_ponder_loss_and_evaluation_does_not():
     labels[0, :10] = -100
     model = tiny_model(ponder_loss_coef=0.1)
     outputs = model(ids, labels=labels)
-    entropy = nn.functional.cross_entropy(outputs.logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
+    entropy = nn.functional.cross_entropy(
+        outputs.logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten()
+    )
     torch.testing.assert_close(outputs.loss, entropy, check_dtype=False)
     trained = model.train()(ids, labels=labels)
     counted = labels[:, 1:] != -100
@@ -307,7 +313,7 @@ def test_initialisation(tie):
     torch.testing.assert_close(rates[[0, -1]], torch.tensor([0.25, 1 / 500]))
     assert (rates.diff() < 0).all()
     assert mixer.conv.weight.abs().max() <= 0.5
-    assert 0.4 < mixer.conv.weight.abs().max()
+    assert mixer.conv.weight.abs().max() > 0.4
     assert abs(mixer.qkv_proj.weight.std() - 0.02) < 0.002
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == tie
     with torch.no_grad():
@@ -342,12 +348,18 @@ def test_bare_model_outputs():
     [
         ({}, "exactly one of `input_ids` and `inputs_embeds`"),
         ({"input_ids": random_ids(1, 3), "inputs_embeds": torch.zeros(1, 3, 24)}, "exactly one"),
-        ({"input_ids": random_ids(1, 3), "attention_mask": torch.ones(1, 1, 3, 3)}, "`attention_mask` must be"),
+        (
+            {"input_ids": random_ids(1, 3), "attention_mask": torch.ones(1, 1, 3, 3)},
+            "`attention_mask` must be",
+        ),
         ({"input_ids": random_ids(2, 3), "attention_mask": torch.ones(1, 3)}, "`attention_mask` must be"),
         ({"input_ids": random_ids(1, 3), "attention_mask": torch.ones(1, 2)}, "`attention_mask` must be"),
         ({"input_ids": random_ids(1, 3), "past_key_values": DynamicCache()}, "`past_key_values` must be"),
         (
-            {"input_ids": random_ids(1, 3), "past_key_values": StackformerCache(tiny_config(num_hidden_layers=3))},
+            {
+                "input_ids": random_ids(1, 3),
+                "past_key_values": StackformerCache(tiny_config(num_hidden_layers=3)),
+            },
             "`past_key_values` must be",
         ),
     ],

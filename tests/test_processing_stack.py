@@ -42,7 +42,9 @@ def test_push_push_pop_pop_by_hand():
     assert stack.pointer.tolist() == [0, 0, 1]
     assert torch.equal(stack.frames, frames_of(T1, T2, T2))
 
-    stack = step_stack(stack, POP, T3, X0, 3, half)  # what returns is added to the caller and normalised, then erased
+    stack = step_stack(
+        stack, POP, T3, X0, 3, half
+    )  # what returns is added to the caller and normalised, then erased
     assert stack.pointer.tolist() == [0, 1, 0]
     assert torch.equal(stack.frames, frames_of(T1, (T2 + T3) / 2, X0))
     assert torch.equal(read_stack(stack), (T2 + T3) / 2)
@@ -75,7 +77,8 @@ def test_soft_actions_by_hand():
     assert stack.pointer.tolist() == [0.25, 0.5]
     assert torch.equal(stack.output, T1 / 4)
     assert stack.ponder_steps == 0.25
-    # Level 0: 3/4 is the thought, 1/4 returned and is erased. Level 1: half of it is the copy that was called.
+    # Level 0: 3/4 is the thought, 1/4 returned and is erased. Level 1: half of it is the copy that was
+    # called.
     assert torch.allclose(stack.frames, frames_of(0.75 * T1 + 0.25 * X0, 0.5 * T1 + 0.5 * X0))
     output, ponder_steps = flush_stack(stack, T2, 2)
     assert torch.equal(output, T1 / 4 + T2 * 0.75)
@@ -102,7 +105,9 @@ def test_frames_stay_bounded():
     stack = init_stack(embedding, 4)
     for step in range(1, 100):
         actions = (3 * torch.randn(50, 3)).softmax(-1)
-        stack = step_stack(stack, actions, torch.rand(50, 4) * 2 - 1, embedding, step, lambda x: x.clamp(-1, 1))
+        stack = step_stack(
+            stack, actions, torch.rand(50, 4) * 2 - 1, embedding, step, lambda x: x.clamp(-1, 1)
+        )
         assert stack.frames.abs().max() <= 1 + 1e-5
 
 
@@ -116,7 +121,9 @@ def test_gradcheck():
         stack = init_stack(embedding, 3)
         reads = []
         for step in range(3):
-            stack = step_stack(stack, logits[step].softmax(-1), thoughts[step], embedding, step + 1, torch.tanh)
+            stack = step_stack(
+                stack, logits[step].softmax(-1), thoughts[step], embedding, step + 1, torch.tanh
+            )
             reads.append(read_stack(stack))
         return *flush_stack(stack, thoughts[0], 4), *reads, stack.frames
 
@@ -131,17 +138,20 @@ def test_addresses_are_pointer_times_bank():
 
 
 def test_memory_is_the_accumulation_over_dropped_mass():
-    """Without decay, writes that carry the remaining mass leave sum_k d_k M^(k) in memory, as the notes ask for.
+    """Without decay, writes that carry the remaining mass leave sum_k d_k M^(k) in memory, as the notes ask
+    for.
 
-    M^(k) is what the memory would be after step k if every write counted in full; d_k the mass dropped at step k.
+    M^(k) is what the memory would be after step k if every write counted in full; d_k the mass dropped at
+    step k.
     """
     torch.manual_seed(0)
     dtype = torch.float64
     tokens, heads, banks, depth, key_size, value_size, steps = 3, 2, 2, 3, 4, 5, 6
     memories = banks * depth
     zero = torch.zeros(tokens, heads, memories, dtype=dtype)
-    start = torch.randn(tokens, heads, memories, key_size, value_size, dtype=dtype), torch.rand(
-        tokens, heads, memories, key_size, dtype=dtype
+    start = (
+        torch.randn(tokens, heads, memories, key_size, value_size, dtype=dtype),
+        torch.rand(tokens, heads, memories, key_size, dtype=dtype),
     )
     stack = init_stack(torch.randn(tokens, 2, dtype=dtype), depth)
     written, full = start, start
