@@ -78,7 +78,8 @@ def test_remote_code_without_the_package(tmp_path):
         """
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
-from transformers import AutoModelForSequenceClassification, pipeline expected = torch.load("expected.pt")
+from transformers import AutoModelForSequenceClassification, pipeline
+expected = torch.load("expected.pt")
 model = AutoModelForCausalLM.from_pretrained("model", trust_remote_code=True)
 with torch.no_grad():
     assert torch.equal(model(expected["ids"]).logits, expected["logits"])
