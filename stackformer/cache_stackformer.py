@@ -1,54 +1,160 @@
 # Copyright 2026 The Stackformer authors. Licensed under the Apache License, Version 2.0.
 """The recurrent state of a Stackformer as a transformers `Cache`: constant in size, whatever was read."""
 
+import copy
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from .configuration_stackformer import StackformerConfig
+from .processing_stack import TokenLayout
+
+State = tuple[Tensor, ...]
+# Tokens that can be rolled back by default: far more than assisted decoding drafts at once.
+ROLLBACK_WINDOW = 256
+
+
+class _Call(NamedTuple):
+    """What one core layer read in one call of one slice: enough to compute the slice's state again."""
+
+    start: int  # tokens since the anchor
+    advance: Callable[[Tensor, Tensor, TokenLayout, State | None], State]
+    hidden: Tensor  # [n, d]
+    pointer: Tensor  # [n, S]
+    layout: TokenLayout
+
+    def replay(self, state: State | None, stop: int) -> State | None:
+        """The slice's state (all batch rows) after those tokens of this call that come before token
+        `stop`."""
+        keep = self.layout.before(stop - self.start, self.hidden.device)
+        layout = self.layout.select(keep)
+        if layout.num_tokens == 0:
+            return state
+        new = self.advance(self.hidden[keep], self.pointer[keep], layout, _take_rows(state, layout.rows))
+        return _put_rows(state, new, layout)
+
+    def after(self, stop: int) -> "_Call":
+        """What is left of this call from token `stop` on, counted from there."""
+        keep = ~self.layout.before(stop - self.start, self.hidden.device)
+        layout = self.layout.select(keep)
+        return _Call(self.start - stop, self.advance, self.hidden[keep], self.pointer[keep], layout)
 
 
 class StackformerCacheLayer(CacheLayerMixin):
     """The state of one core layer: for every slice (ponder step), its mixer's tuple of tensors, batch first.
 
-    Tensors are replaced, never written in place, so gradients flow through the cache.
+    Tensors are replaced, never written in place, so gradients flow through the cache, and a state that is
+    kept for a rollback costs no copy. While it records the past, the layer holds an anchor (an older state)
+    and what was read since, and `crop` computes the state in between again.
     """
 
     is_sliding = False
     is_compileable = False
     supports_early_init = False
 
-    def __init__(self, **kwargs):
+    def __init__(self, rollback_window: int = ROLLBACK_WINDOW, **kwargs):
         super().__init__()
-        self.slices: dict[int, tuple[Tensor, ...]] = {}
+        self.slices: dict[int, State] = {}
         self.seen_tokens = 0
+        self.rollback_window = rollback_window
+        self.record_past = False
+        self._anchor: dict[int, State] = {}
+        self._calls: dict[int, list[_Call]] = {}
+        self._recorded_tokens = 0
 
-    def read(self, index: int, rows: Tensor | None) -> tuple[Tensor, ...] | None:
-        """Slice `index` for batch rows `rows` [B'] (`None`: all rows); `None` before the first write."""
-        state = self.slices.get(index)
-        if state is None or rows is None:
-            return state
-        return tuple(tensor.index_select(0, rows) for tensor in state)
+    def read(self, index: int, layout: TokenLayout) -> State | None:
+        """The state of slice `index` for the rows of `layout`; `None` before the first write."""
+        return _take_rows(self.slices.get(index), layout.rows)
 
-    def write(self, index: int, state: tuple[Tensor, ...], rows: Tensor | None, batch_size: int) -> None:
-        """Replace the state of slice `index`, for the batch rows `rows` [B'] (all if `None`)."""
-        if rows is not None:
-            old = self.slices.get(index)
-            if old is None:
-                old = tuple(tensor.new_zeros(batch_size, *tensor.shape[1:]) for tensor in state)
-            state = tuple(past.index_copy(0, rows, new) for past, new in zip(old, state, strict=True))
-        self.slices[index] = state
+    def write(self, index: int, state: State, layout: TokenLayout) -> None:
+        """Replace the state of slice `index` for the rows of `layout`."""
+        self.slices[index] = _put_rows(self.slices.get(index), state, layout)
         self.is_initialized = True
 
+    def record(
+        self, index: int, advance: Callable, hidden: Tensor, pointer: Tensor, layout: TokenLayout
+    ) -> None:
+        """Keep what slice `index` read in this call, if the past is recorded.
+
+        Args:
+            advance: computes the slice's new state from `hidden`, `pointer`, `layout` and its old state.
+        """
+        if self.record_past:
+            call = _Call(self._recorded_tokens, advance, hidden, pointer, layout)
+            self._calls.setdefault(index, []).append(call)
+
     def advance(self, tokens: int) -> None:
-        """Count `tokens` more positions as seen."""
+        """Count `tokens` more positions as seen; what fell out of the window can no longer be rolled back."""
         self.seen_tokens += tokens
+        if self.record_past:
+            self._recorded_tokens += tokens
+            if self._recorded_tokens > 2 * self.rollback_window:
+                self._move_anchor(self._recorded_tokens - self.rollback_window)
+
+    def activate_past_recording(self) -> None:
+        """From now on, keep what `crop` needs."""
+        if not self.record_past:
+            self.record_past = True
+            self._restart_window()
+
+    @property
+    def is_croppable(self) -> bool:
+        """Whether `crop` can put this layer back as it was."""
+        return self.record_past
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last `-tokens_to_remove` tokens: the state is what it would be without them.
+
+        Raises:
+            ValueError: for a positive number, and for more tokens than were recorded.
+        """
+        if tokens_to_remove > 0:
+            raise ValueError(f"`tokens_to_remove` must be 0 or negative, got {tokens_to_remove}")
+        if -tokens_to_remove > self._recorded_tokens:
+            raise ValueError(
+                f"`tokens_to_remove` must go back at most the {self._recorded_tokens} tokens recorded since "
+                f"`activate_past_recording` and the last `crop` or change of the batch "
+                f"(`rollback_window` is {self.rollback_window}), got {tokens_to_remove}"
+            )
+        if tokens_to_remove:
+            self.slices = self._replayed(self._recorded_tokens + tokens_to_remove)
+            self.seen_tokens += tokens_to_remove
+        self._restart_window()
+
+    def _replayed(self, stop: int) -> dict[int, State]:
+        """All slices after `stop` tokens since the anchor."""
+        slices = {}
+        for index in self.slices:
+            state = self._anchor.get(index)
+            for call in self._calls.get(index, []):
+                if call.start < stop:
+                    state = call.replay(state, stop)
+            if state is not None:
+                slices[index] = state
+        return slices
+
+    def _move_anchor(self, stop: int) -> None:
+        self._anchor = self._replayed(stop)
+        self._calls = {
+            index: [call.after(stop) for call in calls if call.start + call.layout.length > stop]
+            for index, calls in self._calls.items()
+        }
+        self._recorded_tokens -= stop
+
+    def _restart_window(self) -> None:
+        self._anchor, self._calls, self._recorded_tokens = dict(self.slices), {}, 0
 
     def map_(self, function: Callable[[Tensor], Tensor]) -> None:
         """Replace every state tensor by what `function` makes of it."""
         self.slices = {index: tuple(map(function, state)) for index, state in self.slices.items()}
+        self._restart_window()
+
+    def __getstate__(self) -> dict:
+        """Copies and pickles hold the state, not the layers that computed it."""
+        return {**self.__dict__, "_anchor": self.slices, "_calls": {}, "_recorded_tokens": 0}
 
     @property
     def batch_size(self) -> int:
@@ -72,6 +178,7 @@ class StackformerCacheLayer(CacheLayerMixin):
         self.slices = {}
         self.seen_tokens = 0
         self.is_initialized = False
+        self._restart_window()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row i becomes what row `beam_idx[i]` was."""
@@ -103,6 +210,22 @@ class StackformerCacheLayer(CacheLayerMixin):
         raise ValueError("A Stackformer cache holds no keys and values: it cannot be used by another model.")
 
 
+def _take_rows(state: State | None, rows: Tensor | None) -> State | None:
+    """The batch rows `rows` [B'] of a state, all if `None`."""
+    if state is None or rows is None:
+        return state
+    return tuple(tensor.index_select(0, rows) for tensor in state)
+
+
+def _put_rows(old: State | None, new: State, layout: TokenLayout) -> State:
+    """`old`, zeros if `None`, with the rows of `layout` replaced by `new`."""
+    if layout.rows is None:
+        return new
+    if old is None:
+        old = tuple(tensor.new_zeros(layout.batch_size, *tensor.shape[1:]) for tensor in new)
+    return tuple(past.index_copy(0, layout.rows, tensor) for past, tensor in zip(old, new, strict=True))
+
+
 class StackformerCache(Cache):
     """The memory of a Stackformer: what it kept of everything it has read.
 
@@ -111,6 +234,8 @@ class StackformerCache(Cache):
 
     Args:
         config ([`StackformerConfig`]): of the model that it is for.
+        rollback_window (`int`, defaults to 256): Tokens that `crop` can take back, once
+            `activate_past_recording` was called. It bounds what is recorded.
 
     Example:
 
@@ -122,8 +247,12 @@ class StackformerCache(Cache):
     ```
     """
 
-    def __init__(self, config: StackformerConfig):
-        super().__init__(layers=[StackformerCacheLayer() for _ in range(config.num_hidden_layers)])
+    def __init__(self, config: StackformerConfig, rollback_window: int = ROLLBACK_WINDOW):
+        if rollback_window < 0:
+            raise ValueError(f"`rollback_window` must be at least 0, got {rollback_window}")
+        super().__init__(
+            layers=[StackformerCacheLayer(rollback_window) for _ in range(config.num_hidden_layers)]
+        )
 
     def clone(self) -> "StackformerCache":
         """An independent copy. Gradients flow through it to this one."""
@@ -140,13 +269,12 @@ class StackformerCache(Cache):
         return sum(tensor.nbytes for state in states for tensor in state)
 
     def _mapped(self, function: Callable[[Tensor], Tensor]) -> "StackformerCache":
-        copy = StackformerCache.__new__(StackformerCache)
-        Cache.__init__(copy, layers=[StackformerCacheLayer() for _ in self.layers])
-        for new, old in zip(copy.layers, self.layers, strict=True):
-            new.slices, new.seen_tokens = dict(old.slices), old.seen_tokens
-            new.is_initialized = old.is_initialized
-            new.map_(function)
-        return copy
+        layers = [copy.copy(layer) for layer in self.layers]
+        for layer in layers:
+            layer.map_(function)
+        mapped = copy.copy(self)
+        mapped.layers = layers
+        return mapped
 
 
 __all__ = ["StackformerCache", "StackformerCacheLayer"]

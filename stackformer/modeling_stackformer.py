@@ -136,6 +136,12 @@ class StackformerCoreLayer(GradientCheckpointingLayer):
         hidden = hidden + mixed
         return hidden + self.mlp(self.post_attention_layernorm(hidden)), state, bank_weights
 
+    def advance(
+        self, hidden: Tensor, pointer: Tensor, layout: TokenLayout, state: tuple[Tensor, ...] | None
+    ) -> tuple[Tensor, ...]:
+        """Only the mixer's new state: for rolling back."""
+        return self.mixer(self.input_layernorm(hidden), pointer, layout, state)[1]
+
 
 class StackformerBottleneck(nn.Module):
     """What the core thought [n, d] joins the embedding [n, D] that it was thinking about."""
@@ -338,11 +344,14 @@ class StackformerModel(StackformerPreTrainedModel):
         hidden = self.down_proj(superposition)
         bank_weights = []
         for layer_idx, layer in enumerate(self.layers):
-            state = None if cache is None else cache.layers[layer_idx].read(index, layout.rows)
+            cache_layer = None if cache is None else cache.layers[layer_idx]
+            state = None if cache_layer is None else cache_layer.read(index, layout)
+            if cache_layer is not None:
+                cache_layer.record(index, layer.advance, hidden, stack.pointer, layout)
             hidden, state, weights = layer(hidden, stack.pointer, layout, state)
             bank_weights.append(weights)
-            if cache is not None:
-                cache.layers[layer_idx].write(index, state, layout.rows, layout.batch_size)
+            if cache_layer is not None:
+                cache_layer.write(index, state, layout)
         return hidden if self.bottleneck is None else self.bottleneck(hidden, superposition), bank_weights
 
     def _prepare_cache(self, cache: Cache | None, use_cache: bool | None) -> Cache | None:
@@ -471,7 +480,9 @@ class StackformerForCausalLM(StackformerPreTrainedModel, GenerationMixin):
             "dynamic",
         )
         if model_kwargs.get("past_key_values") is None and wanted:
-            model_kwargs["past_key_values"] = StackformerCache(self.config)
+            model_kwargs["past_key_values"] = cache = StackformerCache(self.config)
+            if generation_config.is_assistant:
+                cache.activate_past_recording()
         else:
             super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
 

@@ -219,6 +219,12 @@ class TokenLayout:
             positions = torch.arange(self.num_tokens, device=keep.device)
         return self._from_positions(positions[keep], self.batch_size, self.length)
 
+    def before(self, time: int, device: torch.device) -> Tensor:
+        """Which active tokens [n] stand before position `time` of their row."""
+        if self.positions is None:
+            return (torch.arange(self.length, device=device) < time).repeat(self.batch_size)
+        return self.positions % self.length < time
+
     def gather(self, batch: Tensor) -> Tensor:
         """[B, T, ...] to the active tokens [n, ...]."""
         flat = batch.flatten(0, 1)

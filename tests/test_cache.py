@@ -8,7 +8,7 @@ import torch
 
 from stackformer import StackformerCache
 from tests.models import random_ids, tiny_config, tiny_model
-from tests.test_modeling import CLOSE, assert_same_state
+from tests.test_modeling import CLOSE, assert_same_state, every_shape
 
 
 def filled_cache(model, ids):
@@ -131,3 +131,98 @@ def test_it_refuses_to_serve_another_model():
     layer = StackformerCache(tiny_config()).layers[0]
     with pytest.raises(ValueError, match="holds no keys and values"):
         layer.update(torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, 1, 1))
+
+
+def recording_cache(model, **kwargs):
+    cache = StackformerCache(model.config, **kwargs)
+    cache.activate_past_recording()
+    return cache
+
+
+@torch.no_grad()
+def read_calls(model, ids, sizes, cache, mask=None):
+    start = cache.get_seq_length()
+    for size in sizes:
+        part = None if mask is None else mask[:, : start + size]
+        model(ids[:, start : start + size], attention_mask=part, past_key_values=cache)
+        start += size
+    return cache
+
+
+@every_shape
+@pytest.mark.parametrize("removed", [0, 1, 5, 9, 20])
+@pytest.mark.parametrize("sizes", [[20], [11, 9], [7, 1, 1, 1, 10], [1] * 20], ids=str)
+@pytest.mark.parametrize("padding", [False, True])
+def test_crop_is_as_if_never_seen(shape, removed, sizes, padding):
+    model, ids, mask = tiny_model(**shape), random_ids(3, 28), None
+    if padding:
+        mask = torch.ones_like(ids)
+        mask[0, :6], mask[1, 12:17], mask[2, 3:20:2] = 0, 0, 0
+    cache = read_calls(model, ids, sizes, recording_cache(model), mask)
+    cache.crop(-removed)
+    kept = 20 - removed
+    assert cache.get_seq_length() == kept
+    expected = StackformerCache(model.config)
+    if kept:
+        read_calls(model, ids, [kept], expected, mask)
+    assert_same_state(cache, expected)
+    more = None if mask is None else torch.cat([mask[:, :kept], mask[:, 20:]], dim=1)
+    later = torch.cat([ids[:, :kept], ids[:, 20:]], dim=1)
+    assert_same_state(
+        read_calls(model, later, [8], cache, more), read_calls(model, later, [8], expected, more)
+    )
+
+
+def test_crop_in_float32():
+    model, ids = tiny_model(torch.float32, noise=0.05), random_ids(1, 60)
+    cache = read_calls(model, ids, [60], recording_cache(model))
+    cache.crop(-17)
+    expected = read_calls(model, ids, [43], StackformerCache(model.config))
+    assert_same_state(cache, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_crop_again_and_again(model):
+    """As assisted decoding does: draft, verify, take back, draft on."""
+    ids, cache, start = random_ids(1, 60), recording_cache(model), 0
+    for drafted, removed in [(10, 4), (5, 5), (1, 0), (7, 0), (9, 3)]:
+        read_calls(model, ids, [drafted], cache)
+        cache.crop(-removed)
+        start += drafted - removed
+        assert_same_state(cache, read_calls(model, ids, [start], StackformerCache(model.config)))
+
+
+@pytest.mark.parametrize("sizes", [[100], [1] * 40, [30, 1, 1, 40, 3]], ids=["long", "single", "mixed"])
+def test_what_is_recorded_is_bounded_and_the_window_is_kept(model, sizes):
+    ids, window = random_ids(2, 100), 8
+    cache = read_calls(model, ids, sizes, recording_cache(model, rollback_window=window))
+    for layer in cache.layers:
+        assert window <= layer._recorded_tokens <= 2 * window
+        for calls in layer._calls.values():
+            assert sum(len(call.hidden) for call in calls) <= 2 * 2 * window
+    far_back = cache.clone()
+    cache.crop(-window)
+    assert_same_state(cache, read_calls(model, ids, [sum(sizes) - window], StackformerCache(model.config)))
+    for mistaken in (cache, far_back):
+        before = mistaken.clone()
+        with pytest.raises(ValueError, match="`tokens_to_remove` must go back at most"):
+            mistaken.crop(-2 * window - 1)
+        assert_same_state(mistaken, before, rtol=0, atol=0)
+        assert mistaken.get_seq_length() == before.get_seq_length()
+
+
+def test_crop_without_recording_and_forwards(model):
+    cache = filled_cache(model, random_ids(1, 9))
+    assert not cache.is_croppable
+    with pytest.raises(ValueError, match="activate_past_recording"):
+        cache.crop(-1)
+    with pytest.raises(ValueError, match="`tokens_to_remove` must be 0 or negative, got 3"):
+        cache.crop(3)
+
+
+def test_a_recording_cache_can_be_copied(model):
+    """Without taking the model along."""
+    cache = read_calls(model, random_ids(1, 9), [9], recording_cache(model))
+    stored = pickle.dumps(cache)
+    assert len(stored) < 2 * cache.num_bytes + 10_000
+    assert_same_state(pickle.loads(stored), cache)
+    assert_same_state(copy.deepcopy(cache), cache)

@@ -5,9 +5,8 @@ import torch
 from transformers import DynamicCache, TextIteratorStreamer, pipeline
 
 from stackformer import StackformerCache, build_byte_tokenizer
-from tests.models import SHAPES, random_ids, tiny_model
-
-every_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+from tests.models import random_ids, tiny_model
+from tests.test_modeling import assert_same_state, every_shape
 
 
 @pytest.fixture(scope="module")
@@ -135,3 +134,46 @@ def test_streaming(model):
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True)
     expected = generate(model, ids, 12, streamer=streamer)
     assert "".join(streamer) == tokenizer.decode(expected[0, 5:])
+
+
+@every_shape
+@pytest.mark.parametrize("prompt_lookup_num_tokens", [2, 7])
+def test_prompt_lookup_decoding_is_greedy_decoding(shape, prompt_lookup_num_tokens):
+    model = tiny_model(**shape)
+    ids = random_ids(1, 6).repeat(1, 4)
+    expected = generate(model, ids, 40)
+    actual = generate(model, ids, 40, prompt_lookup_num_tokens=prompt_lookup_num_tokens)
+    assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("num_assistant_tokens", [1, 5, 12])
+@pytest.mark.parametrize("agreeing", [True, False])
+def test_assisted_decoding_is_greedy_decoding(model, num_assistant_tokens, agreeing):
+    """With an assistant that is nearly the model, whose drafts are kept in part, and with a smaller one."""
+    assistant = tiny_model() if agreeing else tiny_model(hidden_size=16, bottleneck_size=None)
+    if agreeing:
+        with torch.no_grad():
+            assistant.lm_head.weight += 0.1 * torch.randn_like(assistant.lm_head.weight)
+    assistant.generation_config.num_assistant_tokens = num_assistant_tokens
+    assistant.generation_config.assistant_confidence_threshold = 0.0
+    ids = random_ids(1, 9)
+    lengths = []
+    hook = model.register_forward_pre_hook(
+        lambda module, args, kwargs: lengths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    actual = generate(model, ids, 30, assistant_model=assistant)
+    hook.remove()
+    assert torch.equal(actual, generate(model, ids, 30))
+    calls = len(lengths)
+    assert calls < 30 if agreeing else calls == 30 or num_assistant_tokens == 1
+
+
+def test_assisted_decoding_returns_a_cache_of_what_was_kept(model):
+    ids = random_ids(1, 6).repeat(1, 4)
+    outputs = generate(model, ids, 20, prompt_lookup_num_tokens=5, return_dict_in_generate=True)
+    cache = outputs.past_key_values
+    length = cache.get_seq_length()
+    assert length == outputs.sequences.shape[1] - 1
+    with torch.no_grad():
+        expected = model(outputs.sequences[:, :length], use_cache=True).past_key_values
+    assert_same_state(cache, expected)
