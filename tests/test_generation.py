@@ -164,8 +164,7 @@ def test_assisted_decoding_is_greedy_decoding(model, num_assistant_tokens, agree
     actual = generate(model, ids, 30, assistant_model=assistant)
     hook.remove()
     assert torch.equal(actual, generate(model, ids, 30))
-    calls = len(lengths)
-    assert calls < 30 if agreeing else calls == 30 or num_assistant_tokens == 1
+    assert not agreeing or len(lengths) < 30, "no draft was ever accepted"
 
 
 def test_assisted_decoding_returns_a_cache_of_what_was_kept(model):
