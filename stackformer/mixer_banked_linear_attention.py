@@ -13,24 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from .configuration_stackformer import StackformerConfig
+from .layers_stackformer import ResidualProjection, ShortConvolution
 from .memory_bank import FEATURE_MAPS, banked_linear_attention
 from .processing_stack import TokenLayout, address_memories
-
-
-class ShortConvolution(nn.Conv1d):
-    """Causal depth-wise convolution: without positions, this is what tells word order."""
-
-    def __init__(self, channels: int, kernel_size: int):
-        super().__init__(channels, channels, kernel_size, groups=channels, bias=False)
-
-    def forward(self, window: Tensor) -> Tensor:
-        """Window [B', kernel - 1 + T', channels], the past in front, to [B', T', channels]."""
-        taps = self.weight.squeeze(1).to(window.dtype).unbind(-1)
-        length = window.shape[1] - len(taps) + 1
-        mixed = window[:, :length] * taps[0]
-        for offset, tap in enumerate(taps[1:], start=1):
-            mixed = torch.addcmul(mixed, window[:, offset : offset + length], tap)
-        return mixed
 
 
 class DecayProjection(nn.Linear):
@@ -75,7 +60,7 @@ class BankedLinearAttention(nn.Module):
             self.write_proj = nn.Linear(size, self.num_heads * self.num_banks)
         self.gate_proj = nn.Linear(size, size, bias=False)
         self.norm = nn.RMSNorm(self.head_dim, eps=config.rms_norm_eps)
-        self.o_proj = nn.Linear(size, size, bias=False)
+        self.o_proj = ResidualProjection(size, size)
 
     def forward(
         self, hidden: Tensor, pointer: Tensor, layout: TokenLayout, state: tuple[Tensor, ...] | None

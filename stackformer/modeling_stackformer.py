@@ -14,7 +14,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from transformers import initialization as init
-from transformers.activations import ACT2FN
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, Cache
 from transformers.generation import GenerationMixin
 from transformers.modeling_layers import (
@@ -28,7 +27,8 @@ from transformers.utils import ModelOutput, can_return_tuple
 
 from .cache_stackformer import StackformerCache, StackformerCacheLayer
 from .configuration_stackformer import StackformerConfig
-from .mixer_banked_linear_attention import BankedLinearAttention, DecayProjection, ShortConvolution
+from .layers_stackformer import GatedMLP, ResidualProjection, ShortConvolution
+from .mixer_banked_linear_attention import BankedLinearAttention, DecayProjection
 from .processing_stack import (
     DEQUEUE,
     Stack,
@@ -103,20 +103,6 @@ class StackformerCausalLMOutputWithPast(CausalLMOutputWithPast):
     stack_trace: StackTrace | None = None
 
 
-class StackformerMLP(nn.Module):
-    """Gated feed-forward (Shazeer 2020, "GLU Variants Improve Transformer", equation 6)."""
-
-    def __init__(self, input_size: int, intermediate_size: int, output_size: int, hidden_act: str):
-        super().__init__()
-        self.gate_proj = nn.Linear(input_size, intermediate_size, bias=False)
-        self.up_proj = nn.Linear(input_size, intermediate_size, bias=False)
-        self.down_proj = nn.Linear(intermediate_size, output_size, bias=False)
-        self.act_fn = ACT2FN[hidden_act]
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        return self.down_proj(self.act_fn(self.gate_proj(hidden)) * self.up_proj(hidden))
-
-
 class StackformerCoreLayer(GradientCheckpointingLayer):
     """Pre-norm residual layer of the core: a mixer along time, a feed-forward along channels."""
 
@@ -126,7 +112,7 @@ class StackformerCoreLayer(GradientCheckpointingLayer):
         self.input_layernorm = nn.RMSNorm(size, eps=config.rms_norm_eps)
         self.mixer = MIXERS[config.mixer_types[layer_idx]](config)
         self.post_attention_layernorm = nn.RMSNorm(size, eps=config.rms_norm_eps)
-        self.mlp = StackformerMLP(size, config.intermediate_size, size, config.hidden_act)
+        self.mlp = GatedMLP(size, config.intermediate_size, size, config.hidden_act)
 
     def forward(
         self, hidden: Tensor, pointer: Tensor, layout: TokenLayout, state: tuple[Tensor, ...] | None
@@ -149,8 +135,8 @@ class StackformerBottleneck(nn.Module):
     def __init__(self, config: StackformerConfig):
         super().__init__()
         self.core_norm = nn.RMSNorm(config.core_size, eps=config.rms_norm_eps)
-        self.up_proj = nn.Linear(config.core_size, config.hidden_size, bias=False)
-        self.mlp = StackformerMLP(
+        self.up_proj = ResidualProjection(config.core_size, config.hidden_size)
+        self.mlp = GatedMLP(
             config.core_size + config.hidden_size,
             config.bottleneck_intermediate_size,
             config.hidden_size,
@@ -203,13 +189,16 @@ class StackformerPreTrainedModel(PreTrainedModel):
         | what                    | initial value                                            |
         |-------------------------|----------------------------------------------------------|
         | embeddings, projections | normal, standard deviation `initializer_range`; biases 0 |
+        | residual projections    | 0: every block starts as the identity                    |
         | normalisations          | 1                                                        |
         | convolution             | uniform within kernel_size ** -0.5                       |
         | decay bias              | `DecayProjection.initial_bias`                           |
         | dequeue bias            | `StackActions.initial_bias`                              |
         """
         super()._init_weights(module)
-        if isinstance(module, ShortConvolution):
+        if isinstance(module, ResidualProjection):
+            init.zeros_(module.weight)
+        elif isinstance(module, ShortConvolution):
             bound = module.kernel_size[0] ** -0.5
             init.uniform_(module.weight, -bound, bound)
         elif isinstance(module, (DecayProjection, StackActions)):

@@ -16,6 +16,7 @@ from scripts import evaluate, generate, train
 from scripts.data import Blocks, DataArguments, encode, load_splits, load_tokenizer, parse_range, read_bytes
 from scripts.report import bits_per_byte, write_json
 from stackformer.tokenization_stackformer import build_byte_tokenizer, train_bpe_tokenizer
+from tests.models import spread_weights
 
 torch.set_num_threads(1)
 
@@ -49,7 +50,7 @@ PRESETS = {
 def model(request):
     torch.manual_seed(0)
     fields = {**PRESETS[request.param], "vocab_size": 261}
-    return AutoModelForCausalLM.from_config(AutoConfig.for_model(**fields)).eval()
+    return spread_weights(AutoModelForCausalLM.from_config(AutoConfig.for_model(**fields))).eval()
 
 
 @pytest.fixture

@@ -1,0 +1,44 @@
+# Copyright 2026 The Stackformer authors. Licensed under the Apache License, Version 2.0.
+"""Small layers that the model and its mixers share; a type of its own gets an initial value of its own."""
+
+import torch
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+
+
+class ResidualProjection(nn.Linear):
+    """A projection onto a residual stream. It starts at zero, so that every block starts as the identity
+    (Zhang et al. 2019, "Fixup Initialization"); docs/experiments.md has what that gains."""
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__(in_features, out_features, bias=False)
+
+
+class ShortConvolution(nn.Conv1d):
+    """Causal depth-wise convolution: without positions, this is what tells word order."""
+
+    def __init__(self, channels: int, kernel_size: int):
+        super().__init__(channels, channels, kernel_size, groups=channels, bias=False)
+
+    def forward(self, window: Tensor) -> Tensor:
+        """Window [B', kernel - 1 + T', channels], the past in front, to [B', T', channels]."""
+        taps = self.weight.squeeze(1).to(window.dtype).unbind(-1)
+        length = window.shape[1] - len(taps) + 1
+        mixed = window[:, :length] * taps[0]
+        for offset, tap in enumerate(taps[1:], start=1):
+            mixed = torch.addcmul(mixed, window[:, offset : offset + length], tap)
+        return mixed
+
+
+class GatedMLP(nn.Module):
+    """Gated feed-forward (Shazeer 2020, "GLU Variants Improve Transformer", equation 6)."""
+
+    def __init__(self, input_size: int, intermediate_size: int, output_size: int, hidden_act: str):
+        super().__init__()
+        self.gate_proj = nn.Linear(input_size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(input_size, intermediate_size, bias=False)
+        self.down_proj = ResidualProjection(intermediate_size, output_size)
+        self.act_fn = ACT2FN[hidden_act]
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(hidden)) * self.up_proj(hidden))
