@@ -2,14 +2,22 @@
 """The recurrent state of a Stackformer as a transformers `Cache`: constant in size, whatever was read."""
 
 import copy
+import os
+import tempfile
+import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from huggingface_hub import HfApi
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.modeling_utils import PreTrainedModel
+from transformers.utils import cached_file
 
 from .configuration_stackformer import StackformerConfig
+from .memory_file import JSON_FILE, TENSORS_FILE, model_identity, read_memory, write_memory
 from .processing_stack import TokenLayout
 
 State = tuple[Tensor, ...]
@@ -147,6 +155,11 @@ class StackformerCacheLayer(CacheLayerMixin):
     def _restart_window(self) -> None:
         self._anchor, self._calls, self._recorded_tokens = dict(self.slices), {}, 0
 
+    def load(self, slices: dict[int, State], seen_tokens: int, device: torch.device) -> None:
+        """Take over a state that was saved."""
+        self.slices, self.seen_tokens, self.is_initialized = slices, seen_tokens, True
+        self.map_(lambda tensor: tensor.to(device))
+
     def map_(self, function: Callable[[Tensor], Tensor]) -> None:
         """Replace every state tensor by what `function` makes of it."""
         self.slices = {index: tuple(map(function, state)) for index, state in self.slices.items()}
@@ -226,6 +239,21 @@ def _put_rows(old: State | None, new: State, layout: TokenLayout) -> State:
     return tuple(past.index_copy(0, layout.rows, tensor) for past, tensor in zip(old, new, strict=True))
 
 
+def _upload(
+    folder: str | os.PathLike,
+    repo_id: str,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    **kwargs,
+) -> str:
+    api = HfApi(token=token)
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    kwargs.setdefault("commit_message", "Upload memory")
+    return api.upload_folder(
+        repo_id=repo_id, folder_path=str(folder), allow_patterns=[JSON_FILE, TENSORS_FILE], **kwargs
+    ).commit_url
+
+
 class StackformerCache(Cache):
     """The memory of a Stackformer: what it kept of everything it has read.
 
@@ -253,6 +281,92 @@ class StackformerCache(Cache):
         super().__init__(
             layers=[StackformerCacheLayer(rollback_window) for _ in range(config.num_hidden_layers)]
         )
+        self._model: weakref.ref | None = None
+
+    def bind(self, model: PreTrainedModel) -> "StackformerCache":
+        """Remember (weakly) whose memory this is, so that `save_pretrained` need not be told. Returns
+        itself."""
+        self._model = weakref.ref(model)
+        return self
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        model: PreTrainedModel | None = None,
+        push_to_hub: bool = False,
+        **kwargs,
+    ) -> None:
+        """Write the memory to a folder: `memory.safetensors`, and `memory.json` with the identity of its
+        model.
+
+        Args:
+            model: whose memory it is; known already for a cache that the model or `generate` made.
+            push_to_hub: whether to upload the folder afterwards.
+            kwargs: for [`~StackformerCache.push_to_hub`]; `repo_id` is the folder's name if not given.
+
+        Raises:
+            ValueError: if the memory is empty, or if the model is not known.
+        """
+        model = self._model() if model is None and self._model is not None else model
+        if model is None:
+            raise ValueError(
+                "`model` must be the model whose memory this is: this cache does not know it, got None"
+            )
+        if self.batch_size < 1:
+            raise ValueError("This memory is empty: read something with the model before saving it.")
+        slices = [layer.slices for layer in self.layers]
+        write_memory(save_directory, slices, self.get_seq_length(), model_identity(model))
+        if push_to_hub:
+            repo_id = kwargs.pop("repo_id", Path(save_directory).name)
+            _upload(save_directory, repo_id, **kwargs)
+
+    def push_to_hub(self, repo_id: str, model: PreTrainedModel | None = None, **kwargs) -> str:
+        """Upload the memory to the Hub, into a model repository (the model's own, or one for memories).
+
+        Args:
+            repo_id: the repository, created if need be.
+            kwargs: `private`, `token`, `revision`, `commit_message` and `path_in_repo`, as in
+                huggingface_hub.
+
+        Returns:
+            The URL of the commit.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, model=model)
+            return _upload(folder, repo_id, **kwargs)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike, model: PreTrainedModel, **kwargs
+    ) -> "StackformerCache":
+        """Load a memory from a folder or from the Hub, for the model that wrote it.
+
+        Args:
+            pretrained_model_name_or_path: a folder written by `save_pretrained`, or a repository on the Hub.
+            model: the model; the memory goes to its device.
+            kwargs: `subfolder`, `revision`, `token`, `cache_dir`, ... as in other `from_pretrained` methods.
+
+        Raises:
+            ValueError: if the memory is of another model, damaged, or of an unknown format version.
+            OSError: if there is no memory.
+        """
+        json_path, tensors_path = (
+            cached_file(pretrained_model_name_or_path, name, **kwargs) for name in (JSON_FILE, TENSORS_FILE)
+        )
+        cache = cls(model.config).bind(model)
+        slices, seen_tokens = read_memory(json_path, tensors_path, model_identity(model), len(cache.layers))
+        for layer, states in zip(cache.layers, slices, strict=True):
+            layer.load(states, seen_tokens, model.device)
+        return cache
+
+    @property
+    def batch_size(self) -> int:
+        """Rows of the batch; -1 before the first write."""
+        return self.layers[0].batch_size
+
+    def __getstate__(self) -> dict:
+        """Pickles and deep copies do not take the model along."""
+        return {**self.__dict__, "_model": None}
 
     def clone(self) -> "StackformerCache":
         """An independent copy. Gradients flow through it to this one."""
@@ -273,7 +387,7 @@ class StackformerCache(Cache):
         for layer in layers:
             layer.map_(function)
         mapped = copy.copy(self)
-        mapped.layers = layers
+        mapped.layers, mapped._model = layers, self._model
         return mapped
 
 

@@ -347,7 +347,7 @@ class StackformerModel(StackformerPreTrainedModel):
         if cache is None:
             if use_cache is None:
                 use_cache = self.config.use_cache and not self.training
-            return StackformerCache(self.config) if use_cache else None
+            return StackformerCache(self.config).bind(self) if use_cache else None
         if len(cache.layers) != self.config.num_hidden_layers:
             raise ValueError(
                 f"`past_key_values` must be a StackformerCache of {self.config.num_hidden_layers} layers (or "
@@ -469,7 +469,7 @@ class StackformerForCausalLM(StackformerPreTrainedModel, GenerationMixin):
             "dynamic",
         )
         if model_kwargs.get("past_key_values") is None and wanted:
-            model_kwargs["past_key_values"] = cache = StackformerCache(self.config)
+            model_kwargs["past_key_values"] = cache = StackformerCache(self.config).bind(self)
             if generation_config.is_assistant:
                 cache.activate_past_recording()
         else:

@@ -104,4 +104,6 @@ def test_the_code_that_is_saved_imports_nothing_but_torch_and_transformers(tmp_p
     files = list(tmp_path.glob("*.py"))
     assert len(files) >= 5
     for path in files:
-        assert set(get_imports(path)) <= {"torch", "transformers"} | set(sys.stdlib_module_names), path.name
+        assert set(get_imports(path)) <= {"torch", "transformers", "safetensors", "huggingface_hub"} | set(
+            sys.stdlib_module_names
+        ), path.name
