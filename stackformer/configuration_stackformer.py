@@ -45,8 +45,8 @@ class StackformerConfig(PreTrainedConfig):
             `None`.
         hidden_act (`str`, defaults to `"silu"`): Activation of the (gated) feed-forwards.
         rms_norm_eps (`float`, defaults to 1e-6): Epsilon of the normalisations.
-        initializer_range (`float`, defaults to 0.02): Standard deviation of the initial embeddings and
-            projections.
+        initializer_range (`float`, defaults to 0.02): Standard deviation of the initial embeddings.
+            Projections start with fan_in ** -0.5, those that join the embedding with 0.
         tie_word_embeddings (`bool`, defaults to `False`): Whether the output projection is the embedding
             matrix.
         use_cache (`bool`, defaults to `True`): Whether to return the recurrent state, when not training.

@@ -7,13 +7,11 @@ beginning), and returns the mixed tokens [n, d], the new state (a tuple of tenso
 wants the stack trace to show, or `None`.
 """
 
-import math
-
 import torch
 from torch import Tensor, nn
 
 from .configuration_stackformer import StackformerConfig
-from .layers_stackformer import ResidualProjection, ShortConvolution
+from .layers_stackformer import ShortConvolution, core_output
 from .memory_bank import FEATURE_MAPS, banked_linear_attention
 from .processing_stack import TokenLayout, address_memories
 
@@ -30,11 +28,6 @@ class DecayProjection(nn.Linear):
         """[n, d] to [n, H, N], the logarithm of what is kept, within [-max_rate, 0], float32 at least."""
         logits = super().forward(hidden).unflatten(-1, self.bank_shape)
         return -self.max_rate * logits.to(torch.promote_types(hidden.dtype, torch.float32)).sigmoid()
-
-    def initial_bias(self) -> Tensor:
-        """Decays from 1/2 to 1/500 nats, log-spaced over heads and banks: to each its own horizon."""
-        rates = torch.logspace(math.log10(1 / 2), math.log10(1 / 500), self.out_features)
-        return (rates / max(self.max_rate, 1e-6)).clamp(max=0.5).logit()
 
 
 class BankedLinearAttention(nn.Module):
@@ -60,7 +53,7 @@ class BankedLinearAttention(nn.Module):
             self.write_proj = nn.Linear(size, self.num_heads * self.num_banks)
         self.gate_proj = nn.Linear(size, size, bias=False)
         self.norm = nn.RMSNorm(self.head_dim, eps=config.rms_norm_eps)
-        self.o_proj = ResidualProjection(size, size)
+        self.o_proj = core_output(config, size)
 
     def forward(
         self, hidden: Tensor, pointer: Tensor, layout: TokenLayout, state: tuple[Tensor, ...] | None

@@ -27,8 +27,8 @@ from transformers.utils import ModelOutput, can_return_tuple
 
 from .cache_stackformer import StackformerCache, StackformerCacheLayer
 from .configuration_stackformer import StackformerConfig
-from .layers_stackformer import GatedMLP, ResidualProjection, ShortConvolution
-from .mixer_banked_linear_attention import BankedLinearAttention, DecayProjection
+from .layers_stackformer import GatedMLP, ResidualProjection, ShortConvolution, core_output
+from .mixer_banked_linear_attention import BankedLinearAttention
 from .processing_stack import (
     DEQUEUE,
     Stack,
@@ -112,7 +112,7 @@ class StackformerCoreLayer(GradientCheckpointingLayer):
         self.input_layernorm = nn.RMSNorm(size, eps=config.rms_norm_eps)
         self.mixer = MIXERS[config.mixer_types[layer_idx]](config)
         self.post_attention_layernorm = nn.RMSNorm(size, eps=config.rms_norm_eps)
-        self.mlp = GatedMLP(size, config.intermediate_size, size, config.hidden_act)
+        self.mlp = GatedMLP(size, core_output(config, config.intermediate_size), config.hidden_act)
 
     def forward(
         self, hidden: Tensor, pointer: Tensor, layout: TokenLayout, state: tuple[Tensor, ...] | None
@@ -136,12 +136,8 @@ class StackformerBottleneck(nn.Module):
         super().__init__()
         self.core_norm = nn.RMSNorm(config.core_size, eps=config.rms_norm_eps)
         self.up_proj = ResidualProjection(config.core_size, config.hidden_size)
-        self.mlp = GatedMLP(
-            config.core_size + config.hidden_size,
-            config.bottleneck_intermediate_size,
-            config.hidden_size,
-            config.hidden_act,
-        )
+        down_proj = ResidualProjection(config.bottleneck_intermediate_size, config.hidden_size)
+        self.mlp = GatedMLP(config.core_size + config.hidden_size, down_proj, config.hidden_act)
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(self, core: Tensor, embedding: Tensor) -> Tensor:
@@ -186,22 +182,25 @@ class StackformerPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         """Initialise one module; transformers calls it for modules that hold parameters of their own.
 
-        | what                    | initial value                                            |
-        |-------------------------|----------------------------------------------------------|
-        | embeddings, projections | normal, standard deviation `initializer_range`; biases 0 |
-        | residual projections    | 0: every block starts as the identity                    |
-        | normalisations          | 1                                                        |
-        | convolution             | uniform within kernel_size ** -0.5                       |
-        | decay bias              | `DecayProjection.initial_bias`                           |
-        | dequeue bias            | `StackActions.initial_bias`                              |
+        | what                 | initial value                                                      |
+        |----------------------|--------------------------------------------------------------------|
+        | embeddings           | normal, standard deviation `initializer_range`; 0 for padding      |
+        | projections          | normal, standard deviation fan_in ** -0.5; biases 0                |
+        | residual projections | 0: what joins the stream of embeddings starts as nothing           |
+        | normalisations       | 1                                                                  |
+        | convolutions         | uniform within kernel_size ** -0.5                                 |
+        | decay bias           | 0: a memory that is fully written decays by half the maximal rate  |
+        | action bias          | -3 for dequeue: full depth. Shallower starts collapse to one step  |
         """
         super()._init_weights(module)
         if isinstance(module, ResidualProjection):
             init.zeros_(module.weight)
+        elif isinstance(module, nn.Linear):
+            init.normal_(module.weight, std=module.in_features**-0.5)
         elif isinstance(module, ShortConvolution):
             bound = module.kernel_size[0] ** -0.5
             init.uniform_(module.weight, -bound, bound)
-        elif isinstance(module, (DecayProjection, StackActions)):
+        if isinstance(module, StackActions):
             init.copy_(module.bias, module.initial_bias())
 
 

@@ -309,13 +309,18 @@ def test_initialisation(tie):
     model = StackformerForCausalLM(config)
     assert model.model.action_proj.bias.tolist() == [0, 0, -3]
     mixer = model.model.layers[0].mixer
-    rates = config.max_decay_rate * mixer.decay_proj.bias.sigmoid()
-    torch.testing.assert_close(rates[[0, -1]], torch.tensor([0.25, 1 / 500]))
-    assert (rates.diff() < 0).all()
     assert mixer.conv.weight.abs().max() <= 0.5
     assert mixer.conv.weight.abs().max() > 0.4
-    assert abs(mixer.qkv_proj.weight.std() - 0.02) < 0.002
+    assert abs(mixer.qkv_proj.weight.std() * 16**0.5 - 1) < 0.1
+    assert abs(model.model.embed_tokens.weight.std() - 0.02) < 0.001
+    assert (
+        not model.model.bottleneck.up_proj.weight.any()
+        and not model.model.bottleneck.mlp.down_proj.weight.any()
+    )
+    assert mixer.o_proj.weight.any() and model.model.layers[0].mlp.down_proj.weight.any()
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == tie
+    plain = StackformerForCausalLM(tiny_config(bottleneck_size=None)).model.layers[0]
+    assert not plain.mixer.o_proj.weight.any() and not plain.mlp.down_proj.weight.any()
     with torch.no_grad():
         assert model.eval()(random_ids(2, 30)).ponder_steps.mean() > 3.5, "does not start deep"
 
