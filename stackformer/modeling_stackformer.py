@@ -249,20 +249,24 @@ class StackformerModel(StackformerPreTrainedModel):
             use_cache: whether to return the state; by default `config.use_cache`, but not in training.
             output_hidden_states: whether to return the embeddings and every ponder step's thoughts.
             output_stack_trace: whether to return the [`StackTrace`].
+            kwargs: Documents packed into one row are read as if each stood alone. Where they begin is told by
+                `seq_idx` [B, T], `cu_seq_lens_q` (for B = 1), or `position_ids` [B, T] that start again
+                from 0: whatever [`DataCollatorWithFlattening`] returns.
 
         Raises:
             ValueError: without exactly one of `input_ids` and `inputs_embeds`, for an attention mask that is
-                not a padding mask, or for a cache made for another model.
+                no padding mask, for a cache made for another model, or for packed documents with a cache.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of `input_ids` and `inputs_embeds`")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        past_key_values = self._prepare_cache(past_key_values, use_cache)
+        documents = _packed_documents(inputs_embeds, **kwargs)
+        past_key_values = self._prepare_cache(past_key_values, use_cache, packed=documents is not None)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
 
-        layout = self._layout(inputs_embeds, attention_mask)
+        layout = self._layout(inputs_embeds, attention_mask, documents)
         thoughts, ponder_steps, hidden_states, trace = self._ponder(
             inputs_embeds, layout, past_key_values, output_hidden_states, output_stack_trace
         )
@@ -342,7 +346,14 @@ class StackformerModel(StackformerPreTrainedModel):
                 cache_layer.write(index, state, layout)
         return hidden if self.bottleneck is None else self.bottleneck(hidden, superposition), bank_weights
 
-    def _prepare_cache(self, cache: Cache | None, use_cache: bool | None) -> Cache | None:
+    def _prepare_cache(self, cache: Cache | None, use_cache: bool | None, packed: bool) -> Cache | None:
+        if packed:
+            if cache is not None or use_cache:
+                raise ValueError(
+                    "`past_key_values` and `use_cache` must be None with packed documents, each of which "
+                    f"ends in a state of its own, got {type(cache).__name__} and {use_cache}"
+                )
+            return None
         if cache is None:
             if use_cache is None:
                 use_cache = self.config.use_cache and not self.training
@@ -355,10 +366,12 @@ class StackformerModel(StackformerPreTrainedModel):
         return cache
 
     @staticmethod
-    def _layout(embeds: Tensor, attention_mask: Tensor | None) -> TokenLayout:
+    def _layout(embeds: Tensor, attention_mask: Tensor | None, documents: Tensor | None) -> TokenLayout:
         batch_size, length = embeds.shape[:2]
         if attention_mask is None:
-            return TokenLayout.full(batch_size, length)
+            if documents is None:
+                return TokenLayout.full(batch_size, length)
+            attention_mask = torch.ones_like(documents)
         if (
             attention_mask.dim() != 2
             or attention_mask.shape[0] != batch_size
@@ -368,7 +381,7 @@ class StackformerModel(StackformerPreTrainedModel):
                 f"`attention_mask` must be a padding mask of shape [{batch_size}, {length}], or longer by "
                 f"the tokens in the cache, got shape {tuple(attention_mask.shape)}"
             )
-        return TokenLayout.from_mask(attention_mask[:, -length:].bool())
+        return TokenLayout.from_mask(attention_mask[:, -length:].bool(), documents)
 
     @staticmethod
     def _trace_step(
@@ -392,6 +405,37 @@ class StackformerModel(StackformerPreTrainedModel):
 
     def set_input_embeddings(self, value: nn.Embedding) -> None:
         self.embed_tokens = value
+
+
+def _packed_documents(
+    embeds: Tensor,
+    seq_idx: Tensor | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    **kwargs,
+) -> Tensor | None:
+    """The document of each token [B, T]; `None` if every row is one document."""
+    batch_size, length = embeds.shape[:2]
+    if seq_idx is not None:
+        documents = seq_idx
+    elif cu_seq_lens_q is not None:
+        if batch_size != 1 or cu_seq_lens_q[0] != 0 or cu_seq_lens_q[-1] != length:
+            raise ValueError(
+                f"`cu_seq_lens_q` must go from 0 to the length {length} of a batch of 1 row, got "
+                f"{cu_seq_lens_q.tolist()} for {batch_size} rows"
+            )
+        starts = torch.zeros(length + 1, dtype=torch.long, device=embeds.device)
+        documents = starts.index_fill_(0, cu_seq_lens_q.long(), 1)[:length].cumsum(0).unsqueeze(0)
+    elif position_ids is not None and length > 1:
+        documents = (position_ids == 0).cumsum(-1).expand(batch_size, -1)
+    else:
+        return None
+    if documents.shape != (batch_size, length):
+        raise ValueError(
+            f"`seq_idx` and `position_ids` must have shape {(batch_size, length)}, got "
+            f"{tuple(documents.shape)}"
+        )
+    return documents if (documents[:, 1:] != documents[:, :-1]).any() else None
 
 
 class StackformerForCausalLM(StackformerPreTrainedModel, GenerationMixin):

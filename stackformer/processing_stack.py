@@ -171,6 +171,7 @@ class TokenLayout:
     row_lengths: Tensor | None = None  # [B'], active tokens of each row
     num_rows: int = 0  # B'
     row_length: int = 0  # T'
+    documents: Tensor | None = None  # [B * T], the document of each token, if several are packed into a row
 
     @classmethod
     def full(cls, batch_size: int, length: int) -> "TokenLayout":
@@ -178,33 +179,38 @@ class TokenLayout:
         return cls(batch_size, length, num_rows=batch_size, row_length=length)
 
     @classmethod
-    def from_mask(cls, active: Tensor) -> "TokenLayout":
-        """Layout of a boolean mask [B, T]. The number of active tokens is read: one synchronisation on a
-        GPU."""
-        return cls._from_positions(active.flatten().nonzero().squeeze(-1), *active.shape)
+    def from_mask(cls, active: Tensor, documents: Tensor | None = None) -> "TokenLayout":
+        """Layout of a boolean mask [B, T]. The number of active tokens is read: a sync on a GPU.
+
+        Args:
+            documents: [B, T], a number for each token that changes where a new document begins: every document
+                is a row of its own then.
+        """
+        positions = active.flatten().nonzero().squeeze(-1)
+        documents = None if documents is None else documents.flatten()
+        return cls._from_positions(positions, active.shape[0], active.shape[1], documents)
 
     @classmethod
-    def _from_positions(cls, positions: Tensor, batch_size: int, length: int) -> "TokenLayout":
-        if positions.numel() == batch_size * length:
+    def _from_positions(
+        cls, positions: Tensor, batch_size: int, length: int, documents: Tensor | None
+    ) -> "TokenLayout":
+        if documents is None and positions.numel() == batch_size * length:
             return cls.full(batch_size, length)
         row = positions.div(length, rounding_mode="floor")
-        counts = torch.bincount(row, minlength=batch_size)
+        if documents is not None:
+            document = documents[positions]
+            begins = (row[1:] != row[:-1]) | (document[1:] != document[:-1])
+            row = torch.cat([torch.zeros_like(row[:1]), begins.cumsum(0)])
+        counts = torch.bincount(row, minlength=batch_size if documents is None else 0)
         rows = counts.nonzero().squeeze(-1)
         row_lengths = counts[rows]
         row_length = int(row_lengths.max()) if len(rows) else 0
         rank = (counts > 0).cumsum(0) - 1
         offset = torch.arange(len(positions), device=positions.device) - (counts.cumsum(0) - counts)[row]
         slots = rank[row] * row_length + offset
-        all_rows = len(rows) == batch_size
+        batch_rows = None if documents is not None or len(rows) == batch_size else rows
         return cls(
-            batch_size,
-            length,
-            positions,
-            None if all_rows else rows,
-            slots,
-            row_lengths,
-            len(rows),
-            row_length,
+            batch_size, length, positions, batch_rows, slots, row_lengths, len(rows), row_length, documents
         )
 
     @property
@@ -217,7 +223,7 @@ class TokenLayout:
         positions = self.positions
         if positions is None:
             positions = torch.arange(self.num_tokens, device=keep.device)
-        return self._from_positions(positions[keep], self.batch_size, self.length)
+        return self._from_positions(positions[keep], self.batch_size, self.length, self.documents)
 
     def before(self, time: int, device: torch.device) -> Tensor:
         """Which active tokens [n] stand before position `time` of their row."""
