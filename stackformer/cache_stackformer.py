@@ -165,6 +165,12 @@ class StackformerCacheLayer(CacheLayerMixin):
         self.slices = {index: tuple(map(function, state)) for index, state in self.slices.items()}
         self._restart_window()
 
+    def mapped(self, function: Callable[[Tensor], Tensor]) -> "StackformerCacheLayer":
+        """A copy of the layer whose state tensors are what `function` makes of this one's."""
+        layer = copy.copy(self)
+        StackformerCacheLayer.map_(layer, function)
+        return layer
+
     def __getstate__(self) -> dict:
         """Copies and pickles hold the state, not the layers that computed it."""
         return {**self.__dict__, "_anchor": self.slices, "_calls": {}, "_recorded_tokens": 0}
@@ -223,6 +229,79 @@ class StackformerCacheLayer(CacheLayerMixin):
         raise ValueError("A Stackformer cache holds no keys and values: it cannot be used by another model.")
 
 
+class StackformerStaticCacheLayer(StackformerCacheLayer):
+    """A layer that writes in place, for compiled decoding and CUDA graphs: addresses and shapes never change.
+
+    For inference: no gradient flows through it, and it records no past.
+    """
+
+    is_compileable = True
+
+    def __init__(self, **kwargs):
+        super().__init__()
+        self._seen: Tensor | None = None  # a tensor, since a counter in Python would recompile every step
+
+    def write(self, index: int, state: State, layout: TokenLayout) -> None:
+        """Copy the new state of slice `index` into its buffers, which the first call allocates."""
+        state = _put_rows(self.slices.get(index), state, layout)
+        if index in self.slices:
+            for buffer, tensor in zip(self.slices[index], state, strict=True):
+                buffer.copy_(tensor.detach())
+            return
+        buffers = tuple(tensor.detach().clone() for tensor in state)
+        if not torch.compiler.is_compiling():
+            for buffer in buffers:
+                torch._dynamo.mark_static_address(buffer)
+        self.slices[index] = buffers
+        self.is_initialized = True
+
+    def advance(self, tokens: int) -> None:
+        """Count `tokens` more positions as seen."""
+        if self._seen is None:
+            self._seen = torch.zeros((), dtype=torch.long, device=self.slices[0][0].device)
+            if not torch.compiler.is_compiling():
+                torch._dynamo.mark_static_address(self._seen)
+        self._seen.add_(tokens)
+
+    def get_seq_length(self) -> int:
+        """Positions seen so far, padding included. Reading it is a synchronisation on a GPU."""
+        return 0 if self._seen is None else int(self._seen)
+
+    def activate_past_recording(self) -> None:
+        raise ValueError(
+            "A static cache records no past: assisted decoding needs a cache that is not static."
+        )
+
+    def load(self, slices: dict[int, State], seen_tokens: int, device: torch.device) -> None:
+        """Take over a state that was saved."""
+        super().load(slices, 0, device)
+        self._seen = torch.tensor(seen_tokens, device=device)
+
+    def map_(self, function: Callable[[Tensor], Tensor]) -> None:
+        """Write what `function` makes of the state into the buffers, or replace those whose shape changes."""
+        for index, state in self.slices.items():
+            results = tuple(map(function, state))
+            if all(new.shape == old.shape for new, old in zip(results, state, strict=True)):
+                for buffer, tensor in zip(state, results, strict=True):
+                    buffer.copy_(tensor)
+            else:
+                self.slices[index] = results
+
+    def mapped(self, function: Callable[[Tensor], Tensor]) -> "StackformerCacheLayer":
+        """A copy of the layer with buffers of its own."""
+        layer = super().mapped(function)
+        layer._seen = None if self._seen is None else self._seen.clone()
+        return layer
+
+    def reset(self) -> None:
+        """Forget everything, and keep the buffers."""
+        for state in self.slices.values():
+            for buffer in state:
+                buffer.zero_()
+        if self._seen is not None:
+            self._seen.zero_()
+
+
 def _take_rows(state: State | None, rows: Tensor | None) -> State | None:
     """The batch rows `rows` [B'] of a state, all if `None`."""
     if state is None or rows is None:
@@ -275,11 +354,14 @@ class StackformerCache(Cache):
     ```
     """
 
-    def __init__(self, config: StackformerConfig, rollback_window: int = ROLLBACK_WINDOW):
+    def __init__(
+        self, config: StackformerConfig, rollback_window: int = ROLLBACK_WINDOW, static: bool = False
+    ):
         if rollback_window < 0:
             raise ValueError(f"`rollback_window` must be at least 0, got {rollback_window}")
+        layer_class = StackformerStaticCacheLayer if static else StackformerCacheLayer
         super().__init__(
-            layers=[StackformerCacheLayer(rollback_window) for _ in range(config.num_hidden_layers)]
+            layers=[layer_class(rollback_window=rollback_window) for _ in range(config.num_hidden_layers)]
         )
         self._model: weakref.ref | None = None
 
@@ -383,11 +465,8 @@ class StackformerCache(Cache):
         return sum(tensor.nbytes for state in states for tensor in state)
 
     def _mapped(self, function: Callable[[Tensor], Tensor]) -> "StackformerCache":
-        layers = [copy.copy(layer) for layer in self.layers]
-        for layer in layers:
-            layer.map_(function)
         mapped = copy.copy(self)
-        mapped.layers, mapped._model = layers, self._model
+        mapped.layers, mapped._model = [layer.mapped(function) for layer in self.layers], self._model
         return mapped
 
 

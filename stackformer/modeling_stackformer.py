@@ -171,6 +171,7 @@ class StackformerPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["StackformerCoreLayer"]
     _skip_keys_device_placement = ["past_key_values"]
+    _can_compile_fullgraph = True
 
     def save_pretrained(self, *args, **kwargs) -> None:
         """As in transformers. The code is saved too, and every auto class is told where its model is in
@@ -287,13 +288,14 @@ class StackformerModel(StackformerPreTrainedModel):
     ) -> tuple[Tensor, Tensor, tuple[Tensor, ...] | None, StackTrace | None]:
         """Ponder until every token's stack is empty: outputs [B, T, D] and ponder steps [B, T]."""
         config = self.config
-        outputs = torch.zeros_like(embeds)
-        ponder_steps = embeds.new_zeros(
-            embeds.shape[:2], dtype=torch.promote_types(embeds.dtype, torch.float32)
-        )
-        latest, hidden_states, steps = embeds, [embeds], []
+        # A compiled graph cannot depend on which tokens are done: there, one token per row is masked, not
+        # left out.
+        masked = torch.compiler.is_compiling() and embeds.shape[1] == 1
         embedding = layout.gather(embeds)
         stack = init_stack(embedding, config.stack_depth)
+        outputs = torch.zeros_like(embeds)
+        ponder_steps = outputs.new_zeros(embeds.shape[:2], dtype=stack.ponder_steps.dtype)
+        latest, hidden_states, steps = embeds, [embeds], []
 
         for step in range(1, config.max_ponder_steps + 1):
             if layout.num_tokens == 0:
@@ -309,20 +311,26 @@ class StackformerModel(StackformerPreTrainedModel):
                 hidden_states.append(latest)
 
             if step == config.max_ponder_steps:
-                done, finished = layout, list(flush_stack(stack, thought, step))
-            else:
-                stack = step_stack(stack, actions, thought, embedding, step, self.return_norm)
-                if config.halting_threshold == 0:
-                    continue
-                halted = stack.pointer.sum(-1) < config.halting_threshold
-                if not halted.any():
-                    continue
-                done, finished = layout.select(halted), [x[halted] for x in flush_stack(stack, thought, step)]
-                layout, stack = layout.select(~halted), Stack(*(x[~halted] for x in stack))
-                embedding = embedding[~halted]
-            outputs = done.scatter(finished[0], outputs)
-            ponder_steps = done.scatter(finished[1], ponder_steps)
+                stack = flush_stack(
+                    stack, torch.ones_like(stack.pointer[:, 0], dtype=torch.bool), thought, step
+                )
+                break
+            stack = step_stack(stack, actions, thought, embedding, step, self.return_norm)
+            if config.halting_threshold == 0:
+                continue
+            done = stack.pointer.sum(-1) < config.halting_threshold
+            stack = flush_stack(stack, done, thought, step)
+            if masked:
+                layout = layout.masked(~done)
+            elif done.any():
+                finished = layout.select(done)
+                outputs = finished.scatter(stack.output[done], outputs)
+                ponder_steps = finished.scatter(stack.ponder_steps[done], ponder_steps)
+                layout, stack = layout.select(~done), Stack(*(x[~done] for x in stack))
+                embedding = embedding[~done]
 
+        outputs = layout.scatter(stack.output, outputs)
+        ponder_steps = layout.scatter(stack.ponder_steps, ponder_steps)
         hidden_states += [latest] * (config.max_ponder_steps + 1 - len(hidden_states))
         trace = self._stack_steps(steps) if with_trace else None
         return outputs, ponder_steps, tuple(hidden_states) if all_thoughts else None, trace
@@ -368,6 +376,8 @@ class StackformerModel(StackformerPreTrainedModel):
     @staticmethod
     def _layout(embeds: Tensor, attention_mask: Tensor | None, documents: Tensor | None) -> TokenLayout:
         batch_size, length = embeds.shape[:2]
+        if torch.compiler.is_compiling() and length == 1:
+            attention_mask = None  # a token that was just generated is no padding, and the mask would grow
         if attention_mask is None:
             if documents is None:
                 return TokenLayout.full(batch_size, length)
@@ -388,7 +398,9 @@ class StackformerModel(StackformerPreTrainedModel):
         layout: TokenLayout, pointer: Tensor, actions: Tensor, bank_weights: list
     ) -> list[Tensor]:
         """One ponder step of a trace: its tensors for all tokens [B, T, ...], zeros for inactive ones."""
-        active = torch.ones(len(pointer), dtype=torch.bool, device=pointer.device)
+        active = (
+            torch.ones_like(pointer[:, 0], dtype=torch.bool) if layout.thinking is None else layout.thinking
+        )
         reads, writes = (torch.stack(weights, dim=1) for weights in zip(*bank_weights, strict=True))
         return [
             layout.scatter(x, x.new_zeros(layout.batch_size, layout.length, *x.shape[1:]))
@@ -505,18 +517,25 @@ class StackformerForCausalLM(StackformerPreTrainedModel, GenerationMixin):
         total = (ponder_steps * counted.to(ponder_steps.device)).sum()
         return total / (counted.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
 
+    @staticmethod
+    def create_masks_for_generate(config, inputs_embeds: Tensor, attention_mask: Tensor | None, **kwargs):
+        """The padding mask as it is; none for one token, so that no growing mask enters a compiled graph."""
+        return None if inputs_embeds.shape[1] == 1 else attention_mask
+
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs) -> None:
         """`generate` makes a [`StackformerCache`], and no cache that grows."""
-        wanted = generation_config.use_cache is not False and generation_config.cache_implementation in (
-            None,
-            "dynamic",
-        )
-        if model_kwargs.get("past_key_values") is None and wanted:
-            model_kwargs["past_key_values"] = cache = StackformerCache(self.config).bind(self)
-            if generation_config.is_assistant:
-                cache.activate_past_recording()
-        else:
+        implementation = generation_config.cache_implementation
+        if (
+            model_kwargs.get("past_key_values") is not None
+            or generation_config.use_cache is False
+            or implementation not in (None, "dynamic", "static")
+        ):
             super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+            return
+        cache = StackformerCache(self.config, static=implementation == "static").bind(self)
+        if generation_config.is_assistant:
+            cache.activate_past_recording()
+        model_kwargs["past_key_values"] = cache
 
 
 class StackformerForSequenceClassification(GenericForSequenceClassification, StackformerPreTrainedModel):

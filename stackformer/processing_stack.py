@@ -12,7 +12,7 @@ finishes: its sum plus the mass that was dropped is always 1.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -50,7 +50,8 @@ def init_stack(embedding: Tensor, depth: int) -> Stack:
 
 def read_stack(stack: Stack) -> Tensor:
     """The superposition of the frames under the pointer [..., D]: sum_s p_s E_s / sum_s p_s."""
-    weights = stack.pointer / stack.pointer.sum(-1, keepdim=True)
+    mass = stack.pointer.sum(-1, keepdim=True)
+    weights = stack.pointer / mass.clamp(min=torch.finfo(mass.dtype).tiny)  # without mass, 0
     return (weights.to(stack.frames.dtype).unsqueeze(-2) @ stack.frames).squeeze(-2)
 
 
@@ -127,9 +128,10 @@ def accumulate(stack: Stack, mass: Tensor, thought: Tensor, step: int) -> tuple[
     return output, stack.ponder_steps + step * mass
 
 
-def flush_stack(stack: Stack, thought: Tensor, step: int) -> tuple[Tensor, Tensor]:
-    """Output and ponder steps when all remaining mass leaves at once: the token is done."""
-    return accumulate(stack, stack.pointer.sum(-1), thought, step)
+def flush_stack(stack: Stack, done: Tensor, thought: Tensor, step: int) -> Stack:
+    """Drop all remaining mass of the tokens that are done, a boolean [...]."""
+    output, ponder_steps = accumulate(stack, stack.pointer.sum(-1) * done, thought, step)
+    return Stack(stack.pointer * ~done.unsqueeze(-1), stack.frames, output, ponder_steps)
 
 
 def address_memories(pointer: Tensor, bank_weights: Tensor) -> Tensor:
@@ -172,6 +174,9 @@ class TokenLayout:
     num_rows: int = 0  # B'
     row_length: int = 0  # T'
     documents: Tensor | None = None  # [B * T], the document of each token, if several are packed into a row
+    # [n], which tokens still think, where shapes must not depend on it (compiled decoding, T = 1): the others
+    # are computed but have no mass, so that all they could change is the past of a convolution.
+    thinking: Tensor | None = None
 
     @classmethod
     def full(cls, batch_size: int, length: int) -> "TokenLayout":
@@ -183,8 +188,8 @@ class TokenLayout:
         """Layout of a boolean mask [B, T]. The number of active tokens is read: a sync on a GPU.
 
         Args:
-            documents: [B, T], a number for each token that changes where a new document begins: every document
-                is a row of its own then.
+            documents: [B, T], a number for each token that changes where a new document begins: every
+                document is a row of its own then.
         """
         positions = active.flatten().nonzero().squeeze(-1)
         documents = None if documents is None else documents.flatten()
@@ -225,6 +230,11 @@ class TokenLayout:
             positions = torch.arange(self.num_tokens, device=keep.device)
         return self._from_positions(positions[keep], self.batch_size, self.length, self.documents)
 
+    def masked(self, thinking: Tensor) -> "TokenLayout":
+        """The same tokens, of which only those that `thinking` [n] marks still think. For one token per
+        row."""
+        return replace(self, thinking=thinking)
+
     def before(self, time: int, device: torch.device) -> Tensor:
         """Which active tokens [n] stand before position `time` of their row."""
         if self.positions is None:
@@ -261,7 +271,10 @@ class TokenLayout:
         The window is `count` entries of the past followed by the rows themselves.
         """
         if self.row_lengths is None:
-            return window[:, window.shape[1] - count :]
+            last = window[:, window.shape[1] - count :]
+            if self.thinking is None:
+                return last
+            return last.where(self.thinking.view(-1, *[1] * (window.dim() - 1)), window[:, :count])
         index = self.row_lengths.unsqueeze(1) + torch.arange(count, device=window.device)
         index = index.view(*index.shape, *[1] * (window.dim() - 2)).expand(-1, -1, *window.shape[2:])
         return window.gather(1, index)

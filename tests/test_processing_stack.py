@@ -80,9 +80,12 @@ def test_soft_actions_by_hand():
     # Level 0: 3/4 is the thought, 1/4 returned and is erased. Level 1: half of it is the copy that was
     # called.
     assert torch.allclose(stack.frames, frames_of(0.75 * T1 + 0.25 * X0, 0.5 * T1 + 0.5 * X0))
-    output, ponder_steps = flush_stack(stack, T2, 2)
-    assert torch.equal(output, T1 / 4 + T2 * 0.75)
-    assert ponder_steps == 0.25 + 2 * 0.75
+    going_on = flush_stack(stack, torch.tensor(False), T2, 2)
+    assert all(torch.equal(new, old) for new, old in zip(going_on, stack, strict=True))
+    done = flush_stack(stack, torch.tensor(True), T2, 2)
+    assert torch.equal(done.output, T1 / 4 + T2 * 0.75)
+    assert done.ponder_steps == 0.25 + 2 * 0.75
+    assert done.pointer.tolist() == [0, 0]
 
 
 @pytest.mark.parametrize("depth", [1, 2, 5])
@@ -125,7 +128,8 @@ def test_gradcheck():
                 stack, logits[step].softmax(-1), thoughts[step], embedding, step + 1, torch.tanh
             )
             reads.append(read_stack(stack))
-        return *flush_stack(stack, thoughts[0], 4), *reads, stack.frames
+        stack = flush_stack(stack, torch.tensor([True, False]), thoughts[0], 4)
+        return *stack, *reads
 
     assert torch.autograd.gradcheck(ponder, (embedding, logits, thoughts))
 
