@@ -16,20 +16,6 @@ from .memory_bank import FEATURE_MAPS, banked_linear_attention
 from .processing_stack import TokenLayout, address_memories
 
 
-class DecayProjection(nn.Linear):
-    """How fast each memory forgets while it is written to, in nats per token for a full write."""
-
-    def __init__(self, size: int, num_heads: int, num_banks: int, max_rate: float):
-        super().__init__(size, num_heads * num_banks)
-        self.bank_shape = (num_heads, num_banks)
-        self.max_rate = max_rate
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """[n, d] to [n, H, N], the logarithm of what is kept, within [-max_rate, 0], float32 at least."""
-        logits = super().forward(hidden).unflatten(-1, self.bank_shape)
-        return -self.max_rate * logits.to(torch.promote_types(hidden.dtype, torch.float32)).sigmoid()
-
-
 class BankedLinearAttention(nn.Module):
     """Linear attention to S*N memories per head, picked from by stack pointer and softmax over banks."""
 
@@ -47,7 +33,7 @@ class BankedLinearAttention(nn.Module):
         size = config.core_size
         self.qkv_proj = nn.Linear(size, 3 * size, bias=False)
         self.conv = ShortConvolution(3 * size, config.conv_kernel_size)
-        self.decay_proj = DecayProjection(size, self.num_heads, self.num_banks, self.max_decay_rate)
+        self.decay_proj = nn.Linear(size, self.num_heads * self.num_banks)
         if self.num_banks > 1:
             self.read_proj = nn.Linear(size, self.num_heads * self.num_banks)
             self.write_proj = nn.Linear(size, self.num_heads * self.num_banks)
@@ -102,12 +88,13 @@ class BankedLinearAttention(nn.Module):
 
     def _gates(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Read weights, write weights and log decay of a full write, each [n, H, N], float32 at least."""
-        log_decay = self.decay_proj(hidden)
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+
+        def logits(projection: nn.Linear) -> Tensor:
+            return projection(hidden).to(dtype).unflatten(-1, (self.num_heads, self.num_banks))
+
+        log_decay = -self.max_decay_rate * logits(self.decay_proj).sigmoid()
         if self.num_banks == 1:
             one = torch.ones_like(log_decay)
             return one, one, log_decay
-        read, write = (
-            proj(hidden).to(log_decay.dtype).unflatten(-1, (self.num_heads, self.num_banks)).softmax(-1)
-            for proj in (self.read_proj, self.write_proj)
-        )
-        return read, write, log_decay
+        return logits(self.read_proj).softmax(-1), logits(self.write_proj).softmax(-1), log_decay

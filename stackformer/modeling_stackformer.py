@@ -145,18 +145,19 @@ class StackformerBottleneck(nn.Module):
         return self.norm(embedding + self.up_proj(core) + self.mlp(torch.cat([core, embedding], dim=-1)))
 
 
-class StackActions(nn.Linear):
-    """Probabilities of enqueue, no-op and dequeue: thoughts [n, D] to [n, 3], float32 at least."""
+class ActionProjection(nn.Linear):
+    """Logits of enqueue, no-op and dequeue [n, 3] from thoughts [n, D].
+
+    It starts at full depth and the same for every token, and learns slowly: where it did not, every token
+        learned within
+    a hundred steps to return at once, before depth could be of use (docs/experiments.md).
+    """
 
     def __init__(self, hidden_size: int):
         super().__init__(hidden_size, 3)
 
-    def forward(self, thought: Tensor) -> Tensor:
-        return super().forward(thought).to(torch.promote_types(thought.dtype, torch.float32)).softmax(-1)
-
     def initial_bias(self) -> Tensor:
-        """Dequeue starts unlikely, so that training starts at full depth: shallower starts collapse to one
-        step."""
+        """Dequeue starts unlikely."""
         bias = torch.zeros(3)
         bias[DEQUEUE] = -3
         return bias
@@ -186,23 +187,24 @@ class StackformerPreTrainedModel(PreTrainedModel):
         | what                 | initial value                                                      |
         |----------------------|--------------------------------------------------------------------|
         | embeddings           | normal, standard deviation `initializer_range`; 0 for padding      |
-        | projections          | normal, standard deviation fan_in ** -0.5; biases 0                |
+        | projections          | normal, standard deviation fan_in ** -0.5; biases 0 (of the decay: |
+        |                      | a memory that is written in full decays by half the maximal rate)  |
         | residual projections | 0: what joins the stream of embeddings starts as nothing           |
         | normalisations       | 1                                                                  |
         | convolutions         | uniform within kernel_size ** -0.5                                 |
-        | decay bias           | 0: a memory that is fully written decays by half the maximal rate  |
-        | action bias          | -3 for dequeue: full depth. Shallower starts collapse to one step  |
+        | actions              | weights 0, bias -3 for dequeue: see `ActionProjection`              |
         """
         super()._init_weights(module)
         if isinstance(module, ResidualProjection):
             init.zeros_(module.weight)
+        elif isinstance(module, ActionProjection):
+            init.zeros_(module.weight)
+            init.copy_(module.bias, module.initial_bias())
         elif isinstance(module, nn.Linear):
             init.normal_(module.weight, std=module.in_features**-0.5)
         elif isinstance(module, ShortConvolution):
             bound = module.kernel_size[0] ** -0.5
             init.uniform_(module.weight, -bound, bound)
-        if isinstance(module, StackActions):
-            init.copy_(module.bias, module.initial_bias())
 
 
 class StackformerModel(StackformerPreTrainedModel):
@@ -222,7 +224,7 @@ class StackformerModel(StackformerPreTrainedModel):
             self.down_proj = nn.Linear(config.hidden_size, config.core_size, bias=False)
             self.bottleneck = StackformerBottleneck(config)
         if config.max_ponder_steps > 1:
-            self.action_proj = StackActions(config.hidden_size)
+            self.action_proj = ActionProjection(config.hidden_size)
             if config.stack_depth > 1:
                 self.return_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -301,9 +303,7 @@ class StackformerModel(StackformerPreTrainedModel):
             if layout.num_tokens == 0:
                 break
             thought, bank_weights = self._think(stack, layout, step - 1, cache)
-            actions = (
-                thought.new_zeros(len(thought), 3) if self.action_proj is None else self.action_proj(thought)
-            )
+            actions = self._actions(thought)
             if with_trace:
                 steps.append(self._trace_step(layout, stack.pointer, actions, bank_weights))
             if all_thoughts:
@@ -334,6 +334,16 @@ class StackformerModel(StackformerPreTrainedModel):
         hidden_states += [latest] * (config.max_ponder_steps + 1 - len(hidden_states))
         trace = self._stack_steps(steps) if with_trace else None
         return outputs, ponder_steps, tuple(hidden_states) if all_thoughts else None, trace
+
+    def _actions(self, thought: Tensor) -> Tensor:
+        """Probabilities of enqueue, no-op and dequeue [n, 3]; zeros where there is one step only."""
+        dtype = torch.promote_types(thought.dtype, torch.float32)
+        if self.action_proj is None:
+            return thought.new_zeros(len(thought), 3, dtype=dtype)
+        # Thoughts are normalised, so their sum over D channels moves fast; this is what makes actions learn
+        # slowly.
+        logits = self.action_proj(thought * thought.shape[-1] ** -0.5)
+        return logits.to(dtype).softmax(-1)
 
     def _think(
         self, stack: Stack, layout: TokenLayout, index: int, cache: Cache | None

@@ -308,6 +308,7 @@ def test_initialisation(tie):
     config = tiny_config(initializer_range=0.02, tie_word_embeddings=tie)
     model = StackformerForCausalLM(config)
     assert model.model.action_proj.bias.tolist() == [0, 0, -3]
+    assert not model.model.action_proj.weight.any()
     mixer = model.model.layers[0].mixer
     assert mixer.conv.weight.abs().max() <= 0.5
     assert mixer.conv.weight.abs().max() > 0.4
