@@ -38,7 +38,8 @@ def test_training_forward_and_backward(shape):
 @every_shape
 @torch.no_grad()
 def test_decode_step(shape):
-    """Halting included: the compiled step masks what the eager one leaves out. One graph serves every step."""
+    """Halting included: the compiled step masks what the eager one leaves out. One graph serves every
+    step."""
     model, ids = tiny_model(**shape), random_ids(3, 30)
     counter = CompileCounterWithBackend(BACKEND)
     step = torch.compile(model, fullgraph=True, backend=counter)
@@ -60,7 +61,12 @@ def test_decode_step(shape):
 def test_static_cache_generation():
     model, ids, mask = tiny_model(), random_ids(2, 11), torch.ones(2, 11, dtype=torch.long)
     mask[0, :4] = 0
-    for options in ({}, {"num_beams": 3}, {"prefill_chunk_size": 4}, {"num_return_sequences": 2, "num_beams": 2}):
+    for options in (
+        {},
+        {"num_beams": 3},
+        {"prefill_chunk_size": 4},
+        {"num_return_sequences": 2, "num_beams": 2},
+    ):
         expected = generate(model, ids, 8, attention_mask=mask, **options)
         actual = generate(model, ids, 8, attention_mask=mask, cache_implementation="static", **options)
         assert torch.equal(actual, expected), options
