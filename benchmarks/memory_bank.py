@@ -29,8 +29,7 @@ Side = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def bank(memories: int) -> Side:
-    """Ours, complete: feature map, gates with decay (none for one memory, so that it is the peers' work),
-    normalizer."""
+    """Ours, complete: feature map, gates, normalizer; decay for several memories only, as peers have none."""
 
     def attend(query, key, value):
         gates = query.new_full((*query.shape[:3], memories), 1 / memories)

@@ -366,8 +366,7 @@ class StackformerCache(Cache):
         self._model: weakref.ref | None = None
 
     def bind(self, model: PreTrainedModel) -> "StackformerCache":
-        """Remember (weakly) whose memory this is, so that `save_pretrained` need not be told. Returns
-        itself."""
+        """Remember, weakly, whose memory this is: for `save_pretrained`. Returns itself."""
         self._model = weakref.ref(model)
         return self
 

@@ -32,8 +32,7 @@ Slices = list[dict[int, tuple[Tensor, ...]]]
 
 
 def model_identity(model: PreTrainedModel) -> dict[str, Any]:
-    """What a memory has to know its model by: the architecture, and a SHA-256 of the weights without any
-    head."""
+    """What a memory knows its model by: the architecture, and a SHA-256 of the weights without any head."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.base_model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

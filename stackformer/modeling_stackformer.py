@@ -149,8 +149,7 @@ class ActionProjection(nn.Linear):
     """Logits of enqueue, no-op and dequeue [n, 3] from thoughts [n, D].
 
     It starts at full depth and the same for every token, and learns slowly: where it did not, every token
-        learned within
-    a hundred steps to return at once, before depth could be of use (docs/experiments.md).
+    learned within a hundred steps to return at once, before depth could be of use (docs/experiments.md).
     """
 
     def __init__(self, hidden_size: int):
@@ -175,8 +174,7 @@ class StackformerPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
 
     def save_pretrained(self, *args, **kwargs) -> None:
-        """As in transformers. The code is saved too, and every auto class is told where its model is in
-        it."""
+        """As in transformers; the code is saved, too, and every auto class is told where it is."""
         self.config.auto_map = dict(AUTO_MAP)
         super().save_pretrained(*args, **kwargs)
 
@@ -192,7 +190,7 @@ class StackformerPreTrainedModel(PreTrainedModel):
         | residual projections | 0: what joins the stream of embeddings starts as nothing           |
         | normalisations       | 1                                                                  |
         | convolutions         | uniform within kernel_size ** -0.5                                 |
-        | actions              | weights 0, bias -3 for dequeue: see `ActionProjection`              |
+        | actions              | weights 0, bias -3 for dequeue: see `ActionProjection`             |
         """
         super()._init_weights(module)
         if isinstance(module, ResidualProjection):
@@ -290,8 +288,7 @@ class StackformerModel(StackformerPreTrainedModel):
     ) -> tuple[Tensor, Tensor, tuple[Tensor, ...] | None, StackTrace | None]:
         """Ponder until every token's stack is empty: outputs [B, T, D] and ponder steps [B, T]."""
         config = self.config
-        # A compiled graph cannot depend on which tokens are done: there, one token per row is masked, not
-        # left out.
+        # A compiled graph cannot depend on which tokens are done: there, tokens are masked, not left out.
         masked = torch.compiler.is_compiling() and embeds.shape[1] == 1
         embedding = layout.gather(embeds)
         stack = init_stack(embedding, config.stack_depth)
@@ -311,9 +308,8 @@ class StackformerModel(StackformerPreTrainedModel):
                 hidden_states.append(latest)
 
             if step == config.max_ponder_steps:
-                stack = flush_stack(
-                    stack, torch.ones_like(stack.pointer[:, 0], dtype=torch.bool), thought, step
-                )
+                all_tokens = torch.ones_like(stack.pointer[:, 0], dtype=torch.bool)
+                stack = flush_stack(stack, all_tokens, thought, step)
                 break
             stack = step_stack(stack, actions, thought, embedding, step, self.return_norm)
             if config.halting_threshold == 0:
@@ -340,16 +336,14 @@ class StackformerModel(StackformerPreTrainedModel):
         dtype = torch.promote_types(thought.dtype, torch.float32)
         if self.action_proj is None:
             return thought.new_zeros(len(thought), 3, dtype=dtype)
-        # Thoughts are normalised, so their sum over D channels moves fast; this is what makes actions learn
-        # slowly.
+        # Over D normalised channels small steps of all weights add up: scaled, actions learn slowly.
         logits = self.action_proj(thought * thought.shape[-1] ** -0.5)
         return logits.to(dtype).softmax(-1)
 
     def _think(
         self, stack: Stack, layout: TokenLayout, index: int, cache: Cache | None
     ) -> tuple[Tensor, list[tuple[Tensor, Tensor] | None]]:
-        """One application of the core, on slice `index` of the recurrent state: thoughts [n, D], bank
-        weights."""
+        """Apply the core, on slice `index` of the recurrent state: thoughts [n, D] and bank weights."""
         superposition = read_stack(stack)
         hidden = self.down_proj(superposition)
         bank_weights = []
@@ -408,9 +402,9 @@ class StackformerModel(StackformerPreTrainedModel):
         layout: TokenLayout, pointer: Tensor, actions: Tensor, bank_weights: list
     ) -> list[Tensor]:
         """One ponder step of a trace: its tensors for all tokens [B, T, ...], zeros for inactive ones."""
-        active = (
-            torch.ones_like(pointer[:, 0], dtype=torch.bool) if layout.thinking is None else layout.thinking
-        )
+        active = layout.thinking
+        if active is None:
+            active = torch.ones_like(pointer[:, 0], dtype=torch.bool)
         reads, writes = (torch.stack(weights, dim=1) for weights in zip(*bank_weights, strict=True))
         return [
             layout.scatter(x, x.new_zeros(layout.batch_size, layout.length, *x.shape[1:]))

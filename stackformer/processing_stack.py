@@ -135,8 +135,7 @@ def flush_stack(stack: Stack, done: Tensor, thought: Tensor, step: int) -> Stack
 
 
 def address_memories(pointer: Tensor, bank_weights: Tensor) -> Tensor:
-    """Weights of the S*N memories of each head: the pointer picks a row of banks, the bank weights a bank in
-    it.
+    """Weights of each head's S*N memories: the pointer picks a row of banks, the bank weights a bank in it.
 
     Because writes carry the mass that is still in the stack, what ends up in memory is the accumulation of
     the memories after each step, weighted by the mass dropped at that step (exactly so without decay).
@@ -231,8 +230,7 @@ class TokenLayout:
         return self._from_positions(positions[keep], self.batch_size, self.length, self.documents)
 
     def masked(self, thinking: Tensor) -> "TokenLayout":
-        """The same tokens, of which only those that `thinking` [n] marks still think. For one token per
-        row."""
+        """The same tokens, of which only those that `thinking` [n] marks still think (for T = 1)."""
         return replace(self, thinking=thinking)
 
     def before(self, time: int, device: torch.device) -> Tensor:
