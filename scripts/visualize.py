@@ -96,7 +96,12 @@ def _draw_surprise(axis: plt.Axes, bits: Tensor, ponder_steps: Tensor, max_steps
 def _draw_heat(axis: plt.Axes, values: Tensor, rows: list[str], title: str, maximum: float) -> None:
     """A heat map of `values` [T, rows]."""
     axis.imshow(
-        values.T.float().cpu().numpy(), aspect="auto", cmap="magma", vmin=0, vmax=maximum, interpolation="nearest"
+        values.T.float().cpu().numpy(),
+        aspect="auto",
+        cmap="magma",
+        vmin=0,
+        vmax=maximum,
+        interpolation="nearest",
     )
     axis.set_yticks(range(len(rows)), rows, fontsize=7)
     axis.set_title(title, loc="left", fontsize=10)

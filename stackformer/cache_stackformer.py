@@ -323,13 +323,20 @@ def _upload(
     repo_id: str,
     private: bool | None = None,
     token: str | bool | None = None,
+    revision: str | None = None,
     **kwargs,
 ) -> str:
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    if revision is not None and not revision.startswith("refs/pr"):
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
     kwargs.setdefault("commit_message", "Upload memory")
     return api.upload_folder(
-        repo_id=repo_id, folder_path=str(folder), allow_patterns=[JSON_FILE, TENSORS_FILE], **kwargs
+        repo_id=repo_id,
+        folder_path=str(folder),
+        revision=revision,
+        allow_patterns=[JSON_FILE, TENSORS_FILE],
+        **kwargs,
     ).commit_url
 
 
@@ -391,7 +398,7 @@ class StackformerCache(Cache):
         model = self._model() if model is None and self._model is not None else model
         if model is None:
             raise ValueError(
-                "`model` must be the model whose memory this is: this cache does not know it, got None"
+                "`model` must be whose memory this is: the cache does not know it (any more), got None"
             )
         if self.batch_size < 1:
             raise ValueError("This memory is empty: read something with the model before saving it.")

@@ -173,6 +173,11 @@ class StackformerPreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement = ["past_key_values"]
     _can_compile_fullgraph = True
 
+    def __init__(self, config: StackformerConfig, *args, **kwargs):
+        super().__init__(config, *args, **kwargs)
+        # A list for each model: transformers adds to it in place.
+        self.model_tags = ["stackformer"]
+
     def save_pretrained(self, *args, **kwargs) -> None:
         """As in transformers; the code is saved, too, and every auto class is told where it is."""
         self.config.auto_map = dict(AUTO_MAP)

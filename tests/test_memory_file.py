@@ -69,7 +69,7 @@ def test_a_copy_remembers_its_model_and_a_pickle_is_told(tmp_path, model):
     memory.clone().save_pretrained(tmp_path / "clone")
     memory.detach().save_pretrained(tmp_path / "detached")
     own = StackformerCache(model.config)
-    with pytest.raises(ValueError, match="`model` must be the model"):
+    with pytest.raises(ValueError, match="`model` must be whose memory"):
         own.save_pretrained(tmp_path / "unknown")
     with pytest.raises(ValueError, match="empty"):
         own.save_pretrained(tmp_path / "unknown", model=model)
