@@ -137,6 +137,13 @@ class StackformerConfig(PreTrainedConfig):
             "a number of at least 0 and less than 1",
         )
         self._require(
+            "pad_token_id",
+            self.pad_token_id is None
+            or _is_integer(self.pad_token_id, least=0)
+            and self.pad_token_id < self.vocab_size,
+            f"a token id below vocab_size={self.vocab_size}, or None",
+        )
+        self._require(
             "rms_norm_eps", _is_number(self.rms_norm_eps) and self.rms_norm_eps > 0, "a number above 0"
         )
         self._require(

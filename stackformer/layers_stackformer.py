@@ -5,26 +5,21 @@ import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from .configuration_stackformer import StackformerConfig
-
 
 class ResidualProjection(nn.Linear):
-    """A projection onto the stream of embeddings. It starts at zero: what is around it starts as the identity
+    """A projection onto a residual stream. It starts at zero, so that every block starts as the identity
     (Zhang et al. 2019, "Fixup Initialization"); docs/experiments.md has what that gains."""
 
     def __init__(self, in_features: int, out_features: int):
         super().__init__(in_features, out_features, bias=False)
 
 
-def core_output(config: StackformerConfig, in_features: int) -> nn.Linear:
-    """The projection that ends a block of the core.
+class SliceProjection(nn.Linear):
+    """A projection between embedding and core. It starts as the identity on the channels that both have, so
+    that the core starts out thinking in a slice of the embedding."""
 
-    Without a bottleneck, that is what joins the embedding. With one, the bottleneck's own projections do, and
-    if both started at zero, neither would get a gradient to speak of.
-    """
-    if config.bottleneck_size is None:
-        return ResidualProjection(in_features, config.core_size)
-    return nn.Linear(in_features, config.core_size, bias=False)
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__(in_features, out_features, bias=False)
 
 
 class ShortConvolution(nn.Conv1d):
@@ -46,11 +41,11 @@ class ShortConvolution(nn.Conv1d):
 class GatedMLP(nn.Module):
     """Gated feed-forward (Shazeer 2020, "GLU Variants Improve Transformer", equation 6)."""
 
-    def __init__(self, input_size: int, down_proj: nn.Linear, hidden_act: str):
+    def __init__(self, input_size: int, intermediate_size: int, output_size: int, hidden_act: str):
         super().__init__()
-        self.gate_proj = nn.Linear(input_size, down_proj.in_features, bias=False)
-        self.up_proj = nn.Linear(input_size, down_proj.in_features, bias=False)
-        self.down_proj = down_proj
+        self.gate_proj = nn.Linear(input_size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(input_size, intermediate_size, bias=False)
+        self.down_proj = ResidualProjection(intermediate_size, output_size)
         self.act_fn = ACT2FN[hidden_act]
 
     def forward(self, hidden: Tensor) -> Tensor:

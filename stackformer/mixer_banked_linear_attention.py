@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .configuration_stackformer import StackformerConfig
-from .layers_stackformer import ShortConvolution, core_output
+from .layers_stackformer import ResidualProjection, ShortConvolution
 from .memory_bank import FEATURE_MAPS, banked_linear_attention
 from .processing_stack import TokenLayout, address_memories
 
@@ -39,7 +39,7 @@ class BankedLinearAttention(nn.Module):
             self.write_proj = nn.Linear(size, self.num_heads * self.num_banks)
         self.gate_proj = nn.Linear(size, size, bias=False)
         self.norm = nn.RMSNorm(self.head_dim, eps=config.rms_norm_eps)
-        self.o_proj = core_output(config, size)
+        self.o_proj = ResidualProjection(size, size)
 
     def forward(
         self, hidden: Tensor, pointer: Tensor, layout: TokenLayout, state: tuple[Tensor, ...] | None

@@ -27,7 +27,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 
 from .cache_stackformer import StackformerCache, StackformerCacheLayer
 from .configuration_stackformer import StackformerConfig
-from .layers_stackformer import GatedMLP, ResidualProjection, ShortConvolution, core_output
+from .layers_stackformer import GatedMLP, ResidualProjection, ShortConvolution, SliceProjection
 from .mixer_banked_linear_attention import BankedLinearAttention
 from .processing_stack import (
     DEQUEUE,
@@ -112,7 +112,7 @@ class StackformerCoreLayer(GradientCheckpointingLayer):
         self.input_layernorm = nn.RMSNorm(size, eps=config.rms_norm_eps)
         self.mixer = MIXERS[config.mixer_types[layer_idx]](config)
         self.post_attention_layernorm = nn.RMSNorm(size, eps=config.rms_norm_eps)
-        self.mlp = GatedMLP(size, core_output(config, config.intermediate_size), config.hidden_act)
+        self.mlp = GatedMLP(size, config.intermediate_size, size, config.hidden_act)
 
     def forward(
         self, hidden: Tensor, pointer: Tensor, layout: TokenLayout, state: tuple[Tensor, ...] | None
@@ -134,15 +134,17 @@ class StackformerBottleneck(nn.Module):
 
     def __init__(self, config: StackformerConfig):
         super().__init__()
-        self.core_norm = nn.RMSNorm(config.core_size, eps=config.rms_norm_eps)
-        self.up_proj = ResidualProjection(config.core_size, config.hidden_size)
-        down_proj = ResidualProjection(config.bottleneck_intermediate_size, config.hidden_size)
-        self.mlp = GatedMLP(config.core_size + config.hidden_size, down_proj, config.hidden_act)
+        joint_size = config.core_size + config.hidden_size
+        self.up_proj = SliceProjection(config.core_size, config.hidden_size)
+        self.mlp_norm = nn.RMSNorm(joint_size, eps=config.rms_norm_eps)
+        self.mlp = GatedMLP(
+            joint_size, config.bottleneck_intermediate_size, config.hidden_size, config.hidden_act
+        )
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(self, core: Tensor, embedding: Tensor) -> Tensor:
-        core = self.core_norm(core)
-        return self.norm(embedding + self.up_proj(core) + self.mlp(torch.cat([core, embedding], dim=-1)))
+        joint = self.mlp_norm(torch.cat([core, embedding], dim=-1))
+        return self.norm(embedding + self.up_proj(core) + self.mlp(joint))
 
 
 class ActionProjection(nn.Linear):
@@ -192,7 +194,8 @@ class StackformerPreTrainedModel(PreTrainedModel):
         | embeddings           | normal, standard deviation `initializer_range`; 0 for padding      |
         | projections          | normal, standard deviation fan_in ** -0.5; biases 0 (of the decay: |
         |                      | a memory that is written in full decays by half the maximal rate)  |
-        | residual projections | 0: what joins the stream of embeddings starts as nothing           |
+        | residual projections | 0: every block starts as the identity                              |
+        | slice projections    | identity on the channels that embedding and core both have         |
         | normalisations       | 1                                                                  |
         | convolutions         | uniform within kernel_size ** -0.5                                 |
         | actions              | weights 0, bias -3 for dequeue: see `ActionProjection`             |
@@ -200,6 +203,8 @@ class StackformerPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, ResidualProjection):
             init.zeros_(module.weight)
+        elif isinstance(module, SliceProjection):
+            init.eye_(module.weight)
         elif isinstance(module, ActionProjection):
             init.zeros_(module.weight)
             init.copy_(module.bias, module.initial_bias())
@@ -224,7 +229,7 @@ class StackformerModel(StackformerPreTrainedModel):
         self.bottleneck = self.action_proj = None
         self.return_norm: nn.Module = nn.Identity()
         if config.bottleneck_size is not None:
-            self.down_proj = nn.Linear(config.hidden_size, config.core_size, bias=False)
+            self.down_proj = SliceProjection(config.hidden_size, config.core_size)
             self.bottleneck = StackformerBottleneck(config)
         if config.max_ponder_steps > 1:
             self.action_proj = ActionProjection(config.hidden_size)
@@ -267,7 +272,8 @@ class StackformerModel(StackformerPreTrainedModel):
             raise ValueError("You must specify exactly one of `input_ids` and `inputs_embeds`")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        documents = _packed_documents(inputs_embeds, **kwargs)
+        _check_padding_mask(inputs_embeds, attention_mask)
+        documents = _packed_documents(inputs_embeds, attention_mask, **kwargs)
         past_key_values = self._prepare_cache(past_key_values, use_cache, packed=documents is not None)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
@@ -391,15 +397,6 @@ class StackformerModel(StackformerPreTrainedModel):
             if documents is None:
                 return TokenLayout.full(batch_size, length)
             attention_mask = torch.ones_like(documents)
-        if (
-            attention_mask.dim() != 2
-            or attention_mask.shape[0] != batch_size
-            or attention_mask.shape[1] < length
-        ):
-            raise ValueError(
-                f"`attention_mask` must be a padding mask of shape [{batch_size}, {length}], or longer by "
-                f"the tokens in the cache, got shape {tuple(attention_mask.shape)}"
-            )
         return TokenLayout.from_mask(attention_mask[:, -length:].bool(), documents)
 
     @staticmethod
@@ -428,8 +425,20 @@ class StackformerModel(StackformerPreTrainedModel):
         self.embed_tokens = value
 
 
+def _check_padding_mask(embeds: Tensor, attention_mask: Tensor | None) -> None:
+    batch_size, length = embeds.shape[:2]
+    if attention_mask is not None and (
+        attention_mask.dim() != 2 or attention_mask.shape[0] != batch_size or attention_mask.shape[1] < length
+    ):
+        raise ValueError(
+            f"`attention_mask` must be a padding mask of shape [{batch_size}, {length}], or longer by the "
+            f"tokens in the cache, got shape {tuple(attention_mask.shape)}"
+        )
+
+
 def _packed_documents(
     embeds: Tensor,
+    attention_mask: Tensor | None,
     seq_idx: Tensor | None = None,
     cu_seq_lens_q: Tensor | None = None,
     position_ids: Tensor | None = None,
@@ -448,7 +457,12 @@ def _packed_documents(
         starts = torch.zeros(length + 1, dtype=torch.long, device=embeds.device)
         documents = starts.index_fill_(0, cu_seq_lens_q.long(), 1)[:length].cumsum(0).unsqueeze(0)
     elif position_ids is not None and length > 1:
-        documents = (position_ids == 0).cumsum(-1).expand(batch_size, -1)
+        begins = (position_ids == 0).expand(batch_size, -1)
+        if attention_mask is not None:
+            # Positions of padding mean nothing, and a row's first token ends no document.
+            tokens = attention_mask[:, -length:].bool()
+            begins = begins & tokens & (tokens.cumsum(-1) > 1)
+        documents = begins.cumsum(-1)
     else:
         return None
     if documents.shape != (batch_size, length):

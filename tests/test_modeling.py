@@ -314,14 +314,12 @@ def test_initialisation(tie):
     assert mixer.conv.weight.abs().max() > 0.4
     assert abs(mixer.qkv_proj.weight.std() * 16**0.5 - 1) < 0.1
     assert abs(model.model.embed_tokens.weight.std() - 0.02) < 0.001
-    assert (
-        not model.model.bottleneck.up_proj.weight.any()
-        and not model.model.bottleneck.mlp.down_proj.weight.any()
-    )
-    assert mixer.o_proj.weight.any() and model.model.layers[0].mlp.down_proj.weight.any()
+    assert not model.model.bottleneck.mlp.down_proj.weight.any()
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == tie
-    plain = StackformerForCausalLM(tiny_config(bottleneck_size=None)).model.layers[0]
-    assert not plain.mixer.o_proj.weight.any() and not plain.mlp.down_proj.weight.any()
+    core = model.model.layers[0]
+    assert not core.mixer.o_proj.weight.any() and not core.mlp.down_proj.weight.any()
+    slices = model.model.down_proj.weight, model.model.bottleneck.up_proj.weight.T
+    assert all(torch.equal(weight, torch.eye(16, 24)) for weight in slices)
     with torch.no_grad():
         assert model.eval()(random_ids(2, 30)).ponder_steps.mean() > 3.5, "does not start deep"
 

@@ -89,6 +89,19 @@ def test_position_ids_that_do_not_start_again_change_nothing():
     torch.testing.assert_close(later, expected.logits[:, 4:], **CLOSE)
 
 
+@torch.no_grad()
+def test_position_ids_of_a_padded_batch_pack_nothing():
+    """As `generate` and many collators make them: 0 at the first token, 0 or 1 at padding."""
+    model, ids, mask = tiny_model(), random_ids(2, 9), torch.ones(2, 9, dtype=torch.long)
+    mask[0, :4] = 0
+    expected = model(ids, attention_mask=mask, use_cache=True)
+    for filler in (0, 1):
+        positions = (mask.cumsum(-1) - 1).masked_fill(mask == 0, filler)
+        outputs = model(ids, attention_mask=mask, position_ids=positions)
+        torch.testing.assert_close(outputs.logits, expected.logits, **CLOSE)
+        assert outputs.past_key_values is not None
+
+
 @pytest.mark.parametrize(
     "arguments,message",
     [
