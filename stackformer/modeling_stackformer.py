@@ -23,6 +23,7 @@ from transformers.modeling_layers import (
 )
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import ModelOutput, can_return_tuple
 
 from .cache_stackformer import StackformerCache, StackformerCacheLayer
@@ -53,6 +54,9 @@ AUTO_MAP = {
 
 # `DynamicCache(config=...)` builds the right layers, too.
 DYNAMIC_LAYER_TYPE_MAPPING["stackformer"] = StackformerCacheLayer
+
+# The Trainer's label smoothing shifts labels for the models in this list only.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["stackformer"] = "StackformerForCausalLM"
 
 
 @dataclass
@@ -309,6 +313,8 @@ class StackformerModel(StackformerPreTrainedModel):
 
         for step in range(1, config.max_ponder_steps + 1):
             if layout.num_tokens == 0:
+                if torch.distributed.is_available() and torch.distributed.is_initialized():
+                    outputs = self._keep_up(outputs, embeds, config.max_ponder_steps - step + 1)
                 break
             thought, bank_weights = self._think(stack, layout, step - 1, cache)
             actions = self._actions(thought)
@@ -351,6 +357,21 @@ class StackformerModel(StackformerPreTrainedModel):
         logits = self.action_proj(thought * thought.shape[-1] ** -0.5)
         return logits.to(dtype).softmax(-1)
 
+    def _keep_up(self, outputs: Tensor, embeds: Tensor, steps: int) -> Tensor:
+        """Ponder about nothing for `steps` steps; `outputs` unchanged.
+
+        A process whose tokens are all done has to run the core as often as the others do: a sharded layer
+        is gathered from all processes each time it runs, and all must have a gradient of each parameter.
+        """
+        # Made of the outputs, so that the backward pass, too, comes by here before the steps that were real.
+        embedding = outputs[:1, 0] + embeds[:1, 0]
+        start = stack = init_stack(embedding, self.config.stack_depth)
+        for step in range(1, steps + 1):
+            thought, _ = self._think(stack, TokenLayout.full(1, 1), step - 1, None)
+            stack = step_stack(stack, self._actions(thought), thought, embedding, step, self.return_norm)
+            stack = stack._replace(pointer=start.pointer)  # no pointer runs empty
+        return outputs + 0 * (thought.sum() + stack.frames.sum())
+
     def _think(
         self, stack: Stack, layout: TokenLayout, index: int, cache: Cache | None
     ) -> tuple[Tensor, list[tuple[Tensor, Tensor] | None]]:
@@ -381,7 +402,9 @@ class StackformerModel(StackformerPreTrainedModel):
             if use_cache is None:
                 use_cache = self.config.use_cache and not self.training
             return StackformerCache(self.config).bind(self) if use_cache else None
-        if len(cache.layers) != self.config.num_hidden_layers:
+        # Not by type: the package and a copy of it that was loaded as remote code may be in one process.
+        ours = all(hasattr(layer, "slices") for layer in cache.layers)
+        if len(cache.layers) != self.config.num_hidden_layers or not ours:
             raise ValueError(
                 f"`past_key_values` must be a StackformerCache of {self.config.num_hidden_layers} layers (or "
                 f"a DynamicCache(config=model.config)), got {type(cache).__name__} with {len(cache.layers)}"

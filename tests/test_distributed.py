@@ -1,0 +1,129 @@
+# Copyright 2026 The Stackformer authors. Licensed under the Apache License, Version 2.0.
+"""Two processes train as one does on the same batches, also when their tokens halt at different depths."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.utils import merge_fsdp_weights
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from tests.distributed_worker import train
+from tests.models import random_ids, tiny_model
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = {"ddp": "ddp.yaml", "fsdp2": "fsdp2.yaml", "native": "ddp.yaml"}
+# The models are in float64, but the Trainer keeps losses in float32.
+CLOSE = {"rtol": 1e-7, "atol": 1e-9}
+BATCH = 2
+sharded = [pytest.param(name, marks=pytest.mark.slow) for name in ("fsdp2", "native")]
+
+
+def make_rows(model: torch.nn.Module) -> list[dict[str, torch.Tensor]]:
+    """For every other step, rows that halt at once (for the first process) and deep ones (for the second).
+
+    The rest are mixed. The number of labels differs from row to row, so that a mean of means would show.
+    """
+    repeated = torch.arange(256).unsqueeze(1).expand(-1, 12)
+    with torch.no_grad():
+        depth = model(repeated, output_stack_trace=True).stack_trace.active.sum(-1)
+    order = depth.sum(-1).argsort()
+    shallow, deep = repeated[order[:8]], repeated[order[-8:]]
+    assert depth[order[:8]].max() == 1 and depth[order[-8:]].amax(-1).min() > 2
+    rows = []
+    for first in range(0, 8, BATCH):
+        for ids in (*shallow[first : first + BATCH], *deep[first : first + BATCH]):
+            ids = ids.clone()
+            if first % 4:
+                ids[:6] = random_ids(1, 6, seed=len(rows))
+            mask = (torch.arange(12) >= len(rows) % 3).long()
+            labels = ids.masked_fill((mask == 0) | (torch.arange(12) < len(rows) % 5), -100)
+            rows.append({"input_ids": ids, "labels": labels, "attention_mask": mask})
+    return rows
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A model whose tokens halt, with a price on pondering, and rows to train it on."""
+    model = tiny_model(ponder_loss_coef=0.05)
+    torch.save(make_rows(model), tmp_path / "rows.pt")
+    model.save_pretrained(tmp_path)
+    return tmp_path
+
+
+def launch(folder: Path, strategy: str, **arguments) -> dict:
+    """Run the worker in two processes on CPUs, with the file of configs/accelerate for GPUs; its result.
+
+    `accelerate launch --cpu` starts one process only, unless there is MPI. So the launcher is not told.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [
+        sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", str(port),
+        "--config_file", str(ROOT / "configs" / "accelerate" / CONFIGS[strategy]),
+        "-m", "tests.distributed_worker", strategy, str(folder), "--arguments", json.dumps(arguments),
+    ]  # fmt: skip
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        errors = process.communicate(timeout=120)[1]
+    finally:
+        if process.poll() is None:
+            process.terminate()  # the launcher ends its processes, which have sessions of their own
+            process.wait(30)
+    assert process.returncode == 0, errors[-5000:]
+    result = torch.load(folder / f"{strategy}.pt", weights_only=False)
+    assert result["processes"] == 2
+    return result
+
+
+def assert_same_training(actual: dict, expected: dict) -> None:
+    torch.testing.assert_close(actual["losses"], expected["losses"], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(actual["grad_norms"], expected["grad_norms"], **CLOSE)
+    torch.testing.assert_close(actual["weights"], expected["weights"], **CLOSE)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", *sharded])
+def test_two_processes_train_as_one(folder, strategy):
+    """With nothing said about unused parameters: every process must have a gradient of each."""
+    expected = train(folder, "single", batch_size=2 * BATCH)
+    before = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").state_dict()
+    assert all((expected["weights"][name] - weight).abs().max() > 1e-4 for name, weight in before.items())
+    actual = launch(folder, strategy, ddp_find_unused_parameters=False)
+    assert_same_training(actual, expected)
+    assert actual["sharded"] == (0 if strategy == "ddp" else 2)
+    if strategy == "native":
+        saved = AutoModelForCausalLM.from_pretrained(folder / "saved", dtype="auto").state_dict()
+        torch.testing.assert_close(saved, expected["weights"], **CLOSE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "native"])
+def test_checkpointing_and_accumulation_in_two_processes(folder, strategy):
+    """Accumulation defers what the processes exchange, and replayed layers gather their weights once more."""
+    more = {"gradient_accumulation_steps": 2, "max_steps": 2}
+    expected = train(folder, "single", batch_size=2 * BATCH, **more)
+    more |= {"gradient_checkpointing": True}
+    assert_same_training(launch(folder, strategy, **more), expected)
+
+
+@pytest.mark.slow
+def test_sharded_checkpoints(folder):
+    """A run that goes on from a sharded checkpoint ends where it would have; so do merged shards."""
+    expected = launch(folder, "fsdp2", save_strategy="steps", save_steps=2)
+    checkpoint = folder / "fsdp2" / "checkpoint-2"
+    resumed = launch(folder, "fsdp2", resume_from_checkpoint=str(checkpoint))
+    torch.testing.assert_close(resumed["weights"], expected["weights"], rtol=0, atol=0)
+    shards = folder / "fsdp2" / "checkpoint-4" / "pytorch_model_fsdp_0"
+    merge_fsdp_weights(str(shards), str(folder / "merged"))
+    merged = load_file(folder / "merged" / "model.safetensors")
+    torch.testing.assert_close(merged, expected["weights"], rtol=0, atol=0)
