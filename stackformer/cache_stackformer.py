@@ -237,23 +237,25 @@ class StackformerStaticCacheLayer(StackformerCacheLayer):
 
     is_compileable = True
 
-    def __init__(self, **kwargs):
+    def __init__(self, num_slices: int = 1, **kwargs):
         super().__init__()
+        self.num_slices = num_slices
         self._seen: Tensor | None = None  # a tensor, since a counter in Python would recompile every step
 
     def write(self, index: int, state: State, layout: TokenLayout) -> None:
-        """Copy the new state of slice `index` into its buffers, which the first call allocates."""
-        state = _put_rows(self.slices.get(index), state, layout)
-        if index in self.slices:
-            for buffer, tensor in zip(self.slices[index], state, strict=True):
-                buffer.copy_(tensor.detach())
-            return
-        buffers = tuple(tensor.detach().clone() for tensor in state)
-        if not torch.compiler.is_compiling():
-            for buffer in buffers:
-                torch._dynamo.mark_static_address(buffer)
-        self.slices[index] = buffers
-        self.is_initialized = True
+        """Copy the new state of slice `index` into its buffers; the first call allocates all slices."""
+        if not self.slices:
+            for number in range(self.num_slices):
+                shapes = [(layout.batch_size, *tensor.shape[1:]) for tensor in state]
+                buffers = tuple(x.new_zeros(shape) for x, shape in zip(state, shapes, strict=True))
+                if not torch.compiler.is_compiling():
+                    for buffer in buffers:
+                        torch._dynamo.mark_static_address(buffer)
+                self.slices[number] = buffers
+            self.is_initialized = True
+        state = _put_rows(self.slices[index], state, layout)
+        for buffer, tensor in zip(self.slices[index], state, strict=True):
+            buffer.copy_(tensor.detach())
 
     def advance(self, tokens: int) -> None:
         """Count `tokens` more positions as seen."""
@@ -367,9 +369,8 @@ class StackformerCache(Cache):
         if rollback_window < 0:
             raise ValueError(f"`rollback_window` must be at least 0, got {rollback_window}")
         layer_class = StackformerStaticCacheLayer if static else StackformerCacheLayer
-        super().__init__(
-            layers=[layer_class(rollback_window=rollback_window) for _ in range(config.num_hidden_layers)]
-        )
+        options = {"rollback_window": rollback_window, "num_slices": config.max_ponder_steps}
+        super().__init__(layers=[layer_class(**options) for _ in range(config.num_hidden_layers)])
         self._model: weakref.ref | None = None
 
     def bind(self, model: PreTrainedModel) -> "StackformerCache":

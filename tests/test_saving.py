@@ -37,10 +37,14 @@ def test_reload(tmp_path, tie_word_embeddings, max_shard_size):
     loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert type(loaded) is StackformerForCausalLM
     assert not info["missing_keys"] and not info["unexpected_keys"]
-    assert torch.equal(loaded(ids).logits, model(ids).logits)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+    # Not to the bit: tensors of a file are aligned in another way, and products are rounded in another.
+    torch.testing.assert_close(loaded(ids).logits, model(ids).logits, rtol=1e-5, atol=1e-5)
     bare = AutoModel.from_pretrained(tmp_path)
     assert type(bare) is StackformerModel
-    assert torch.equal(bare(ids).last_hidden_state, model.model(ids).last_hidden_state)
+    expected = model.model(ids).last_hidden_state
+    torch.testing.assert_close(bare(ids).last_hidden_state, expected, rtol=1e-5, atol=1e-5)
 
 
 @torch.no_grad()
@@ -82,13 +86,13 @@ from transformers import AutoModelForSequenceClassification, pipeline
 expected = torch.load("expected.pt")
 model = AutoModelForCausalLM.from_pretrained("model", trust_remote_code=True)
 with torch.no_grad():
-    assert torch.equal(model(expected["ids"]).logits, expected["logits"])
+    assert torch.allclose(model(expected["ids"]).logits, expected["logits"], rtol=1e-5, atol=1e-5)
 for auto_class in (AutoConfig, AutoModel, AutoModelForSequenceClassification):
     assert auto_class.from_pretrained("model", trust_remote_code=True) is not None
 model.save_pretrained("again")
 again = AutoModelForCausalLM.from_pretrained("again", trust_remote_code=True)
 with torch.no_grad():
-    assert torch.equal(again(expected["ids"]).logits, expected["logits"])
+    assert torch.allclose(again(expected["ids"]).logits, expected["logits"], rtol=1e-5, atol=1e-5)
 generator = pipeline("text-generation", model="again", tokenizer="model", trust_remote_code=True)
 print(repr(generator("Hello", max_new_tokens=5, do_sample=False)[0]["generated_text"]))
 """,
