@@ -50,7 +50,10 @@ def main(argv: list[str] | None = None) -> None:
     split = len(text) * 95 // 100
     tokenizer = build_byte_tokenizer()
     set_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(PRESET))
+    config = AutoConfig.from_pretrained(
+        PRESET, num_memory_banks=2
+    )  # so that there is something to choose from
+    model = AutoModelForCausalLM.from_config(config)
     print(f"{model.num_parameters():,} parameters, {split:,} bytes of Python's help texts to train on")
     arguments = TrainingArguments(
         args.output_dir,
