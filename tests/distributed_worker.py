@@ -74,6 +74,7 @@ def main() -> None:
     result = train(options.folder, options.strategy, **{"batch_size": 2, **options.arguments})
     if torch.distributed.get_rank() == 0:
         torch.save(result, options.folder / f"{options.strategy}.pt")
+    torch.distributed.barrier()  # a process that leaves while the other still talks to it may abort
     torch.distributed.destroy_process_group()
 
 

@@ -213,7 +213,7 @@ def test_what_is_recorded_is_bounded_and_the_window_is_kept(model, sizes):
 
 def test_crop_without_recording_and_forwards(model):
     cache = filled_cache(model, random_ids(1, 9))
-    assert not cache.is_croppable
+    assert not cache.layers[0].is_croppable
     with pytest.raises(ValueError, match="activate_past_recording"):
         cache.crop(-1)
     with pytest.raises(ValueError, match="`tokens_to_remove` must be 0 or negative, got 3"):
