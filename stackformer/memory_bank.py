@@ -78,7 +78,7 @@ def banked_linear_attention(
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"`implementation` must be one of {IMPLEMENTATIONS} or None, got {implementation!r}")
 
-    dtype = torch.promote_types(query.dtype, torch.float32)
+    dtype = at_least_float32(query)
     if initial_state is None:
         initial_state = init_memory_bank(query, value, read)
     memory, normalizer = (tensor.to(dtype) for tensor in initial_state)
@@ -169,11 +169,16 @@ def reverse_banked_linear_attention(
 def init_memory_bank(query: Tensor, value: Tensor, read: Tensor) -> State:
     """Empty memories, float32 at least, for query, value and read of shapes [B, ..., H, K | V | R]."""
     batch, heads, key_size = query.shape[0], query.shape[-2], query.shape[-1]
-    dtype = torch.promote_types(query.dtype, torch.float32)
+    dtype = at_least_float32(query)
     memory = torch.zeros(
         batch, heads, read.shape[-1], key_size, value.shape[-1], dtype=dtype, device=query.device
     )
     return memory, torch.zeros_like(memory[..., 0])
+
+
+def at_least_float32(tensor: Tensor) -> torch.dtype:
+    """The dtype of gates, decays and states for inputs like `tensor`: float32, or float64 for float64."""
+    return torch.promote_types(tensor.dtype, torch.float32)
 
 
 def _check_shapes(query, key, value, read, write, log_decay, initial_state) -> None:

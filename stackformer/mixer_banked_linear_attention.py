@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .configuration_stackformer import StackformerConfig
 from .layers_stackformer import ResidualProjection, ShortConvolution
-from .memory_bank import FEATURE_MAPS, banked_linear_attention
+from .memory_bank import FEATURE_MAPS, at_least_float32, banked_linear_attention
 from .processing_stack import TokenLayout, address_memories
 
 
@@ -81,14 +81,12 @@ class BankedLinearAttention(nn.Module):
         if past is None:
             past = rows.new_zeros(rows.shape[0], self.conv_history, rows.shape[2])
         window = torch.cat([past.to(rows.dtype), rows], dim=1)
-        past = layout.last_of_rows(window, self.conv_history).to(
-            torch.promote_types(rows.dtype, torch.float32)
-        )
+        past = layout.last_of_rows(window, self.conv_history).to(at_least_float32(rows))
         return self.conv(window), past
 
     def _gates(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Read weights, write weights and log decay of a full write, each [n, H, N], float32 at least."""
-        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        dtype = at_least_float32(hidden)
 
         def logits(projection: nn.Linear) -> Tensor:
             return projection(hidden).to(dtype).unflatten(-1, (self.num_heads, self.num_banks))

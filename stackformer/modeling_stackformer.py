@@ -29,6 +29,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 from .cache_stackformer import StackformerCache, StackformerCacheLayer
 from .configuration_stackformer import StackformerConfig
 from .layers_stackformer import GatedMLP, ResidualProjection, ShortConvolution, SliceProjection
+from .memory_bank import at_least_float32
 from .mixer_banked_linear_attention import BankedLinearAttention
 from .processing_stack import (
     DEQUEUE,
@@ -350,7 +351,7 @@ class StackformerModel(StackformerPreTrainedModel):
 
     def _actions(self, thought: Tensor) -> Tensor:
         """Probabilities of enqueue, no-op and dequeue [n, 3]; zeros where there is one step only."""
-        dtype = torch.promote_types(thought.dtype, torch.float32)
+        dtype = at_least_float32(thought)
         if self.action_proj is None:
             return thought.new_zeros(len(thought), 3, dtype=dtype)
         # Over D normalised channels small steps of all weights add up: scaled, actions learn slowly.

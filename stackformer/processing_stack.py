@@ -18,6 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .memory_bank import at_least_float32
+
 ENQUEUE, NOOP, DEQUEUE = range(3)
 
 
@@ -42,7 +44,7 @@ class Transfer(NamedTuple):
 
 def init_stack(embedding: Tensor, depth: int) -> Stack:
     """All mass on level 0, every frame holding the token's embedding [..., D]."""
-    pointer = embedding.new_zeros(*embedding.shape[:-1], depth, dtype=_at_least_float32(embedding))
+    pointer = embedding.new_zeros(*embedding.shape[:-1], depth, dtype=at_least_float32(embedding))
     pointer[..., 0] = 1
     frames = embedding.unsqueeze(-2).expand(*embedding.shape[:-1], depth, embedding.shape[-1])
     return Stack(pointer, frames, torch.zeros_like(embedding), torch.zeros_like(pointer[..., 0]))
@@ -147,10 +149,6 @@ def address_memories(pointer: Tensor, bank_weights: Tensor) -> Tensor:
         [n, H, S*N], level by level.
     """
     return (pointer[:, None, :, None] * bank_weights.unsqueeze(-2)).flatten(-2)
-
-
-def _at_least_float32(tensor: Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32)
 
 
 @dataclass(frozen=True)

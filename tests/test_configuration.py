@@ -9,7 +9,13 @@ from pathlib import Path
 import pytest
 from transformers import AutoConfig
 
-from stackformer import StackformerConfig, StackformerForCausalLM
+from stackformer import (
+    StackformerConfig,
+    StackformerForCausalLM,
+    configuration_stackformer,
+    memory_bank,
+    modeling_stackformer,
+)
 
 PRESETS = sorted((Path(__file__).parent.parent / "configs").glob("*.json"))
 
@@ -67,6 +73,11 @@ def test_defaults_in_the_docstring_are_the_defaults():
     for name, value in documented:
         actual = getattr(config, name)
         assert str(actual) == value or (isinstance(actual, float) and actual == float(value)), name
+
+
+def test_names_are_those_of_what_they_name():
+    assert set(configuration_stackformer.FEATURE_MAP_NAMES) == set(memory_bank.FEATURE_MAPS)
+    assert set(configuration_stackformer.MIXER_TYPES) == set(modeling_stackformer.MIXERS)
 
 
 def test_derived_sizes():
