@@ -39,8 +39,8 @@ class StackformerConfig(PreTrainedConfig):
             One of "elu_plus_one", "relu", "softplus", "softmax", "exp".
         conv_kernel_size (`int`, defaults to 4): Tokens seen by the causal convolution over queries, keys and
             values.
-        chunk_size (`int`, defaults to 64): Tokens per chunk in training and prefill; changes speed, not
-            results.
+        chunk_size (`int`, *optional*): Tokens per chunk in training and prefill; changes speed, not results.
+            `None` takes what was measured to be fastest.
         mixer_types (`list[str]`, *optional*): The mixer of each core layer; all "banked_linear_attention" if
             `None`.
         hidden_act (`str`, defaults to `"silu"`): Activation of the (gated) feed-forwards.
@@ -83,7 +83,7 @@ class StackformerConfig(PreTrainedConfig):
     max_decay_rate: float = 1.0
     feature_map: str = "elu_plus_one"
     conv_kernel_size: int = 4
-    chunk_size: int = 64
+    chunk_size: int | None = None
     mixer_types: list[str] = None  # type: ignore[assignment]
     hidden_act: str = "silu"
     rms_norm_eps: float = 1e-6
@@ -121,10 +121,10 @@ class StackformerConfig(PreTrainedConfig):
         """Check every field; also called before saving."""
         for name in (
             "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_memory_banks",
-            "stack_depth", "max_ponder_steps", "conv_kernel_size", "chunk_size",
+            "stack_depth", "max_ponder_steps", "conv_kernel_size",
         ):  # fmt: skip
             self._require(name, _is_integer(getattr(self, name), least=1), "an integer of at least 1")
-        for name in ("bottleneck_size", "intermediate_size", "bottleneck_intermediate_size"):
+        for name in ("bottleneck_size", "intermediate_size", "bottleneck_intermediate_size", "chunk_size"):
             value = getattr(self, name)
             self._require(
                 name, value is None or _is_integer(value, least=1), "an integer of at least 1, or None"

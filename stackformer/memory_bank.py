@@ -21,13 +21,15 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-IMPLEMENTATIONS = ("recurrent", "chunk")
+from .memory_bank_cpu import CompiledAttention, is_available
+
+IMPLEMENTATIONS = ("recurrent", "chunk", "cpp")
 
 # The centred exponents of a chunk stay within +-_MAX_EXPONENT: exp(80) squared still is no float32 infinity
 # in the products that are kept (their sum of exponents is at most 0), and exp(-80) is no denormal.
 _MAX_EXPONENT = 80.0
 # Elements of work space for one group of chunks: large enough for large products, small enough for a cache.
-_WORKSPACE = 2**22
+_WORKSPACE = 2**19
 
 State = tuple[Tensor, Tensor]
 
@@ -40,7 +42,7 @@ def banked_linear_attention(
     write: Tensor,
     log_decay: Tensor,
     initial_state: State | None = None,
-    chunk_size: int = 64,
+    chunk_size: int | None = None,
     implementation: str | None = None,
     max_decay: float | None = None,
     eps: float = 1e-6,
@@ -54,10 +56,11 @@ def banked_linear_attention(
             are zero leaves every memory as it was.
         log_decay: [B, T, H, R], <= 0, logarithm of what is kept of each memory at each token.
         initial_state: memory [B, H, R, K, V] and normalizer [B, H, R, K]; zeros if `None`.
-        chunk_size: tokens per chunk of the implementation "chunk"; changes the speed, not the result.
-        implementation: "recurrent" (the definition, one token after another) or "chunk" (a few large matrix
-            products per chunk, with a backward pass of its own). `None` takes "recurrent" for one token, else
-            "chunk".
+        chunk_size: tokens per chunk; changes speed and memory, not the result. `None` takes 64, or 128 from 4
+            memories on, since one state per chunk is kept for the backward pass.
+        implementation: "recurrent" (the definition, one token after another), "chunk" (a few large matrix
+            products per chunk, with a backward pass of its own) or "cpp" (the same in C++, for CPUs, where it
+            was built). `None` takes the fastest: "recurrent" for one token, else "cpp" or "chunk".
         max_decay: a bound on `-log_decay`, if the caller knows one. `None` measures it, which costs a
             synchronisation on a GPU and a graph break under `torch.compile`. Chunks are shortened as far as
             the bound demands, so that no exponential overflows.
@@ -71,12 +74,11 @@ def banked_linear_attention(
         ValueError: if shapes do not agree, or for an unknown `implementation`.
     """
     _check_shapes(query, key, value, read, write, log_decay, initial_state)
+    if chunk_size is None:
+        chunk_size = 64 if read.shape[-1] < 4 else 128
     if chunk_size < 1:
         raise ValueError(f"`chunk_size` must be at least 1, got {chunk_size}")
-    if implementation is None:
-        implementation = "recurrent" if query.shape[1] == 1 else "chunk"
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"`implementation` must be one of {IMPLEMENTATIONS} or None, got {implementation!r}")
+    implementation = _choose_implementation(implementation, query)
 
     dtype = at_least_float32(query)
     if initial_state is None:
@@ -91,9 +93,12 @@ def banked_linear_attention(
         if max_decay is None:
             max_decay = float(log_decay.detach().abs().amax()) if log_decay.numel() else 0.0
         length = _safe_chunk_length(chunk_size, max_decay)
-        output, memory, normalizer = _ChunkedAttention.apply(
-            query, key, value, read, write, log_decay, memory, normalizer, length, eps
-        )
+        tensors = (query, key, value, read, write, log_decay, memory, normalizer)
+        if implementation == "cpp":
+            keep_states = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+            output, memory, normalizer = CompiledAttention.apply(*tensors, length, eps, keep_states)
+        else:
+            output, memory, normalizer = _ChunkedAttention.apply(*tensors, length, eps)
         return output, (memory, normalizer)
 
 
@@ -206,6 +211,21 @@ def _check_shapes(query, key, value, read, write, log_decay, initial_state) -> N
             raise ValueError(
                 f"`{name}` must have shape {shape} to go with `query`, got {tuple(tensor.shape)}"
             )
+
+
+def _choose_implementation(implementation: str | None, query: Tensor) -> str:
+    """The implementation to take for `query` [B, T, H, K], as asked for or the fastest."""
+    compiled = is_available() and query.device.type == "cpu"
+    if implementation is None:
+        return "recurrent" if query.shape[1] == 1 else "cpp" if compiled else "chunk"
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"`implementation` must be one of {IMPLEMENTATIONS} or None, got {implementation!r}")
+    if implementation == "cpp" and not compiled:
+        raise ValueError(
+            "`implementation` must be another than 'cpp' where the C++ library was not built (it is with "
+            f"the package, if there is a compiler) or for tensors on {query.device.type!r}"
+        )
+    return implementation
 
 
 def _recurrent(tokens: list[Tensor], state: State, eps: float) -> tuple[Tensor, State]:

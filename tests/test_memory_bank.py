@@ -10,7 +10,13 @@ from stackformer.memory_bank import (
     init_memory_bank,
     reverse_banked_linear_attention,
 )
+from stackformer.memory_bank_cpu import is_available
 
+# Where no compiler was at hand when the package was installed, there is no C++ library.
+CHUNKED = [
+    "chunk",
+    pytest.param("cpp", marks=pytest.mark.skipif(not is_available(), reason="the C++ library was not built")),
+]
 NAMES = ("query", "key", "value", "read", "write", "log_decay", "memory", "normalizer")
 
 
@@ -68,17 +74,19 @@ def assert_same(expected, actual, rtol):
 
 @pytest.mark.parametrize("memories", [1, 3, 16])
 @pytest.mark.parametrize("time", [1, 63, 64, 65, 150])
-def test_chunk_equals_recurrent(time, memories):
+@pytest.mark.parametrize("implementation", CHUNKED)
+def test_chunk_equals_recurrent(implementation, time, memories):
     inputs = make_inputs(time=time, memories=memories)
     expected = results_and_gradients(inputs, "recurrent")
-    assert_same(expected, results_and_gradients(inputs, "chunk"), rtol=1e-11)
+    assert_same(expected, results_and_gradients(inputs, implementation), rtol=1e-11)
 
 
 @pytest.mark.parametrize("chunk_size", [1, 2, 7, 16, 100, 1000])
-def test_chunk_size_changes_nothing(chunk_size):
+@pytest.mark.parametrize("implementation", CHUNKED)
+def test_chunk_size_changes_nothing(implementation, chunk_size):
     inputs = make_inputs(time=101)
     expected = results_and_gradients(inputs, "recurrent")
-    assert_same(expected, results_and_gradients(inputs, "chunk", chunk_size=chunk_size), rtol=1e-11)
+    assert_same(expected, results_and_gradients(inputs, implementation, chunk_size=chunk_size), rtol=1e-11)
 
 
 @pytest.mark.parametrize("groups", [1, 3])
@@ -91,67 +99,116 @@ def test_small_work_space(monkeypatch, groups):
     assert_same(expected, results_and_gradients(inputs, "chunk", chunk_size=16), rtol=1e-11)
 
 
+@pytest.mark.parametrize("implementation", CHUNKED)
+@pytest.mark.parametrize(
+    "heads, key_size, value_size, memories", [(1, 64, 64, 1), (3, 33, 17, 2), (2, 7, 130, 5)]
+)
+@pytest.mark.parametrize("dtype,rtol", [(torch.float64, 1e-9), (torch.float32, 1e-3)])
+def test_sizes_that_fill_no_register(implementation, heads, key_size, value_size, memories, dtype, rtol):
+    inputs = make_inputs(1, 100, heads, key_size, value_size, memories, dtype=dtype)
+    expected = results_and_gradients(inputs, "recurrent")
+    if memories == 1:  # what one memory is read with cancels from numerator and denominator
+        expected.pop("gradient of read")
+    assert_same(expected, results_and_gradients(inputs, implementation), rtol=rtol)
+
+
+@pytest.mark.parametrize("implementation", CHUNKED)
+def test_strided_inputs(implementation):
+    """Slices of a projection, as a mixer has them, and weights that are the same for all heads."""
+    inputs = make_inputs(time=70, key_size=4, value_size=4)
+    joint = torch.stack([inputs[name] for name in NAMES[:3]], dim=2).detach()
+    strided = {name: tensor.detach() for name, tensor in inputs.items()}
+    strided |= dict(zip(NAMES[:3], joint.unbind(2), strict=True))
+    strided["read"] = strided["read"][:, :, :1].expand_as(strided["read"])
+    strided["log_decay"] = strided["log_decay"].transpose(1, 2).contiguous().transpose(1, 2)
+    strided = {name: tensor.requires_grad_() for name, tensor in strided.items()}
+    expected = results_and_gradients(strided, "recurrent")
+    assert_same(expected, results_and_gradients(strided, implementation), rtol=1e-11)
+
+
+def test_without_gradients():
+    inputs = {name: tensor.detach() for name, tensor in make_inputs(time=70).items()}
+    expected, _ = run(inputs, "recurrent")
+    output, (memory, _) = run(inputs, None)
+    torch.testing.assert_close(output, expected, rtol=1e-11, atol=1e-12)
+    assert not output.requires_grad and not memory.requires_grad
+
+
 @pytest.mark.parametrize("rate", [0.0, 5.0, 50.0, 5000.0])
 @pytest.mark.parametrize("dtype,rtol", [(torch.float64, 1e-10), (torch.float32, 2e-4)])
-def test_extreme_decays(rate, dtype, rtol):
+@pytest.mark.parametrize("implementation", CHUNKED)
+def test_extreme_decays(implementation, rate, dtype, rtol):
     inputs = make_inputs(time=130, rate=rate, dtype=dtype)
     expected = results_and_gradients(inputs, "recurrent")
-    assert_same(expected, results_and_gradients(inputs, "chunk"), rtol=rtol)
+    assert_same(expected, results_and_gradients(inputs, implementation), rtol=rtol)
 
 
-def test_decays_mixed_from_none_to_complete():
+@pytest.mark.parametrize("implementation", CHUNKED)
+def test_decays_mixed_from_none_to_complete(implementation):
     """Some tokens keep everything, some erase everything: one chunk holds both."""
     inputs = make_inputs(time=130)
     with torch.no_grad():
         inputs["log_decay"].masked_fill_(inputs["log_decay"] > -0.5, 0.0)
         inputs["log_decay"][:, ::17] = -300.0
     expected = results_and_gradients(inputs, "recurrent")
-    assert_same(expected, results_and_gradients(inputs, "chunk"), rtol=1e-10)
+    assert_same(expected, results_and_gradients(inputs, implementation), rtol=1e-10)
 
 
-def test_zero_writes_leave_the_state_alone():
+@pytest.mark.parametrize("implementation", CHUNKED)
+def test_zero_writes_leave_the_state_alone(implementation):
     inputs = make_inputs(time=70)
     with torch.no_grad():
         inputs["write"].zero_()
         inputs["log_decay"].zero_()
-    for implementation in ("recurrent", "chunk"):
-        _, (memory, normalizer) = run(inputs, implementation)
+    for each in ("recurrent", implementation):
+        _, (memory, normalizer) = run(inputs, each)
         assert torch.equal(memory, inputs["memory"])
         assert torch.equal(normalizer, inputs["normalizer"])
     expected = results_and_gradients(inputs, "recurrent")
-    assert_same(expected, results_and_gradients(inputs, "chunk"), rtol=1e-11)
+    assert_same(expected, results_and_gradients(inputs, implementation), rtol=1e-11)
 
 
 @pytest.mark.parametrize("memories", [1, 3])
-def test_gradcheck(memories):
+@pytest.mark.parametrize("implementation", CHUNKED)
+def test_gradcheck(implementation, memories):
     inputs = make_inputs(batch=1, time=9, memories=memories)
 
     def function(*tensors):
         *tokens, memory, normalizer = tensors
         output, state = banked_linear_attention(
-            *tokens, initial_state=(memory, normalizer), chunk_size=4, implementation="chunk", max_decay=1.0
+            *tokens,
+            initial_state=(memory, normalizer),
+            chunk_size=4,
+            implementation=implementation,
+            max_decay=1.0,
         )
         return output, *state
 
     assert torch.autograd.gradcheck(function, tuple(inputs.values()))
 
 
-def test_any_split_is_the_same():
+@pytest.mark.parametrize("implementation", CHUNKED)
+def test_any_split_is_the_same(implementation):
     inputs = {name: tensor.detach() for name, tensor in make_inputs(time=90).items()}
     *tokens, memory, normalizer = inputs.values()
-    whole, final = banked_linear_attention(*tokens, initial_state=(memory, normalizer))
+    whole, final = banked_linear_attention(
+        *tokens, initial_state=(memory, normalizer), implementation=implementation
+    )
     state, parts = (memory, normalizer), []
     for start, stop in [(0, 1), (1, 40), (40, 41), (41, 90)]:
-        part, state = banked_linear_attention(*(x[:, start:stop] for x in tokens), initial_state=state)
+        part, state = banked_linear_attention(
+            *(x[:, start:stop] for x in tokens), initial_state=state, implementation=implementation
+        )
         parts.append(part)
     torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-11, atol=1e-12)
     torch.testing.assert_close(state, final, rtol=1e-11, atol=1e-12)
 
 
-def test_step_is_the_recurrence():
+@pytest.mark.parametrize("implementation", CHUNKED)
+def test_step_is_the_recurrence(implementation):
     inputs = {name: tensor.detach() for name, tensor in make_inputs(time=4).items()}
     *tokens, memory, normalizer = inputs.values()
-    expected, final = run(inputs, "chunk")
+    expected, final = run(inputs, implementation)
     state = (memory, normalizer)
     for t in range(4):
         output, state = banked_linear_attention_step(*(x[:, t] for x in tokens), state)
@@ -160,9 +217,10 @@ def test_step_is_the_recurrence():
 
 
 @pytest.mark.parametrize("time", [1, 64, 150])
-def test_reverse_restores_the_initial_state(time):
+@pytest.mark.parametrize("implementation", CHUNKED)
+def test_reverse_restores_the_initial_state(implementation, time):
     inputs = make_inputs(time=time, rate=0.1)
-    _, final = run(inputs, "chunk")
+    _, final = run(inputs, implementation)
     arguments = (inputs[name] for name in ("key", "value", "write", "log_decay"))
     memory, normalizer = reverse_banked_linear_attention(*arguments, final)
     torch.testing.assert_close(memory, inputs["memory"], rtol=1e-9, atol=1e-9)
@@ -181,11 +239,12 @@ def test_low_precision_inputs_keep_a_float32_state():
     assert (output - expected).abs().max() < 0.02 * expected.abs().max()
 
 
-def test_autocast_does_not_touch_the_backward_pass():
+@pytest.mark.parametrize("implementation", CHUNKED)
+def test_autocast_does_not_touch_the_backward_pass(implementation):
     inputs = make_inputs(time=70, dtype=torch.float32)
-    expected = results_and_gradients(inputs, "chunk")
+    expected = results_and_gradients(inputs, implementation)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        actual = results_and_gradients(inputs, "chunk")
+        actual = results_and_gradients(inputs, implementation)
     assert_same(expected, actual, rtol=1e-6)
 
 
@@ -211,7 +270,8 @@ def test_memory_grows_without_the_bank(monkeypatch):
     assert largest < time * memories * key_size / 2
 
 
-def test_equals_fast_transformers():
+@pytest.mark.parametrize("implementation", CHUNKED)
+def test_equals_fast_transformers(implementation):
     """One memory without decay is fast-transformers' CausalLinearAttention.
 
     To run this one: pip install torch setuptools wheel, then, with nvcc not on PATH,
@@ -229,7 +289,9 @@ def test_equals_fast_transformers():
     theirs = attention(query, key, value, TriangularCausalMask(time), lengths, lengths)
     phi = [torch.nn.functional.elu(x) + 1 for x in (query, key)]
     ones = torch.ones(batch, time, heads, 1)
-    ours, _ = banked_linear_attention(*phi, value, ones, ones, torch.zeros_like(ones), implementation="chunk")
+    ours, _ = banked_linear_attention(
+        *phi, value, ones, ones, torch.zeros_like(ones), implementation=implementation
+    )
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
     gradient = torch.randn_like(theirs)
     for mine, reference in zip(
@@ -260,7 +322,7 @@ def test_bad_input_is_named(change, message):
 def test_initial_state_defaults_to_zeros():
     inputs = {name: tensor for name, tensor in make_inputs(time=5).items() if name not in NAMES[-2:]}
     zeros = init_memory_bank(inputs["query"], inputs["value"], inputs["read"])
-    for implementation in ("recurrent", "chunk"):
+    for implementation in ("recurrent", "chunk", None):
         torch.testing.assert_close(
             banked_linear_attention(**inputs, implementation=implementation),
             banked_linear_attention(**inputs, implementation=implementation, initial_state=zeros),

@@ -1,0 +1,517 @@
+// Copyright 2026 The Stackformer authors. Licensed under the Apache License, Version 2.0.
+//
+// The chunk form of banked linear attention for CPUs: what memory_bank.py does in batched matrix products, with one
+// chunk of one head at a time in the first levels of the cache. The mathematics and its names are those of
+// memory_bank.py; this file only arranges them so that every product is one of small dense matrices, row by row.
+//
+// Plain C interface, no dependency but a C++17 compiler with GNU vector extensions: the library is loaded with ctypes
+// and never sees torch. Tensors are described by a pointer and strides in elements; the last dimension is dense.
+
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <type_traits>
+
+#define INLINE inline __attribute__((always_inline))
+
+extern "C" {
+
+// A tensor [B, T, H, F] or [B, H, ...]; `data` is null where it is not wanted.
+struct Tokens {
+    void* data;
+    int64_t batch, time, head;  // strides
+};
+
+struct Problem {
+    int64_t batch, time, heads, key_size, value_size, memories, chunk;
+    double eps;
+    Tokens query, key, value, read, write, log_decay;
+    // Dense: memory [B, H, R, K, V], normalizer [B, H, R, K].
+    void *memory, *normalizer;
+    // Dense, of every chunk's start: [B, H, chunks, R, K, V] and [B, H, chunks, R, K]; null in inference.
+    void *start_memory, *start_normalizer;
+    // Dense: output [B, T, H, V], denominator [B, T, H].
+    Tokens output, denominator;
+    // Forward writes these dense ones; backward reads the gradients in their place and overwrites them with the
+    // gradients of the initial state.
+    void *final_memory, *final_normalizer;
+    // Backward only.
+    Tokens grad_output, grad_query, grad_key, grad_value, grad_read, grad_write, grad_log_decay;
+};
+
+}  // extern "C"
+
+namespace {
+
+template <class real>
+INLINE real* at(const Tokens& tokens, int64_t b, int64_t t, int64_t h) {
+    return static_cast<real*>(tokens.data) + b * tokens.batch + t * tokens.time + h * tokens.head;
+}
+
+INLINE int64_t round_up(int64_t size, int64_t multiple) { return (size + multiple - 1) / multiple * multiple; }
+
+// What is zero in a product A B of square matrices, and therefore skipped.
+enum Shape { FULL, LOWER_A, UPPER_A, LOWER_RESULT };
+
+// One chunk of one head. `BYTES` is the width of a vector, `ROWS` the rows of a register block of 2 vectors.
+template <class real, int BYTES, int ROWS>
+struct Chunk {
+    static constexpr int LANES = BYTES / sizeof(real);
+    // Sizes are padded to whole vectors, register blocks and tiles of a transposition.
+    static constexpr int TILE = 8, PAD = LANES > TILE ? LANES : TILE;
+    typedef real vec __attribute__((vector_size(BYTES), aligned(sizeof(real)), may_alias));
+
+    static INLINE vec load(const real* from) { return *reinterpret_cast<const vec*>(from); }
+    static INLINE void store(real* to, vec value) { *reinterpret_cast<vec*>(to) = value; }
+
+    // ROWS x (COLUMNS vectors) of C = beta C + A B, in registers.
+    template <int COLUMNS>
+    static INLINE void block(int64_t k_begin, int64_t k_end, const real* A, int64_t a_row, int64_t a_column,
+                             const real* B, int64_t b_row, real* C, int64_t c_row, real beta) {
+        vec sums[ROWS][COLUMNS];
+        for (int i = 0; i < ROWS; i++)
+            for (int n = 0; n < COLUMNS; n++) sums[i][n] = vec{};
+        for (int64_t k = k_begin; k < k_end; k++) {
+            vec b[COLUMNS];
+            for (int n = 0; n < COLUMNS; n++) b[n] = load(B + k * b_row + n * LANES);
+#pragma GCC unroll 8
+            for (int i = 0; i < ROWS; i++) {
+                const real a = A[i * a_row + k * a_column];
+                for (int n = 0; n < COLUMNS; n++) sums[i][n] += a * b[n];
+            }
+        }
+        for (int i = 0; i < ROWS; i++)
+            for (int n = 0; n < COLUMNS; n++) {
+                real* c = C + i * c_row + n * LANES;
+                store(c, beta == 0 ? sums[i][n] : beta * load(c) + sums[i][n]);
+            }
+    }
+
+    // C [M, N] = beta C + A [M, inner] B [inner, N]; M is a multiple of ROWS, N of LANES.
+    template <Shape SHAPE>
+    static INLINE void product(int64_t M, int64_t N, int64_t inner, const real* A, int64_t a_row, int64_t a_column,
+                               const real* B, int64_t b_row, real* C, int64_t c_row, real beta) {
+        for (int64_t m = 0; m < M; m += ROWS) {
+            const int64_t k_begin = SHAPE == UPPER_A ? m : 0;
+            const int64_t k_end = SHAPE == LOWER_A && m + ROWS < inner ? m + ROWS : inner;
+            const int64_t columns = SHAPE == LOWER_RESULT ? round_up(m + ROWS, LANES) : N;
+            int64_t n = 0;
+            for (; n + 2 * LANES <= columns; n += 2 * LANES)
+                block<2>(k_begin, k_end, A + m * a_row, a_row, a_column, B + n, b_row, C + m * c_row + n, c_row, beta);
+            if (n < columns)
+                block<1>(k_begin, k_end, A + m * a_row, a_row, a_column, B + n, b_row, C + m * c_row + n, c_row, beta);
+        }
+    }
+
+    static INLINE real sum(vec value) {
+        real total = 0;
+        for (int i = 0; i < LANES; i++) total += value[i];
+        return total;
+    }
+
+    static INLINE real dot(const real* a, const real* b, int64_t size) {
+        vec sums{};
+        for (int64_t i = 0; i < size; i += LANES) sums += load(a + i) * load(b + i);
+        return sum(sums);
+    }
+
+    // Sizes, the padded ones a multiple of PAD; pads are zero wherever they could be seen.
+    int64_t C, K, V, R, Cp, Kp, Vp, length;
+    real *q, *k, *v, *qT, *kT, *vT;      // [Cp, Kp], [Cp, Vp] and transposed
+    real *scores, *inside, *weights;     // [Cp, Cp]
+    real *scaled;                        // [Cp, max(Kp, Vp)] or [Kp, Cp]
+    real *sums;                          // [Cp, Vp]
+    real *from_start, *to_end, *from_center, *to_center;                  // [R, Cp]
+    real *read_state, *write_state, *read_inside, *write_inside, *decay;  // [R, Cp], decay [R]
+    real *memory, *normalizer;                                            // [R, Kp, Vp], [R, Kp]
+    // Backward only.
+    real *g, *gT, *grad_denominator;           // [Cp, Vp], [Vp, Cp], [Cp]
+    real *grad_weights, *grad_inside;          // [Cp, Cp]
+    real *grad_q, *grad_k, *grad_v;            // [Cp, Kp], [Cp, Vp]
+    real *grad_qT, *grad_kT;                   // [Kp, Cp]
+    real *grad_read_state, *grad_write_state, *grad_read_inside, *grad_write_inside;  // [R, Cp]
+    real *start_memory, *start_normalizer;     // [R, Kp, Vp], [R, Kp]
+
+    INLINE real* take(real*& free, int64_t size) {
+        real* taken = free;
+        free += round_up(size, 64 / sizeof(real));
+        return taken;
+    }
+
+    // Lays the buffers out from `free` on; with null, only counts. Returns the number of elements.
+    INLINE int64_t layout(const Problem& p, real* base, bool backward) {
+        C = p.chunk, K = p.key_size, V = p.value_size, R = p.memories;
+        Cp = round_up(C, PAD), Kp = round_up(K, PAD), Vp = round_up(V, PAD);
+        const int64_t wide = Kp > Vp ? Kp : Vp;
+        real* free = base;
+        q = take(free, Cp * Kp), k = take(free, Cp * Kp), v = take(free, Cp * Vp);
+        qT = take(free, Cp * Kp), kT = take(free, Cp * Kp);
+        scores = take(free, Cp * Cp), inside = take(free, Cp * Cp), weights = take(free, Cp * Cp);
+        scaled = take(free, Cp * wide), sums = take(free, Cp * wide);
+        from_start = take(free, R * Cp), to_end = take(free, R * Cp);
+        from_center = take(free, R * Cp), to_center = take(free, R * Cp);
+        read_state = take(free, R * Cp), write_state = take(free, R * Cp);
+        read_inside = take(free, R * Cp), write_inside = take(free, R * Cp), decay = take(free, R);
+        memory = take(free, R * Kp * Vp), normalizer = take(free, R * Kp);
+        if (backward) {
+            vT = take(free, Cp * Vp), g = take(free, Cp * Vp), gT = take(free, Cp * Vp);
+            grad_denominator = take(free, Cp);
+            grad_weights = take(free, Cp * Cp), grad_inside = take(free, Cp * Cp);
+            grad_q = take(free, Cp * Kp), grad_k = take(free, Cp * Kp), grad_v = take(free, Cp * Vp);
+            grad_qT = take(free, Cp * Kp), grad_kT = take(free, Cp * Kp);
+            grad_read_state = take(free, R * Cp), grad_write_state = take(free, R * Cp);
+            grad_read_inside = take(free, R * Cp), grad_write_inside = take(free, R * Cp);
+            start_memory = take(free, R * Kp * Vp), start_normalizer = take(free, R * Kp);
+        }
+        return free - base;
+    }
+
+    // Tokens [length, size] to a tile [Cp, padded], zeros around.
+    INLINE void load_tile(real* tile, const Tokens& tokens, int64_t b, int64_t t, int64_t h, int64_t size,
+                          int64_t padded) {
+        for (int64_t i = 0; i < Cp; i++) {
+            int64_t filled = 0;
+            if (i < length) {
+                std::memcpy(tile + i * padded, at<real>(tokens, b, t + i, h), size * sizeof(real));
+                filled = size;
+            }
+            for (int64_t j = filled; j < padded; j++) tile[i * padded + j] = 0;
+        }
+    }
+
+    // [rows, columns] to [columns, rows]; both multiples of PAD. Tiles are transposed in registers: in step d, lanes
+    // that differ in bit d change places with rows that do (Eklundh 1972).
+    static INLINE void transpose(const real* from, int64_t rows, int64_t columns, real* to) {
+        typedef real row __attribute__((vector_size(TILE * sizeof(real)), aligned(sizeof(real)), may_alias));
+        typedef typename std::conditional<sizeof(real) == 4, int32_t, int64_t>::type integer;
+        typedef integer lanes __attribute__((vector_size(TILE * sizeof(real))));
+        const lanes even[3] = {
+            {0, 8, 2, 10, 4, 12, 6, 14}, {0, 1, 8, 9, 4, 5, 12, 13}, {0, 1, 2, 3, 8, 9, 10, 11}};
+        const lanes odd[3] = {
+            {1, 9, 3, 11, 5, 13, 7, 15}, {2, 3, 10, 11, 6, 7, 14, 15}, {4, 5, 6, 7, 12, 13, 14, 15}};
+        for (int64_t i = 0; i < rows; i += TILE)
+            for (int64_t j = 0; j < columns; j += TILE) {
+                row x[TILE];
+                for (int n = 0; n < TILE; n++) x[n] = *reinterpret_cast<const row*>(from + (i + n) * columns + j);
+#pragma GCC unroll 3
+                for (int step = 0; step < 3; step++)
+#pragma GCC unroll 8
+                    for (int n = 0; n < TILE; n++)
+                        if (!(n >> step & 1)) {
+                            const row a = x[n], b = x[n + (1 << step)];
+                            x[n] = __builtin_shuffle(a, b, even[step]);
+                            x[n + (1 << step)] = __builtin_shuffle(a, b, odd[step]);
+                        }
+                for (int n = 0; n < TILE; n++) *reinterpret_cast<row*>(to + (j + n) * rows + i) = x[n];
+            }
+    }
+
+    // A dense state [R, K, V], [R, K] to and from the padded one.
+    INLINE void load_state(const real* from, const real* from_normalizer, real* to, real* to_normalizer) const {
+        for (int64_t row = 0; row < R * Kp; row++) {
+            const int64_t r = row / Kp, key = row % Kp;
+            int64_t filled = 0;
+            if (key < K) {
+                std::memcpy(to + row * Vp, from + (r * K + key) * V, V * sizeof(real));
+                filled = V;
+            }
+            for (int64_t j = filled; j < Vp; j++) to[row * Vp + j] = 0;
+            to_normalizer[row] = key < K ? from_normalizer[r * K + key] : 0;
+        }
+    }
+
+    INLINE void store_state(const real* from, const real* from_normalizer, real* to, real* to_normalizer) const {
+        for (int64_t r = 0; r < R; r++) {
+            for (int64_t key = 0; key < K; key++)
+                std::memcpy(to + (r * K + key) * V, from + (r * Kp + key) * Vp, V * sizeof(real));
+            std::memcpy(to_normalizer + r * K, from_normalizer + r * Kp, K * sizeof(real));
+        }
+    }
+
+    // The tiles of one chunk and the exponentials of its gates: `_Gates` of memory_bank.py.
+    INLINE void begin(const Problem& p, int64_t b, int64_t t, int64_t h) {
+        length = p.time - t < C ? p.time - t : C;
+        load_tile(q, p.query, b, t, h, K, Kp);
+        load_tile(k, p.key, b, t, h, K, Kp);
+        load_tile(v, p.value, b, t, h, V, Vp);
+        for (int64_t r = 0; r < R; r++) {
+            real first = 0, total = 0;
+            for (int64_t i = 0; i < length; i++) {
+                total += at<real>(p.log_decay, b, t + i, h)[r];
+                if (i == 0) first = total;
+                from_start[r * Cp + i] = total;  // for now its logarithm
+            }
+            const real center = (first + total) / 2;
+            const real enter = std::exp(center), leave = std::exp(total - center);
+            decay[r] = std::exp(total);
+            for (int64_t i = 0; i < Cp; i++) {
+                const int64_t n = r * Cp + i;
+                if (i >= length) {
+                    from_start[n] = to_end[n] = from_center[n] = to_center[n] = 0;
+                    read_state[n] = write_state[n] = read_inside[n] = write_inside[n] = 0;
+                    continue;
+                }
+                from_center[n] = std::exp(from_start[n] - center);
+                to_center[n] = 1 / from_center[n];
+                from_start[n] = from_center[n] * enter;
+                to_end[n] = to_center[n] * leave;
+                const real read = at<real>(p.read, b, t + i, h)[r], write = at<real>(p.write, b, t + i, h)[r];
+                read_state[n] = read * from_start[n], write_state[n] = write * to_end[n];
+                read_inside[n] = read * from_center[n], write_inside[n] = write * to_center[n];
+            }
+        }
+        transpose(k, Cp, Kp, kT);
+        product<LOWER_RESULT>(Cp, Cp, Kp, q, Kp, 1, kT, Cp, scores, Cp, 0);
+        product<LOWER_RESULT>(Cp, Cp, R, read_inside, 1, Cp, write_inside, Cp, inside, Cp, 0);
+        // Rows up to the end of the diagonal's tile, where products that skip what is zero still look.
+        for (int64_t i = 0; i < Cp; i++) {
+            const int64_t stop = round_up(i + 1, PAD);
+            for (int64_t j = i + 1; j < stop; j++) inside[i * Cp + j] = 0;
+            for (int64_t j = 0; j < stop; j++) weights[i * Cp + j] = scores[i * Cp + j] * inside[i * Cp + j];
+        }
+    }
+
+    // rows [count, width] = source times a factor for each row or for each column.
+    static INLINE void scale_rows(const real* source, const real* factors, int64_t count, int64_t width, real* rows) {
+        for (int64_t i = 0; i < count; i++)
+            for (int64_t j = 0; j < width; j += LANES) store(rows + i * width + j, factors[i] * load(source + i * width + j));
+    }
+    static INLINE void scale_columns(const real* source, const real* factors, int64_t count, int64_t width,
+                                     real* rows) {
+        for (int64_t i = 0; i < count; i++)
+            for (int64_t j = 0; j < width; j += LANES) store(rows + i * width + j, load(factors + j) * load(source + i * width + j));
+    }
+
+    // The state after the chunk, from that before it.
+    INLINE void write_chunk() {
+        for (int64_t r = 0; r < R; r++) {
+            scale_columns(kT, write_state + r * Cp, Kp, Cp, scaled);
+            product<FULL>(Kp, Vp, Cp, scaled, Cp, 1, v, Vp, memory + r * Kp * Vp, Vp, decay[r]);
+            for (int64_t key = 0; key < Kp; key++) {
+                vec total{};
+                for (int64_t j = 0; j < Cp; j += LANES) total += load(scaled + key * Cp + j);
+                normalizer[r * Kp + key] = decay[r] * normalizer[r * Kp + key] + sum(total);
+            }
+        }
+    }
+
+    INLINE void forward(const Problem& p, int64_t b, int64_t h) {
+        const int64_t chunks = (p.time + C - 1) / C, head = b * p.heads + h;
+        const int64_t size = R * K * V, keys = R * K;
+        load_state(static_cast<real*>(p.memory) + head * size, static_cast<real*>(p.normalizer) + head * keys, memory,
+                   normalizer);
+        for (int64_t chunk = 0; chunk < chunks; chunk++) {
+            const int64_t t = chunk * C;
+            begin(p, b, t, h);
+            if (p.start_memory)
+                store_state(memory, normalizer, static_cast<real*>(p.start_memory) + (head * chunks + chunk) * size,
+                            static_cast<real*>(p.start_normalizer) + (head * chunks + chunk) * keys);
+            product<LOWER_A>(Cp, Vp, Cp, weights, Cp, 1, v, Vp, sums, Vp, 0);
+            real denominators[Cp];
+            for (int64_t i = 0; i < Cp; i++) {
+                vec total{};
+                for (int64_t j = 0; j <= i; j += LANES) total += load(weights + i * Cp + j);
+                denominators[i] = sum(total) + static_cast<real>(p.eps);
+            }
+            for (int64_t r = 0; r < R; r++) {
+                scale_rows(q, read_state + r * Cp, Cp, Kp, scaled);
+                product<FULL>(Cp, Vp, Kp, scaled, Kp, 1, memory + r * Kp * Vp, Vp, sums, Vp, 1);
+                for (int64_t i = 0; i < length; i++) denominators[i] += dot(scaled + i * Kp, normalizer + r * Kp, Kp);
+            }
+            for (int64_t i = 0; i < length; i++) {
+                real* output = at<real>(p.output, b, t + i, h);
+                const real scale = 1 / denominators[i];
+                for (int64_t j = 0; j < V; j++) output[j] = sums[i * Vp + j] * scale;
+                *at<real>(p.denominator, b, t + i, h) = denominators[i];
+            }
+            write_chunk();
+        }
+        store_state(memory, normalizer, static_cast<real*>(p.final_memory) + head * size,
+                    static_cast<real*>(p.final_normalizer) + head * keys);
+    }
+
+    // grad += transposed, over the tokens of a [Cp, Kp] and a [Kp, Cp].
+    INLINE void store_gradient(const Tokens& tokens, int64_t b, int64_t t, int64_t h, const real* gradient,
+                               const real* transposed, int64_t size, int64_t padded) {
+        if (transposed) transpose(transposed, padded, Cp, scaled);
+        for (int64_t i = 0; i < length; i++) {
+            real* to = at<real>(tokens, b, t + i, h);
+            for (int64_t j = 0; j < size; j++)
+                to[j] = gradient[i * padded + j] + (transposed ? scaled[i * padded + j] : 0);
+        }
+    }
+
+    // `memory` and `normalizer` hold the gradients of the state after the chunk, then of that before it.
+    INLINE void backward_chunk(const Problem& p, int64_t b, int64_t t, int64_t h) {
+        begin(p, b, t, h);
+        transpose(q, Cp, Kp, qT);
+        transpose(v, Cp, Vp, vT);
+        load_tile(g, p.grad_output, b, t, h, V, Vp);
+        for (int64_t i = 0; i < Cp; i++) {
+            real along = 0;
+            if (i < length) {
+                const real scale = 1 / *at<real>(p.denominator, b, t + i, h);
+                const real* output = at<real>(p.output, b, t + i, h);
+                for (int64_t j = 0; j < V; j++) {
+                    g[i * Vp + j] *= scale;
+                    along -= g[i * Vp + j] * output[j];
+                }
+            }
+            grad_denominator[i] = along;
+        }
+        transpose(g, Cp, Vp, gT);
+
+        // Inside the chunk.
+        product<LOWER_RESULT>(Cp, Cp, Vp, g, Vp, 1, vT, Cp, grad_weights, Cp, 0);
+        for (int64_t i = 0; i < Cp; i++) {
+            const int64_t row = i * Cp;
+            for (int64_t j = 0; j < round_up(i + 1, PAD); j++) {
+                const real gradient = j <= i ? grad_weights[row + j] + grad_denominator[i] : 0;
+                grad_inside[row + j] = gradient * scores[row + j];
+                scores[row + j] = gradient * inside[row + j];  // the gradient of the scores from here on
+            }
+                    }
+        product<LOWER_A>(Cp, Kp, Cp, scores, Cp, 1, k, Kp, grad_q, Kp, 0);
+        product<UPPER_A>(Cp, Kp, Cp, scores, 1, Cp, q, Kp, grad_k, Kp, 0);
+        product<UPPER_A>(Cp, Vp, Cp, weights, 1, Cp, g, Vp, grad_v, Vp, 0);
+        for (int64_t r = 0; r < R; r++) {
+            real *to_read = grad_read_inside + r * Cp, *to_write = grad_write_inside + r * Cp;
+            for (int64_t j = 0; j < Cp; j++) to_write[j] = 0;
+            for (int64_t i = 0; i < length; i++) {
+                const real read = read_inside[r * Cp + i];
+                vec total{};
+                for (int64_t j = 0; j <= i; j += LANES) {
+                    const vec gradient = load(grad_inside + i * Cp + j);
+                    total += gradient * load(write_inside + r * Cp + j);
+                    store(to_write + j, load(to_write + j) + read * gradient);
+                }
+                to_read[i] = sum(total);
+            }
+        }
+
+        // Through the states.
+        std::memset(grad_qT, 0, Cp * Kp * sizeof(real));
+        std::memset(grad_kT, 0, Cp * Kp * sizeof(real));
+        for (int64_t r = 0; r < R; r++) {
+            const real *start = start_memory + r * Kp * Vp, *start_keys = start_normalizer + r * Kp;
+            real *grad_memory = memory + r * Kp * Vp, *grad_keys = normalizer + r * Kp;
+            product<FULL>(Kp, Cp, Vp, start, Vp, 1, gT, Cp, scaled, Cp, 0);
+            through_state(scaled, start_keys, grad_denominator, read_state + r * Cp, qT, grad_qT,
+                          grad_read_state + r * Cp);
+            product<FULL>(Kp, Cp, Vp, grad_memory, Vp, 1, vT, Cp, scaled, Cp, 0);
+            through_state(scaled, grad_keys, nullptr, write_state + r * Cp, kT, grad_kT, grad_write_state + r * Cp);
+            scale_rows(k, write_state + r * Cp, Cp, Kp, scaled);
+            product<FULL>(Cp, Vp, Kp, scaled, Kp, 1, grad_memory, Vp, grad_v, Vp, 1);
+
+            const real grad_decay =
+                decay[r] * (dot(start, grad_memory, Kp * Vp) + dot(start_keys, grad_keys, Kp));
+            scale_columns(qT, read_state + r * Cp, Kp, Cp, scaled);
+            product<FULL>(Kp, Vp, Cp, scaled, Cp, 1, g, Vp, grad_memory, Vp, decay[r]);
+            for (int64_t key = 0; key < Kp; key++)
+                grad_keys[key] = decay[r] * grad_keys[key] + dot(scaled + key * Cp, grad_denominator, Cp);
+
+            // Every exponential is its own derivative; the midpoint cancels.
+            real leaving = 0, later = 0;
+            for (int64_t i = 0; i < length; i++) leaving += grad_write_state[r * Cp + i] * write_state[r * Cp + i];
+            for (int64_t i = length - 1; i >= 0; i--) {
+                const int64_t n = r * Cp + i;
+                at<real>(p.grad_read, b, t + i, h)[r] =
+                    grad_read_inside[n] * from_center[n] + grad_read_state[n] * from_start[n];
+                at<real>(p.grad_write, b, t + i, h)[r] =
+                    grad_write_inside[n] * to_center[n] + grad_write_state[n] * to_end[n];
+                if (i == length - 1) later += leaving + grad_decay;
+                later += grad_read_inside[n] * read_inside[n] + grad_read_state[n] * read_state[n] -
+                         grad_write_inside[n] * write_inside[n] - grad_write_state[n] * write_state[n];
+                at<real>(p.grad_log_decay, b, t + i, h)[r] = later;
+            }
+        }
+        store_gradient(p.grad_query, b, t, h, grad_q, grad_qT, K, Kp);
+        store_gradient(p.grad_key, b, t, h, grad_k, grad_kT, K, Kp);
+        store_gradient(p.grad_value, b, t, h, grad_v, nullptr, V, Vp);
+    }
+
+    // Gradients of factor[j] * features[., j] that met a state's column, `met` [Kp, Cp], and its key sums.
+    INLINE void through_state(const real* met, const real* keys, const real* scale, const real* factor,
+                              const real* features, real* grad_features, real* grad_factor) {
+        for (int64_t j = 0; j < Cp; j += LANES) {
+            const vec by = load(factor + j), weight = scale ? load(scale + j) : vec{} + 1;
+            vec total{};
+            for (int64_t key = 0; key < Kp; key++) {
+                const int64_t n = key * Cp + j;
+                const vec gradient = load(met + n) + keys[key] * weight;
+                store(grad_features + n, load(grad_features + n) + gradient * by);
+                total += gradient * load(features + n);
+            }
+            store(grad_factor + j, total);
+        }
+    }
+
+    INLINE void backward(const Problem& p, int64_t b, int64_t h) {
+        const int64_t chunks = (p.time + C - 1) / C, head = b * p.heads + h;
+        const int64_t size = R * K * V, keys = R * K;
+        real* grad_memory = static_cast<real*>(p.final_memory) + head * size;
+        real* grad_normalizer = static_cast<real*>(p.final_normalizer) + head * keys;
+        load_state(grad_memory, grad_normalizer, memory, normalizer);
+        for (int64_t chunk = chunks - 1; chunk >= 0; chunk--) {
+            load_state(static_cast<real*>(p.start_memory) + (head * chunks + chunk) * size,
+                       static_cast<real*>(p.start_normalizer) + (head * chunks + chunk) * keys, start_memory,
+                       start_normalizer);
+            backward_chunk(p, b, chunk * C, h);
+        }
+        store_state(memory, normalizer, grad_memory, grad_normalizer);
+    }
+
+    INLINE bool run(const Problem& p, int64_t head, bool backwards) {
+        const int64_t bytes = layout(p, nullptr, backwards) * sizeof(real) + 64;
+        void* workspace = std::malloc(bytes);
+        if (!workspace) return false;
+        layout(p, reinterpret_cast<real*>(round_up(reinterpret_cast<int64_t>(workspace), 64)), backwards);
+        const int64_t b = head / p.heads, h = head % p.heads;
+        backwards ? backward(p, b, h) : forward(p, b, h);
+        std::free(workspace);
+        return true;
+    }
+};
+
+typedef bool (*Run)(const Problem&, int64_t, bool);
+
+// The same code for several instruction sets; the processor's best is taken when the library runs.
+template <class real>
+bool run_portable(const Problem& p, int64_t head, bool backwards) {
+    return Chunk<real, 16, 8>().run(p, head, backwards);
+}
+#ifdef __x86_64__
+template <class real>
+__attribute__((target("avx2,fma"))) bool run_avx2(const Problem& p, int64_t head, bool backwards) {
+    return Chunk<real, 32, 4>().run(p, head, backwards);
+}
+template <class real>
+__attribute__((target("avx512f,avx512vl,avx512dq,avx512bw,avx2,fma"))) bool run_avx512(const Problem& p, int64_t head,
+                                                                                    bool backwards) {
+    return Chunk<real, 64, 8>().run(p, head, backwards);
+}
+#endif
+
+template <class real>
+Run choose() {
+#ifdef __x86_64__
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512bw"))
+        return run_avx512<real>;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return run_avx2<real>;
+#endif
+    return run_portable<real>;
+}
+
+}  // namespace
+
+// Runs all heads on `threads` threads. Returns 0, or 1 if there was no memory for the work space.
+extern "C" int stackformer_memory_bank(const Problem* problem, int double_precision, int backwards, int threads) {
+    const Run run = double_precision ? choose<double>() : choose<float>();
+    int failed = 0;
+#pragma omp parallel for num_threads(threads) reduction(| : failed) schedule(dynamic)
+    for (int64_t head = 0; head < problem->batch * problem->heads; head++)
+        failed |= !run(*problem, head, backwards != 0);
+    return failed;
+}
