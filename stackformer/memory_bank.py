@@ -60,7 +60,8 @@ def banked_linear_attention(
             memories on, since one state per chunk is kept for the backward pass.
         implementation: "recurrent" (the definition, one token after another), "chunk" (a few large matrix
             products per chunk, with a backward pass of its own) or "cpp" (the same in C++, for CPUs, where it
-            was built). `None` takes the fastest: "recurrent" for one token, else "cpp" or "chunk".
+            was built). `None` takes the fastest: "cpp" if it can, else "recurrent" for one token and "chunk"
+            for more.
         max_decay: a bound on `-log_decay`, if the caller knows one. `None` measures it, which costs a
             synchronisation on a GPU and a graph break under `torch.compile`. Chunks are shortened as far as
             the bound demands, so that no exponential overflows.
@@ -217,7 +218,7 @@ def _choose_implementation(implementation: str | None, query: Tensor) -> str:
     """The implementation to take for `query` [B, T, H, K], as asked for or the fastest."""
     compiled = is_available() and query.device.type == "cpu"
     if implementation is None:
-        return "recurrent" if query.shape[1] == 1 else "cpp" if compiled else "chunk"
+        return "cpp" if compiled else "recurrent" if query.shape[1] == 1 else "chunk"
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"`implementation` must be one of {IMPLEMENTATIONS} or None, got {implementation!r}")
     if implementation == "cpp" and not compiled:

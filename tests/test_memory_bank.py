@@ -126,12 +126,16 @@ def test_strided_inputs(implementation):
     assert_same(expected, results_and_gradients(strided, implementation), rtol=1e-11)
 
 
-def test_without_gradients():
-    inputs = {name: tensor.detach() for name, tensor in make_inputs(time=70).items()}
-    expected, _ = run(inputs, "recurrent")
-    output, (memory, _) = run(inputs, None)
-    torch.testing.assert_close(output, expected, rtol=1e-11, atol=1e-12)
-    assert not output.requires_grad and not memory.requires_grad
+@pytest.mark.parametrize("implementation", CHUNKED)
+@pytest.mark.parametrize("time, value_size", [(1, 3), (1, 64), (70, 3)])
+def test_without_gradients(implementation, time, value_size):
+    inputs = make_inputs(time=time, value_size=value_size)
+    inputs = {name: tensor.detach() for name, tensor in inputs.items()}
+    expected = run(inputs, "recurrent")
+    actual = run(inputs, implementation)
+    torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-12)
+    assert not actual[0].requires_grad
+    assert torch.equal(inputs["memory"], make_inputs(time=time, value_size=value_size)["memory"])
 
 
 @pytest.mark.parametrize("rate", [0.0, 5.0, 50.0, 5000.0])

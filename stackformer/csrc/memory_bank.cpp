@@ -296,6 +296,37 @@ struct Chunk {
         }
     }
 
+    // One token of one head: the recurrence itself, in one pass over the state.
+    static INLINE void step(const Problem& p, int64_t b, int64_t h) {
+        const int64_t K = p.key_size, V = p.value_size, head = b * p.heads + h;
+        const real *query = at<real>(p.query, b, 0, h), *key = at<real>(p.key, b, 0, h);
+        const real *value = at<real>(p.value, b, 0, h), *read = at<real>(p.read, b, 0, h);
+        const real *write = at<real>(p.write, b, 0, h), *log_decay = at<real>(p.log_decay, b, 0, h);
+        real* __restrict output = at<real>(p.output, b, 0, h);
+        real denominator = 0;
+        for (int64_t j = 0; j < V; j++) output[j] = 0;
+        for (int64_t r = 0; r < p.memories; r++) {
+            const real decay = std::exp(log_decay[r]);
+            for (int64_t i = 0; i < K; i++) {
+                const int64_t row = (head * p.memories + r) * K + i;
+                const real written = write[r] * key[i], weight = read[r] * query[i];
+                const real sum = decay * static_cast<real*>(p.normalizer)[row] + written;
+                static_cast<real*>(p.final_normalizer)[row] = sum;
+                denominator += weight * sum;
+                const real* from = static_cast<real*>(p.memory) + row * V;
+                real* __restrict to = static_cast<real*>(p.final_memory) + row * V;
+                for (int64_t j = 0; j < V; j++) {
+                    const real kept = decay * from[j] + written * value[j];
+                    to[j] = kept;
+                    output[j] += weight * kept;
+                }
+            }
+        }
+        denominator += static_cast<real>(p.eps);
+        *at<real>(p.denominator, b, 0, h) = denominator;
+        for (int64_t j = 0; j < V; j++) output[j] /= denominator;
+    }
+
     INLINE void forward(const Problem& p, int64_t b, int64_t h) {
         const int64_t chunks = (p.time + C - 1) / C, head = b * p.heads + h;
         const int64_t size = R * K * V, keys = R * K;
@@ -463,11 +494,15 @@ struct Chunk {
     }
 
     INLINE bool run(const Problem& p, int64_t head, bool backwards) {
+        const int64_t b = head / p.heads, h = head % p.heads;
+        if (p.time == 1 && !backwards && !p.start_memory) {
+            step(p, b, h);
+            return true;
+        }
         const int64_t bytes = layout(p, nullptr, backwards) * sizeof(real) + 64;
         void* workspace = std::malloc(bytes);
         if (!workspace) return false;
         layout(p, reinterpret_cast<real*>(round_up(reinterpret_cast<int64_t>(workspace), 64)), backwards);
-        const int64_t b = head / p.heads, h = head % p.heads;
         backwards ? backward(p, b, h) : forward(p, b, h);
         std::free(workspace);
         return true;
@@ -510,7 +545,9 @@ Run choose() {
 extern "C" int stackformer_memory_bank(const Problem* problem, int double_precision, int backwards, int threads) {
     const Run run = double_precision ? choose<double>() : choose<float>();
     int failed = 0;
-#pragma omp parallel for num_threads(threads) reduction(| : failed) schedule(dynamic)
+// A single token is too little work to wake other threads for, unless there are many heads of it.
+    const bool parallel = problem->time > 1 || problem->batch * problem->heads >= 16;
+#pragma omp parallel for if (parallel) num_threads(threads) reduction(| : failed) schedule(dynamic)
     for (int64_t head = 0; head < problem->batch * problem->heads; head++)
         failed |= !run(*problem, head, backwards != 0);
     return failed;
