@@ -118,6 +118,7 @@ struct Chunk {
 
     // Sizes, the padded ones a multiple of PAD; pads are zero wherever they could be seen.
     int64_t C, K, V, R, Cp, Kp, Vp, length;
+    int64_t direction;  // of time: 1, or -1 in the backward pass
     real *q, *k, *v, *qT, *kT, *vT;      // [Cp, Kp], [Cp, Vp] and transposed
     real *scores, *inside, *weights;     // [Cp, Cp]
     real *scaled;                        // [Cp, max(Kp, Vp)] or [Kp, Cp]
@@ -143,6 +144,7 @@ struct Chunk {
     INLINE int64_t layout(const Problem& p, real* base, bool backward) {
         C = p.chunk, K = p.key_size, V = p.value_size, R = p.memories;
         Cp = round_up(C, PAD), Kp = round_up(K, PAD), Vp = round_up(V, PAD);
+        direction = backward ? -1 : 1;
         const int64_t wide = Kp > Vp ? Kp : Vp;
         real* free = base;
         q = take(free, Cp * Kp), k = take(free, Cp * Kp), v = take(free, Cp * Vp);
@@ -167,16 +169,27 @@ struct Chunk {
         return free - base;
     }
 
+    // `size` numbers to a row of `padded`, zeros behind.
+    static INLINE void load_row(real* row, const real* from, int64_t size, int64_t padded) {
+        int64_t j = 0;
+        for (; j + LANES <= size; j += LANES) store(row + j, load(from + j));
+        for (; j < size; j++) row[j] = from[j];
+        for (; j < padded; j++) row[j] = 0;
+    }
+
+    // Asks for the row that the next chunk will need: rows of one head are too far apart for the hardware to guess.
+    INLINE void prefetch(const real* row, const Tokens& tokens, int64_t size) const {
+        const real* next = row + direction * C * tokens.time;
+        for (int64_t j = 0; j < size; j += 64 / sizeof(real)) __builtin_prefetch(next + j);
+    }
+
     // Tokens [length, size] to a tile [Cp, padded], zeros around.
     INLINE void load_tile(real* tile, const Tokens& tokens, int64_t b, int64_t t, int64_t h, int64_t size,
                           int64_t padded) {
         for (int64_t i = 0; i < Cp; i++) {
-            int64_t filled = 0;
-            if (i < length) {
-                std::memcpy(tile + i * padded, at<real>(tokens, b, t + i, h), size * sizeof(real));
-                filled = size;
-            }
-            for (int64_t j = filled; j < padded; j++) tile[i * padded + j] = 0;
+            const real* row = i < length ? at<real>(tokens, b, t + i, h) : nullptr;
+            load_row(tile + i * padded, row, row ? size : 0, padded);
+            if (row) prefetch(row, tokens, size);
         }
     }
 
@@ -211,12 +224,7 @@ struct Chunk {
     INLINE void load_state(const real* from, const real* from_normalizer, real* to, real* to_normalizer) const {
         for (int64_t row = 0; row < R * Kp; row++) {
             const int64_t r = row / Kp, key = row % Kp;
-            int64_t filled = 0;
-            if (key < K) {
-                std::memcpy(to + row * Vp, from + (r * K + key) * V, V * sizeof(real));
-                filled = V;
-            }
-            for (int64_t j = filled; j < Vp; j++) to[row * Vp + j] = 0;
+            load_row(to + row * Vp, from + (r * K + key) * V, key < K ? V : 0, Vp);
             to_normalizer[row] = key < K ? from_normalizer[r * K + key] : 0;
         }
     }
@@ -384,10 +392,10 @@ struct Chunk {
             if (i < length) {
                 const real scale = 1 / *at<real>(p.denominator, b, t + i, h);
                 const real* output = at<real>(p.output, b, t + i, h);
-                for (int64_t j = 0; j < V; j++) {
-                    g[i * Vp + j] *= scale;
-                    along -= g[i * Vp + j] * output[j];
-                }
+                prefetch(output, p.output, V);
+                load_row(sums, output, V, Vp);
+                for (int64_t j = 0; j < Vp; j += LANES) store(g + i * Vp + j, scale * load(g + i * Vp + j));
+                along = -dot(g + i * Vp, sums, Vp);
             }
             grad_denominator[i] = along;
         }
