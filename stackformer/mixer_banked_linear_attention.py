@@ -43,7 +43,7 @@ class BankedLinearAttention(nn.Module):
 
     def forward(
         self, hidden: Tensor, pointer: Tensor, layout: TokenLayout, state: tuple[Tensor, ...] | None
-    ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, Tensor]]:
+    ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, Tensor, Tensor]]:
         """Mix the active tokens along time.
 
         Args:
@@ -52,7 +52,8 @@ class BankedLinearAttention(nn.Module):
                 convolution [B', kernel - 1, 3 d]; `None` for the beginning of the sequences.
 
         Returns:
-            The mixed tokens [n, d], the new state, and the bank weights (read, write), each [n, H, N].
+            The mixed tokens [n, d], the new state, and what each bank is read by, written by and decayed by
+            (read, write, log decay), each [n, H, N].
         """
         rows = layout.to_rows(self.qkv_proj(hidden))
         past = None if state is None else state[2]
@@ -67,14 +68,14 @@ class BankedLinearAttention(nn.Module):
             value,
             layout.to_rows(address_memories(pointer, read)),
             layout.to_rows(address_memories(pointer, write)),
-            layout.to_rows(address_memories(pointer, write * log_decay)),
+            layout.to_rows(address_memories(pointer, log_decay)),
             initial_state=None if state is None else (state[0], state[1]),
             chunk_size=self.chunk_size,
             max_decay=self.max_decay_rate,
         )
         mixed = self.norm(layout.to_tokens(mixed)).flatten(1)
         output = self.o_proj(nn.functional.silu(self.gate_proj(hidden)) * mixed)
-        return output, (memory, normalizer, past), (read, write)
+        return output, (memory, normalizer, past), (read, write, log_decay)
 
     def _convolve(self, rows: Tensor, past: Tensor | None, layout: TokenLayout) -> tuple[Tensor, Tensor]:
         """Convolve rows [B', T', 3 d] that follow `past` [B', kernel - 1, 3 d]; also the past of the next."""
@@ -85,7 +86,7 @@ class BankedLinearAttention(nn.Module):
         return self.conv(window), past
 
     def _gates(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Read weights, write weights and log decay of a full write, each [n, H, N], float32 at least."""
+        """Read weights, write weights and log decay by the write, each [n, H, N], float32 at least."""
         dtype = at_least_float32(hidden)
 
         def logits(projection: nn.Linear) -> Tensor:
@@ -95,4 +96,5 @@ class BankedLinearAttention(nn.Module):
         if self.num_banks == 1:
             one = torch.ones_like(log_decay)
             return one, one, log_decay
-        return logits(self.read_proj).softmax(-1), logits(self.write_proj).softmax(-1), log_decay
+        write = logits(self.write_proj).softmax(-1)
+        return logits(self.read_proj).softmax(-1), write, write * log_decay

@@ -24,6 +24,7 @@ from transformers.modeling_layers import (
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import ModelOutput, can_return_tuple
 
 from .cache_stackformer import StackformerCache, StackformerCacheLayer
@@ -40,6 +41,7 @@ from .processing_stack import (
     read_stack,
     step_stack,
 )
+from .stack_trace import TextTrace
 
 # The token mixers by their name in `config.mixer_types`.
 MIXERS = {"banked_linear_attention": BankedLinearAttention}
@@ -71,6 +73,8 @@ class StackTrace(ModelOutput):
             step, and where the rest of the mass was flushed, all that is left is dropped, whatever the
             actions say.
         bank_reads, bank_writes (`torch.FloatTensor` [B, T, P, L, H, N]): softmax over the memory banks.
+        bank_decays (`torch.FloatTensor` [B, T, P, L, H, N]): logarithm of what each bank keeps where all of
+            the pointer's mass is; elsewhere the logarithm is times the mass there. At most 0.
     """
 
     active: Tensor | None = None
@@ -78,6 +82,7 @@ class StackTrace(ModelOutput):
     actions: Tensor | None = None
     bank_reads: Tensor | None = None
     bank_writes: Tensor | None = None
+    bank_decays: Tensor | None = None
 
 
 @dataclass
@@ -121,7 +126,7 @@ class StackformerCoreLayer(GradientCheckpointingLayer):
 
     def forward(
         self, hidden: Tensor, pointer: Tensor, layout: TokenLayout, state: tuple[Tensor, ...] | None
-    ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, Tensor] | None]:
+    ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, Tensor, Tensor] | None]:
         """Active tokens [n, d] to active tokens [n, d], the mixer's new state, and its bank weights."""
         mixed, state, bank_weights = self.mixer(self.input_layernorm(hidden), pointer, layout, state)
         hidden = hidden + mixed
@@ -375,7 +380,7 @@ class StackformerModel(StackformerPreTrainedModel):
 
     def _think(
         self, stack: Stack, layout: TokenLayout, index: int, cache: Cache | None
-    ) -> tuple[Tensor, list[tuple[Tensor, Tensor] | None]]:
+    ) -> tuple[Tensor, list[tuple[Tensor, Tensor, Tensor] | None]]:
         """Apply the core, on slice `index` of the recurrent state: thoughts [n, D] and bank weights."""
         superposition = read_stack(stack)
         hidden = self.down_proj(superposition)
@@ -431,10 +436,10 @@ class StackformerModel(StackformerPreTrainedModel):
         active = layout.thinking
         if active is None:
             active = torch.ones_like(pointer[:, 0], dtype=torch.bool)
-        reads, writes = (torch.stack(weights, dim=1) for weights in zip(*bank_weights, strict=True))
+        banks = (torch.stack(weights, dim=1) for weights in zip(*bank_weights, strict=True))
         return [
             layout.scatter(x, x.new_zeros(layout.batch_size, layout.length, *x.shape[1:]))
-            for x in (active, pointer, actions, reads, writes)
+            for x in (active, pointer, actions, *banks)
         ]
 
     def _stack_steps(self, steps: list[list[Tensor]]) -> StackTrace:
@@ -554,6 +559,29 @@ class StackformerForCausalLM(StackformerPreTrainedModel, GenerationMixin):
             ponder_steps=outputs.ponder_steps,
             stack_trace=outputs.stack_trace,
         )
+
+    @torch.no_grad()
+    def stack_trace(self, text: str | Tensor, tokenizer: PreTrainedTokenizerBase) -> TextTrace:
+        """What the model did at every token of a text: shown by a notebook, or `to_html` and `to_png`.
+
+            model.stack_trace("Once upon a time", tokenizer).to_html("trace.html")
+
+        Args:
+            text: a string, or ids [T] or [1, T], such as `generate` returns.
+            tokenizer: the model's tokenizer.
+
+        Raises:
+            ValueError: if the text has no token, or is a batch of several rows.
+        """
+        ids = tokenizer(text, return_tensors="pt").input_ids if isinstance(text, str) else text
+        ids = ids.unsqueeze(0) if ids.dim() == 1 else ids
+        if ids.dim() != 2 or ids.shape[0] != 1 or ids.shape[1] == 0:
+            raise ValueError(
+                f"`text` must be one text of at least one token, got ids of shape {tuple(ids.shape)}"
+            )
+        ids = ids.to(self.device, torch.long)  # the ids of an empty string have no integer type
+        outputs = self(ids, use_cache=False, output_stack_trace=True)
+        return TextTrace.from_outputs(ids, outputs, tokenizer)
 
     @staticmethod
     def _ponder_loss(ponder_steps, labels, shift_labels=None, num_items_in_batch=None, **kwargs) -> Tensor:

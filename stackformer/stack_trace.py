@@ -1,0 +1,293 @@
+# Copyright 2026 The Stackformer authors. Licensed under the Apache License, Version 2.0.
+"""What a model did at every token of a text, as arrays, as a page to explore, and as a picture.
+
+The page is one HTML file that needs no network: stack_trace.html with the numbers put in. A model's code that
+was copied to the Hub is without that file, and takes it from the package where that is installed.
+
+Letters: T tokens, P ponder steps, S stack levels, L core layers, H heads, N memory banks.
+"""
+
+import base64
+import html
+import json
+import math
+import os
+import unicodedata
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+from transformers.utils import ModelOutput
+
+# Pieces of one UTF-8 character are at most this many bytes.
+_MAX_PIECES = 4
+# Characters to a line of the text in a picture, and what stands for those that do not show.
+_LINE = 100
+_VISIBLE = str.maketrans({"\n": "\u21b5", "\t": "\u21e5", "\r": "\u240d"})
+
+
+@dataclass(frozen=True)
+class TextTrace:
+    """What a model did at every token of one text; `model.stack_trace(text, tokenizer)` makes it.
+
+    Args:
+        tokens (`list[str]`): what each token adds to the text: joined, they are the text. A token that is a
+            piece of a character adds nothing; the character's last piece adds all of it.
+        ids (`np.ndarray` [T]): the tokens' ids.
+        surprise (`np.ndarray` [T]): bits of each token given those before it; not a number for the first.
+        ponder_steps (`np.ndarray` [T]): expected number of ponder steps.
+        active (`np.ndarray` [T, P]): whether the token was computed at the step.
+        pointer (`np.ndarray` [T, P, S]): probability mass on each stack level, before the step.
+        actions (`np.ndarray` [T, P, 3]): probabilities of enqueue, no-op and dequeue.
+        bank_reads, bank_writes (`np.ndarray` [T, P, L, H, N]): shares of the banks in what was read and
+            written. `None`, as `bank_decays`, for a model whose mixers have no banks.
+        bank_decays (`np.ndarray` [T, P, L, H, N]): logarithm of what each bank keeps, at full mass.
+    """
+
+    tokens: list[str]
+    ids: np.ndarray
+    surprise: np.ndarray
+    ponder_steps: np.ndarray
+    active: np.ndarray
+    pointer: np.ndarray
+    actions: np.ndarray
+    bank_reads: np.ndarray | None
+    bank_writes: np.ndarray | None
+    bank_decays: np.ndarray | None
+
+    @classmethod
+    def from_outputs(
+        cls, ids: Tensor, outputs: ModelOutput, tokenizer: PreTrainedTokenizerBase
+    ) -> "TextTrace":
+        """The trace of ids [1, T] from the outputs of a causal language model with `output_stack_trace`."""
+        trace = outputs.stack_trace
+        nats = torch.nn.functional.cross_entropy(
+            outputs.logits[0, :-1].float(), ids[0, 1:].to(outputs.logits.device), reduction="none"
+        )
+        fields = ("active", "pointer", "actions", "bank_reads", "bank_writes", "bank_decays")
+        return cls(
+            tokens=split_text(ids[0].tolist(), tokenizer),
+            ids=ids[0].cpu().numpy(),
+            surprise=np.append(math.nan, _to_numpy(nats) / math.log(2)),
+            ponder_steps=_to_numpy(outputs.ponder_steps[0]),
+            **{
+                name: None if trace.get(name) is None else _to_numpy(trace[name][0])
+                for name in fields
+            },
+        )
+
+    @property
+    def mass(self) -> np.ndarray:
+        """Probability mass on the stack before each step [T, P]."""
+        return self.pointer.sum(-1)
+
+    @property
+    def finished(self) -> np.ndarray:
+        """Probability mass that left the stack at each step [T, P]; of a token they sum to 1."""
+        return -np.diff(self.mass, axis=-1, append=0)
+
+    @property
+    def bank_losses(self) -> np.ndarray | None:
+        """Share of each bank that was forgotten, at full mass [T, P, L, H, N]."""
+        return None if self.bank_decays is None else -np.expm1(self.bank_decays)
+
+    def over_steps(self, weights: np.ndarray) -> np.ndarray:
+        """Mean of `weights` [T, P, L, H, N] over steps, each with its mass, and over heads: [T, L, N]."""
+        share = self.mass / self.mass.sum(-1, keepdims=True)
+        return np.einsum("tp,tplhn->tln", share, weights) / weights.shape[3]
+
+    def to_html(self, path: str | os.PathLike | None = None) -> str:
+        """A page to explore the trace with, in one file that needs no network.
+
+        It has 16 bits for each number of the trace: about 8 P (1 + S + L H N) bytes for each token.
+
+        Args:
+            path: where to write it, if anywhere. A reader of that file sees the old one or the new one, whole.
+
+        Returns:
+            The page.
+
+        Raises:
+            ImportError: if the package, which has the page's template, is not installed.
+        """
+        try:
+            template = files("stackformer").joinpath("stack_trace.html").read_text(encoding="utf-8")
+        except ModuleNotFoundError as error:
+            raise ImportError("the page's template comes with the stackformer package: install it") from error
+        # "<" could end the script element that the numbers are in.
+        data = json.dumps(self._page_data(), separators=(",", ":")).replace("<", "\\u003c")
+        page = template.replace("{{data}}", data)
+        if path is not None:
+            _write(path, page.encode("utf-8"))
+        return page
+
+    def _page_data(self) -> dict[str, Any]:
+        arrays = {"pointer": self.pointer, "actions": self.actions, "finished": self.finished}
+        if self.bank_reads is not None:
+            arrays |= {"read": self.bank_reads, "written": self.bank_writes, "forgotten": self.bank_losses}
+        return {
+            "tokens": self.tokens,
+            "ids": self.ids.tolist(),
+            "surprise": [None if math.isnan(bits) else round(bits, 4) for bits in self.surprise.tolist()],
+            "depth": [round(steps, 4) for steps in self.ponder_steps.tolist()],
+            "steps": self.active.sum(-1).tolist(),
+            "arrays": {
+                name: {"shape": array.shape, "data": _fixed_point(array)} for name, array in arrays.items()
+            },
+        }
+
+    def _repr_html_(self) -> str:
+        """For notebooks: the page in a frame of its own."""
+        page = html.escape(self.to_html())
+        return f'<iframe srcdoc="{page}" style="width:100%;height:760px;border:0"></iframe>'
+
+    def __repr__(self) -> str:
+        return f"TextTrace of {len(self.tokens)} tokens, {self.ponder_steps.mean():.2f} ponder steps each"
+
+    def to_png(self, path: str | os.PathLike) -> None:
+        """Draw the trace to a PNG file: the text coloured by depth, and below it all numbers, token by token.
+
+        Depth and surprise; when tokens finish; where on the stack they are; what each bank is read by,
+        written by and forgets (mean over heads, and over steps by their mass).
+
+        Raises:
+            ImportError: if matplotlib is not installed.
+        """
+        try:
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise ImportError("pictures are drawn with matplotlib: pip install matplotlib") from error
+        count, levels = self.pointer.shape[1:]
+        panels = [
+            ("Finished", self.finished, [f"step {p + 1}" for p in range(count)]),
+            (
+                "Stack pointer",
+                self.pointer[..., ::-1].reshape(len(self.tokens), -1),  # the bottom at the bottom
+                [f"step {p + 1}, level {s + 1}" for p in range(count) for s in reversed(range(levels))],
+            ),
+        ]
+        if self.bank_reads is not None:
+            layers, _, banks = self.bank_reads.shape[2:]
+            rows = [f"layer {i + 1}, bank {n + 1}" for i in range(layers) for n in range(banks)]
+            for title, weights in (
+                ("Read from banks", self.bank_reads),
+                ("Written to banks", self.bank_writes),
+                ("Forgotten by banks", self.bank_losses),
+            ):
+                panels.append((title, self.over_steps(weights).reshape(len(self.tokens), -1), rows))
+
+        lines = self._lines()
+        heights = [0.2 * len(lines), 1.1, *(0.14 * len(rows) for _, _, rows in panels)]
+        figure = Figure(figsize=(11, sum(heights) + 0.4 * len(heights)), layout="constrained")
+        axes = figure.subplots(len(heights), 1, height_ratios=heights)
+        self._draw_text(axes[0], lines)
+        self._draw_depth(axes[1])
+        for axis, (title, values, rows) in zip(axes[2:], panels, strict=True):
+            image = axis.imshow(values.T, aspect="auto", cmap="Blues", vmin=0, interpolation="nearest")
+            axis.set_yticks(range(len(rows)), rows, fontsize=6)
+            _style(axis, title)
+            bar = figure.colorbar(image, ax=axis, pad=0.005, fraction=0.02, aspect=10)
+            bar.ax.tick_params(labelsize=6, length=2)
+            bar.outline.set_visible(False)
+        axes[-1].set_xlabel("token", fontsize=8)
+        partial = Path(f"{path}.partial")
+        figure.savefig(partial, format="png", dpi=110)
+        partial.replace(path)
+
+    def _lines(self) -> list[list[tuple[str, int, int]]]:
+        """The text in lines, as (character, column, token): wide characters take two columns."""
+        lines: list[list[tuple[str, int, int]]] = [[]]
+        column = 0
+        for index, token in enumerate(self.tokens):
+            for character in token:
+                if column >= _LINE:
+                    lines.append([])
+                    column = 0
+                lines[-1].append((character, column, index))
+                column += 2 if unicodedata.east_asian_width(character) in "WF" else 1
+                if character == "\n":
+                    column = _LINE
+        return lines
+
+    def _draw_text(self, axis: Any, lines: list[list[tuple[str, int, int]]]) -> None:
+        """The characters on cells in the colour of their token's depth."""
+        cells = np.full((len(lines), _LINE + 1), np.nan)
+        for row, line in enumerate(lines):
+            for character, column, index in line:
+                width = 2 if unicodedata.east_asian_width(character) in "WF" else 1
+                cells[row, column : column + width] = self.ponder_steps[index]
+                axis.text(
+                    column + (width - 1) / 2,
+                    row,
+                    character.translate(_VISIBLE),
+                    family="monospace",
+                    fontsize=9,
+                    ha="center",
+                    va="center",
+                    color="0.6" if character.translate(_VISIBLE) != character else "0.1",
+                    parse_math=False,
+                )
+        low, high = self.ponder_steps.min(), self.ponder_steps.max()
+        # Up to half of the map's range, so that the text on it can be read.
+        axis.imshow(cells, aspect="auto", cmap="Blues", vmin=low, vmax=low + 2 * max(high - low, 1e-6))
+        axis.set_yticks([])
+        axis.set_xticks([])
+        _style(axis, f"Expected ponder steps, from {low:.2f} (light) to {high:.2f} (dark)")
+
+    def _draw_depth(self, axis: Any) -> None:
+        positions = np.arange(len(self.tokens))
+        axis.bar(positions, np.nan_to_num(self.surprise), color="#c9c9c9", width=1)
+        axis.set_ylabel("surprise, bits", fontsize=7, color="0.5")
+        steps = axis.twinx()
+        steps.step(positions, self.ponder_steps, where="mid", color="#2166ac", linewidth=1)
+        steps.set_ylabel("ponder steps", fontsize=7, color="#2166ac")
+        steps.tick_params(labelsize=6, length=2)
+        steps.spines[:].set_visible(False)
+        axis.set_xlim(-0.5, len(positions) - 0.5)
+        _style(axis, "Surprise and expected ponder steps")
+
+
+def split_text(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """What each token adds to the decoded text: nothing, if it ends within a character that goes on."""
+    texts: list[str] = []
+    start = shown = 0  # `start` is early enough for what a token's text depends on; all before `shown` is done
+    for end in range(1, len(ids) + 1):
+        before = tokenizer.decode(ids[start:shown], clean_up_tokenization_spaces=False)
+        text = tokenizer.decode(ids[start:end], clean_up_tokenization_spaces=False)
+        if text.endswith("\ufffd") and end - shown < _MAX_PIECES and end < len(ids):
+            texts.append("")
+        else:
+            texts.append(text[len(before) :])
+            start, shown = shown, end
+    return texts
+
+
+def _style(axis: Any, title: str) -> None:
+    axis.set_title(title, loc="left", fontsize=8, color="0.2")
+    axis.tick_params(labelsize=6, length=2)
+    axis.spines[:].set_visible(False)
+
+
+def _to_numpy(tensor: Tensor) -> np.ndarray:
+    """In float64 where it is no boolean: NumPy has no bfloat16."""
+    tensor = tensor.cpu()
+    return tensor.numpy() if tensor.dtype == torch.bool else tensor.double().numpy()
+
+
+def _fixed_point(array: np.ndarray) -> str:
+    """Numbers within 0..1 as 16 bits each, little-endian, in base64: what a browser reads at once."""
+    return base64.b64encode(np.rint(array.clip(0, 1) * 65535).astype("<u2").tobytes()).decode("ascii")
+
+
+def _write(path: str | os.PathLike, content: bytes) -> None:
+    partial = Path(f"{path}.partial")
+    partial.write_bytes(content)
+    partial.replace(path)
+
+
+__all__ = ["TextTrace", "split_text"]
