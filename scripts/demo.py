@@ -3,7 +3,8 @@
 
     python -m scripts.demo
 
-Everything it makes is in outputs/demo: the model, its tokenizer, what it generated, and picture.png.
+Everything it makes is in outputs/demo: the model, its tokenizer, what it generated, and what it did at each
+byte of a text that it had not seen (trace.html to explore, trace.png to show).
 """
 
 import argparse
@@ -18,7 +19,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, TrainingArguments, se
 
 from scripts.report import machine_line
 from scripts.train import build_trainer
-from scripts.visualize import draw_trace
 from stackformer import build_byte_tokenizer
 
 PRESET = Path(__file__).parent.parent / "configs" / "stackformer-tiny.json"
@@ -81,9 +81,11 @@ def main(argv: list[str] | None = None) -> None:
     print(generated)
     Path(args.output_dir, "generated.txt").write_text(generated, encoding="utf-8")
 
-    picture = Path(args.output_dir, "picture.png")
-    draw_trace(model.eval(), tokenizer, text[split : split + 300].decode(errors="replace"), picture)
-    print(f"what the model did at each byte of a held-out text: {picture}")
+    trace = model.eval().stack_trace(text[split : split + 1000].decode(errors="replace"), tokenizer)
+    page, picture = Path(args.output_dir, "trace.html"), Path(args.output_dir, "trace.png")
+    trace.to_html(page)
+    trace.to_png(picture)
+    print(f"what the model did at each byte of a held-out text: {page}, {picture}")
     print(f"done in {time.perf_counter() - started:.0f} s")
 
 

@@ -20,6 +20,7 @@ from .modeling_stackformer import (
     StackformerPreTrainedModel,
     StackTrace,
 )
+from .stack_trace import TextTrace
 from .tokenization_stackformer import build_byte_tokenizer, train_bpe_tokenizer
 
 __version__ = "0.1.0"
@@ -44,6 +45,7 @@ __all__ = [
     "StackformerForTokenClassification",
     "StackformerModel",
     "StackformerPreTrainedModel",
+    "TextTrace",
     "banked_linear_attention",
     "build_byte_tokenizer",
     "train_bpe_tokenizer",

@@ -28,7 +28,7 @@ from transformers.utils import ModelOutput
 _MAX_PIECES = 4
 # Characters to a line of the text in a picture, and what stands for those that do not show.
 _LINE = 100
-_VISIBLE = str.maketrans({"\n": "\u21b5", "\t": "\u21e5", "\r": "\u240d"})
+_VISIBLE = {"\n": "\u21b5", "\t": "\u21e5", "\r": "\u240d"}
 
 
 @dataclass(frozen=True)
@@ -69,16 +69,21 @@ class TextTrace:
         nats = torch.nn.functional.cross_entropy(
             outputs.logits[0, :-1].float(), ids[0, 1:].to(outputs.logits.device), reduction="none"
         )
-        fields = ("active", "pointer", "actions", "bank_reads", "bank_writes", "bank_decays")
+        reads, writes, decays = (
+            None if tensor is None else _to_numpy(tensor[0])
+            for tensor in (trace.bank_reads, trace.bank_writes, trace.bank_decays)
+        )
         return cls(
             tokens=split_text(ids[0].tolist(), tokenizer),
-            ids=ids[0].cpu().numpy(),
+            ids=_to_numpy(ids[0]),
             surprise=np.append(math.nan, _to_numpy(nats) / math.log(2)),
             ponder_steps=_to_numpy(outputs.ponder_steps[0]),
-            **{
-                name: None if trace.get(name) is None else _to_numpy(trace[name][0])
-                for name in fields
-            },
+            active=_to_numpy(trace.active[0]),
+            pointer=_to_numpy(trace.pointer[0]),
+            actions=_to_numpy(trace.actions[0]),
+            bank_reads=reads,
+            bank_writes=writes,
+            bank_decays=decays,
         )
 
     @property
@@ -92,9 +97,15 @@ class TextTrace:
         return -np.diff(self.mass, axis=-1, append=0)
 
     @property
-    def bank_losses(self) -> np.ndarray | None:
-        """Share of each bank that was forgotten, at full mass [T, P, L, H, N]."""
-        return None if self.bank_decays is None else -np.expm1(self.bank_decays)
+    def banks(self) -> dict[str, np.ndarray]:
+        """Shares of the banks in what was read and written, and of each bank what was forgotten at full mass.
+
+        Each [T, P, L, H, N], zeros where a token was not active; none of them for a model without banks.
+        """
+        if self.bank_reads is None or self.bank_writes is None or self.bank_decays is None:
+            return {}
+        forgotten = -np.expm1(self.bank_decays)
+        return {"read": self.bank_reads, "written": self.bank_writes, "forgotten": forgotten}
 
     def over_steps(self, weights: np.ndarray) -> np.ndarray:
         """Mean of `weights` [T, P, L, H, N] over steps, each with its mass, and over heads: [T, L, N]."""
@@ -107,7 +118,7 @@ class TextTrace:
         It has 16 bits for each number of the trace: about 8 P (1 + S + L H N) bytes for each token.
 
         Args:
-            path: where to write it, if anywhere. A reader of that file sees the old one or the new one, whole.
+            path: where to write it, if anywhere. The file appears whole.
 
         Returns:
             The page.
@@ -127,9 +138,7 @@ class TextTrace:
         return page
 
     def _page_data(self) -> dict[str, Any]:
-        arrays = {"pointer": self.pointer, "actions": self.actions, "finished": self.finished}
-        if self.bank_reads is not None:
-            arrays |= {"read": self.bank_reads, "written": self.bank_writes, "forgotten": self.bank_losses}
+        arrays = {"pointer": self.pointer, "actions": self.actions, "finished": self.finished, **self.banks}
         return {
             "tokens": self.tokens,
             "ids": self.ids.tolist(),
@@ -171,20 +180,18 @@ class TextTrace:
                 [f"step {p + 1}, level {s + 1}" for p in range(count) for s in reversed(range(levels))],
             ),
         ]
-        if self.bank_reads is not None:
-            layers, _, banks = self.bank_reads.shape[2:]
+        for name, weights in self.banks.items():
+            layers, _, banks = weights.shape[2:]
             rows = [f"layer {i + 1}, bank {n + 1}" for i in range(layers) for n in range(banks)]
-            for title, weights in (
-                ("Read from banks", self.bank_reads),
-                ("Written to banks", self.bank_writes),
-                ("Forgotten by banks", self.bank_losses),
-            ):
-                panels.append((title, self.over_steps(weights).reshape(len(self.tokens), -1), rows))
+            panels.append((f"Banks {name}", self.over_steps(weights).reshape(len(self.tokens), -1), rows))
 
         lines = self._lines()
         heights = [0.2 * len(lines), 1.1, *(0.14 * len(rows) for _, _, rows in panels)]
         figure = Figure(figsize=(11, sum(heights) + 0.4 * len(heights)), layout="constrained")
         axes = figure.subplots(len(heights), 1, height_ratios=heights)
+        for axis in axes[1:-1]:
+            axis.sharex(axes[-1])
+            axis.tick_params(labelbottom=False)
         self._draw_text(axes[0], lines)
         self._draw_depth(axes[1])
         for axis, (title, values, rows) in zip(axes[2:], panels, strict=True):
@@ -199,37 +206,38 @@ class TextTrace:
         figure.savefig(partial, format="png", dpi=110)
         partial.replace(path)
 
-    def _lines(self) -> list[list[tuple[str, int, int]]]:
-        """The text in lines, as (character, column, token): wide characters take two columns."""
-        lines: list[list[tuple[str, int, int]]] = [[]]
+    def _lines(self) -> list[list[tuple[str, int, int, int]]]:
+        """The text in lines, as (character, column, columns, token): wide characters take two columns."""
+        lines: list[list[tuple[str, int, int, int]]] = [[]]
         column = 0
         for index, token in enumerate(self.tokens):
             for character in token:
                 if column >= _LINE:
                     lines.append([])
                     column = 0
-                lines[-1].append((character, column, index))
-                column += 2 if unicodedata.east_asian_width(character) in "WF" else 1
-                if character == "\n":
-                    column = _LINE
+                width = 2 if unicodedata.east_asian_width(character) in "WF" else 1
+                lines[-1].append((character, column, width, index))
+                column = _LINE if character == "\n" else column + width
         return lines
 
-    def _draw_text(self, axis: Any, lines: list[list[tuple[str, int, int]]]) -> None:
+    def _draw_text(self, axis: Any, lines: list[list[tuple[str, int, int, int]]]) -> None:
         """The characters on cells in the colour of their token's depth."""
         cells = np.full((len(lines), _LINE + 1), np.nan)
         for row, line in enumerate(lines):
-            for character, column, index in line:
-                width = 2 if unicodedata.east_asian_width(character) in "WF" else 1
+            for character, column, width, index in line:
                 cells[row, column : column + width] = self.ponder_steps[index]
+                shown = _VISIBLE.get(character, character)
+                if shown.isspace():
+                    continue
                 axis.text(
                     column + (width - 1) / 2,
                     row,
-                    character.translate(_VISIBLE),
+                    shown,
                     family="monospace",
                     fontsize=9,
                     ha="center",
                     va="center",
-                    color="0.6" if character.translate(_VISIBLE) != character else "0.1",
+                    color="0.1" if shown == character else "0.6",
                     parse_math=False,
                 )
         low, high = self.ponder_steps.min(), self.ponder_steps.max()
@@ -255,7 +263,9 @@ class TextTrace:
 def split_text(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """What each token adds to the decoded text: nothing, if it ends within a character that goes on."""
     texts: list[str] = []
-    start = shown = 0  # `start` is early enough for what a token's text depends on; all before `shown` is done
+    start = shown = (
+        0  # `start` is early enough for what a token's text depends on; all before `shown` is done
+    )
     for end in range(1, len(ids) + 1):
         before = tokenizer.decode(ids[start:shown], clean_up_tokenization_spaces=False)
         text = tokenizer.decode(ids[start:end], clean_up_tokenization_spaces=False)
@@ -274,9 +284,8 @@ def _style(axis: Any, title: str) -> None:
 
 
 def _to_numpy(tensor: Tensor) -> np.ndarray:
-    """In float64 where it is no boolean: NumPy has no bfloat16."""
-    tensor = tensor.cpu()
-    return tensor.numpy() if tensor.dtype == torch.bool else tensor.double().numpy()
+    """Floating point in float64: NumPy has no bfloat16."""
+    return (tensor.double() if tensor.is_floating_point() else tensor).cpu().numpy()
 
 
 def _fixed_point(array: np.ndarray) -> str:

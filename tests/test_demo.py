@@ -1,5 +1,6 @@
 """The demo and the picture, at a size for a test."""
 
+import io
 import json
 
 import pytest
@@ -22,16 +23,27 @@ def test_demo_trains_reloads_generates_and_draws(tmp_path, capsys, monkeypatch):
     printed = capsys.readouterr().out
     assert "bits per byte of held-out text: 8." in printed
     assert (output_dir / "generated.txt").read_text(encoding="utf-8").startswith(demo.PROMPT)
-    assert (output_dir / "picture.png").read_bytes()[:4] == b"\x89PNG"
+    assert (output_dir / "trace.png").read_bytes()[:4] == b"\x89PNG"
+    assert (output_dir / "trace.html").read_text(encoding="utf-8").startswith("<!doctype html>")
     assert not list(output_dir.glob("*.partial"))
     assert json.loads((output_dir / "config.json").read_text())["use_cache"] is True
 
 
-def test_visualize(tmp_path, capsys):
+def test_visualize(tmp_path, capsys, monkeypatch):
     tiny_model(torch.float32).save_pretrained(tmp_path)
     build_byte_tokenizer().save_pretrained(tmp_path)
-    picture = tmp_path / "picture.png"
-    visualize.main(["--model", str(tmp_path), "--text", "a $ b\n", "--output", str(picture)])
-    assert picture.read_bytes()[:4] == b"\x89PNG"
-    with pytest.raises(ValueError, match="expected at least two tokens, got 1"):
-        visualize.main(["--model", str(tmp_path), "--text", "a", "--output", str(picture)])
+    command = ["--model", str(tmp_path), "--max_tokens", "4"]
+    visualize.main([*command, "--text", "a $ b\n", "--output", str(tmp_path / "trace.png")])
+    assert (tmp_path / "trace.png").read_bytes()[:4] == b"\x89PNG"
+    monkeypatch.setattr("sys.stdin", io.StringIO("$ from a pipe"))
+    visualize.main([*command, "--output", str(tmp_path / "trace.html")])
+    assert '"tokens":["$"," ","f","r"]' in (tmp_path / "trace.html").read_text(encoding="utf-8")
+    assert capsys.readouterr().out.count("TextTrace of 4 tokens") == 2
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "expected"), [("--output", "a.pdf", ".html or .png"), ("--max_tokens", "0", "1")]
+)
+def test_visualize_checks_its_options(option, value, expected):
+    with pytest.raises(ValueError, match=f"{value}.*expected.*{expected}"):
+        visualize.main(["--model", "nowhere", "--text", "a", option, value])
