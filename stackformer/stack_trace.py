@@ -263,9 +263,8 @@ class TextTrace:
 def split_text(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """What each token adds to the decoded text: nothing, if it ends within a character that goes on."""
     texts: list[str] = []
-    start = shown = (
-        0  # `start` is early enough for what a token's text depends on; all before `shown` is done
-    )
+    # All before `shown` is done; decoding begins at `start`, since a text's first token may decode otherwise.
+    start = shown = 0
     for end in range(1, len(ids) + 1):
         before = tokenizer.decode(ids[start:shown], clean_up_tokenization_spaces=False)
         text = tokenizer.decode(ids[start:end], clean_up_tokenization_spaces=False)
