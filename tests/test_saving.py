@@ -82,7 +82,7 @@ def test_remote_code_without_the_package(tmp_path):
         """
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
-from transformers import AutoModelForSequenceClassification, pipeline
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 expected = torch.load("expected.pt")
 model = AutoModelForCausalLM.from_pretrained("model", trust_remote_code=True)
 with torch.no_grad():
@@ -95,19 +95,26 @@ with torch.no_grad():
     assert torch.allclose(again(expected["ids"]).logits, expected["logits"], rtol=1e-5, atol=1e-5)
 generator = pipeline("text-generation", model="again", tokenizer="model", trust_remote_code=True)
 print(repr(generator("Hello", max_new_tokens=5, do_sample=False)[0]["generated_text"]))
+trace = model.stack_trace("Hello", AutoTokenizer.from_pretrained("model"))
+assert trace.tokens == ["H", "e", "l", "l", "o"]
+try:
+    trace.to_html()
+except ImportError as error:
+    assert "comes with the stackformer package" in str(error)
+else:
+    raise AssertionError("where is the template from?")
 """,
         tmp_path,
     )
     assert "Hello" in output
 
 
-def test_the_code_that_is_saved_imports_nothing_but_torch_and_transformers(tmp_path):
+def test_the_code_that_is_saved_imports_only_what_transformers_needs(tmp_path):
     from transformers.dynamic_module_utils import get_imports
 
     tiny_model().save_pretrained(tmp_path)
     files = list(tmp_path.glob("*.py"))
     assert len(files) >= 5
     for path in files:
-        assert set(get_imports(path)) <= {"torch", "transformers", "safetensors", "huggingface_hub"} | set(
-            sys.stdlib_module_names
-        ), path.name
+        needed = {"torch", "transformers", "numpy", "safetensors", "huggingface_hub"}  # by transformers, too
+        assert set(get_imports(path)) <= needed | set(sys.stdlib_module_names), path.name
