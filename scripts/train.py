@@ -22,7 +22,8 @@ Resume a run that was stopped (the same command, and); start a new run from the 
     python -m scripts.train ... --resume_from_checkpoint last
     python -m scripts.train --model_name_or_path runs/tiny --dataset other.txt --output_dir runs/other
 
-The output folder gets the model, its tokenizer and metrics.json. The evaluation here predicts each block from
+The output folder gets the model, its tokenizer, metrics.json and, where matplotlib is installed, training.png,
+the course of loss, bits per byte and ponder steps. The evaluation here predicts each block from
 its own start; `python -m scripts.evaluate` also carries the state across the whole text.
 """
 
@@ -30,6 +31,7 @@ import json
 import re
 import time
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -214,6 +216,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     tokenizer = load_tokenizer(tokenizer_source, texts[0])
     model = build_model(model_args, tokenizer)
     trainer = build_trainer(model, tokenizer, texts, data_args.block_size, args)
+    if find_spec("matplotlib") is not None:
+        from scripts.plot import TrainingPlot
+
+        trainer.add_callback(TrainingPlot())
 
     # The weights of a checkpoint are read when training starts, so before that there is nothing to measure.
     before = None if checkpoint else trainer.evaluate()["eval_bits_per_byte"]
