@@ -22,9 +22,9 @@ Resume a run that was stopped (the same command, and); start a new run from the 
     python -m scripts.train ... --resume_from_checkpoint last
     python -m scripts.train --model_name_or_path runs/tiny --dataset other.txt --output_dir runs/other
 
-The output folder gets the model, its tokenizer, metrics.json and, where matplotlib is installed, training.png,
-the course of loss, bits per byte and ponder steps. The evaluation here predicts each block from
-its own start; `python -m scripts.evaluate` also carries the state across the whole text.
+The output folder gets the model, its tokenizer, metrics.json and, where matplotlib is installed, the course
+of the run in training.png. The evaluation here predicts each block from its own start;
+`python -m scripts.evaluate` also carries the state across the whole text.
 """
 
 import json

@@ -28,6 +28,8 @@ from transformers.utils import ModelOutput
 _MAX_PIECES = 4
 # Characters to a line of the text in a picture, and what stands for those that do not show.
 _LINE = 100
+# The most tokens that have room for their text along the axis.
+_LABELLED = 120
 _VISIBLE = {"\n": "\u21b5", "\t": "\u21e5", "\r": "\u240d"}
 
 
@@ -191,7 +193,7 @@ class TextTrace:
         axes = figure.subplots(len(heights), 1, height_ratios=heights)
         for axis in axes[1:-1]:
             axis.sharex(axes[-1])
-            axis.tick_params(labelbottom=False)
+            axis.tick_params(bottom=False, labelbottom=False)
         self._draw_text(axes[0], lines)
         self._draw_depth(axes[1])
         for axis, (title, values, rows) in zip(axes[2:], panels, strict=True):
@@ -202,6 +204,14 @@ class TextTrace:
             bar.ax.tick_params(labelsize=6, length=2)
             bar.outline.set_visible(False)
         axes[-1].set_xlabel("token", fontsize=8)
+        if len(self.tokens) <= _LABELLED:
+            labels = [
+                "".join(_VISIBLE.get(character, character) for character in token) for token in self.tokens
+            ]
+            turned = 90 if any(len(label) > 1 for label in labels) else 0
+            axes[-1].set_xticks(
+                range(len(labels)), labels, family="monospace", rotation=turned, parse_math=False
+            )
         partial = Path(f"{path}.partial")
         figure.savefig(partial, format="png", dpi=110)
         partial.replace(path)

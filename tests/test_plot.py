@@ -18,10 +18,13 @@ LOG = [
 @pytest.fixture
 def figures(monkeypatch):
     """The figures that were saved."""
-    saved, save = [], Figure.savefig
-    monkeypatch.setattr(
-        Figure, "savefig", lambda self, *args, **kwargs: saved.append(self) or save(self, *args, **kwargs)
-    )
+    saved, savefig = [], Figure.savefig
+
+    def save(figure, *args, **kwargs):
+        saved.append(figure)
+        savefig(figure, *args, **kwargs)
+
+    monkeypatch.setattr(Figure, "savefig", save)
     return saved
 
 

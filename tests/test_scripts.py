@@ -348,6 +348,7 @@ def test_train_resume_and_continue(tmp_path, text_file, capsys, monkeypatch):
     metrics = train.main(argv)
     run = tmp_path / "run"
     assert json.loads((run / "metrics.json").read_text()) == metrics
+    assert (run / "training.png").read_bytes()[:4] == b"\x89PNG"
     assert (metrics["steps"], metrics["tokens"], metrics["seed"]) == (4, 4 * 8 * 32, 42)
     assert (metrics["train_bytes"], metrics["eval_bytes"]) == (6000, 1000)
     assert metrics["parameters"] > 0 and "torch" in metrics["machine"] and metrics["wall_time_seconds"] > 0
