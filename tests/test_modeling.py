@@ -171,6 +171,8 @@ def test_trace_and_hidden_states():
     assert trace.bank_reads.shape == trace.bank_writes.shape == (2, 6, steps, layers, heads, banks)
     torch.testing.assert_close(trace.actions.sum(-1), torch.ones_like(trace.actions[..., 0]))
     torch.testing.assert_close(trace.bank_reads.sum(-1), torch.ones_like(trace.bank_reads[..., 0]))
+    assert trace.bank_decays.shape == trace.bank_reads.shape
+    assert (trace.bank_decays <= 0).all() and (trace.bank_decays >= -0.5 * trace.bank_writes).all()
     assert len(outputs.hidden_states) == steps + 1
     assert torch.equal(outputs.hidden_states[0], model.model.embed_tokens(ids))
     # The output is the thoughts weighted by the mass that was dropped while they were thought.
