@@ -1,0 +1,79 @@
+# Copyright 2026 The Stackformer authors. Licensed under the Apache License, Version 2.0.
+"""The table of what depth is worth: rows are models, runs are not repeated, baselines halt as they say."""
+
+import itertools
+import json
+
+import pytest
+import torch
+
+from benchmarks import quality
+from stackformer import build_byte_tokenizer
+from tests.models import SHAPES, tiny_config, tiny_model
+
+PRESET = {
+    "model_type": "stackformer",
+    "hidden_size": 24,
+    "bottleneck_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_memory_banks": 1,
+    "stack_depth": 2,
+    "max_ponder_steps": 2,
+}
+
+
+def test_runs_once_and_goes_on(tmp_path, capsys):
+    (tmp_path / "preset.json").write_text(json.dumps(PRESET))
+    (tmp_path / "text").write_bytes(bytes(range(256)) * 8)
+    results, picture = tmp_path / "runs.jsonl", tmp_path / "new" / "table.png"
+    command = ["--preset", tmp_path / "preset.json", "--data_path", tmp_path / "text", "--seeds", 1, 2]
+    command += ["--train_range", "0:1500", "--eval_range", "1500:2000", "--steps", 2, "--block_size", 32]
+    command += ["--json", results, "--plot", picture]
+    # What the last one takes its depth from runs first, though it is not asked for.
+    rows = ["stack, P = 1", "untied, 4 x the layers, P = 1", "random halting, P = 4"]
+
+    table = quality.main([str(x) for x in [*command, "--rows", *rows[:2]]])
+    assert list(table) == rows[:2]
+    for row in table.values():
+        assert row["lowest"] <= row["bits_per_byte"] <= row["highest"]
+        assert row["lowest"] != row["highest"], "seeds make no difference"
+        assert row["ponder_steps"] == 1
+    first = [json.loads(line) for line in results.read_text().splitlines()]
+    runs = [(line["row"], line["seed"]) for line in first]
+    assert sorted(runs) == list(itertools.product(rows[:2], (1, 2)))
+    assert table[rows[1]]["parameters"] > table[rows[0]]["parameters"]
+
+    table = quality.main([str(x) for x in [*command, "--rows", *rows]])
+    lines = [json.loads(line) for line in results.read_text().splitlines()]
+    assert lines[:4] == first and len(lines) == 8
+    learned = [line["ponder_steps"] for line in lines if line["row"] == "stack, P = 4"]
+    assert table[rows[2]]["ponder_steps"] == pytest.approx(sum(learned) / 2, abs=0.3)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    printed = capsys.readouterr().out
+    assert all(f"| {row} |" in printed for row in rows)
+
+
+@pytest.mark.parametrize("name", quality.ROWS)
+def test_rows_are_models(name):
+    """Every row's fields fit its preset."""
+    tokenizer, overrides = build_byte_tokenizer(), quality.ROWS[name].overrides
+    try:
+        config = quality.build_config("configs/stackformer-tiny.json", overrides, tokenizer)
+    except ValueError as error:
+        if "'attention'" in str(error):
+            pytest.skip("needs the mixer")
+        raise
+    assert f"P = {config.max_ponder_steps}" in name or config.max_ponder_steps == 1
+
+
+@pytest.mark.parametrize("mean", [1.0, 1.7, 3.0, 4.0])
+@torch.no_grad()
+def test_random_halting_has_its_mean_depth(mean):
+    model = tiny_model(**SHAPES["halting stack"])
+    assert tiny_config().max_ponder_steps == 4
+    torch.manual_seed(0)
+    model.model.action_proj = quality.RandomActions(quality.return_probability(mean, 4))
+    depths = model(torch.zeros(50, 40, dtype=torch.long)).ponder_steps
+    assert depths.mean().item() == pytest.approx(mean, abs=0.1)
+    assert set(depths.unique().tolist()) <= {1, 2, 3, 4}
