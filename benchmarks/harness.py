@@ -165,9 +165,13 @@ def tokens_per_second(row: Row) -> str:
     return f"{_digits(row['tokens'] / row['seconds'])}{ratio}"
 
 
-def megabytes(count: float) -> str:
-    """Bytes in units of 10^6."""
-    return f"{_digits(count / 1e6)} MB"
+def size(count: float) -> str:
+    """Bytes in decimal units."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            break
+        count /= 1000
+    return f"{_digits(count)} {unit}"
 
 
 def _digits(number: float) -> str:

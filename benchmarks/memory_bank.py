@@ -154,7 +154,7 @@ def tables(rows: list[harness.Row]) -> dict[str, str]:
         title = f"{mode}, {threads} thread{'s' * (threads > 1)}, K=V={size}"
         result[f"Time, {title}"] = harness.table(compared, "T", harness.milliseconds)
         result[f"Peak memory, {title}"] = harness.table(
-            compared, "T", lambda row: harness.megabytes(row["peak_bytes"])
+            compared, "T", lambda row: harness.size(row["peak_bytes"])
         )
         result[f"GFLOP/s, and per cent of the large product, {title}"] = harness.table(
             chosen, "T", lambda row: f"{row['gflops']:.1f} ({100 * row['fraction_of_machine']:.0f}%)"

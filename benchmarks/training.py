@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> dict:
             rows, "T", harness.tokens_per_second
         ),
         "Peak memory of a step": harness.table(
-            rows, "T", lambda row: harness.megabytes(row["peak_bytes"])
+            rows, "T", lambda row: harness.size(row["peak_bytes"])
         ),
     }
     return harness.report(args, rows, tables, lambda path: plot(rows, path))
