@@ -58,7 +58,9 @@ def contexts(model: PreTrainedModel, lengths: list[int], piece: int) -> Iterator
         yield cache
 
 
-def loops(length: int, batch: int, built: dict[str, PreTrainedModel], states: dict, args) -> dict[str, GreedyLoop]:
+def loops(
+    length: int, batch: int, built: dict[str, PreTrainedModel], states: dict, args
+) -> dict[str, GreedyLoop]:
     """The sides of one case, each with a state of its own."""
     result = {}
     for name, model in built.items():
@@ -99,7 +101,9 @@ def check_compiled(sides: dict[str, GreedyLoop]) -> None:
             torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-3)
 
 
-def measure(length: int, batch: int, built: dict, states: dict, args: argparse.Namespace) -> list[harness.Row]:
+def measure(
+    length: int, batch: int, built: dict, states: dict, args: argparse.Namespace
+) -> list[harness.Row]:
     """The rows of one case."""
     torch.compiler.reset()
     sides = loops(length, batch, built, states, args)

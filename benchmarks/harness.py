@@ -210,7 +210,12 @@ def report(
 
 
 def plot_lines(
-    path: str, panels: Mapping[str, Iterable[Row]], x: str, y: Callable[[Row], float], x_label: str, y_label: str
+    path: str,
+    panels: Mapping[str, Iterable[Row]],
+    x: str,
+    y: Callable[[Row], float],
+    x_label: str,
+    y_label: str,
 ) -> None:
     """Lines over `x`, one for each side, both axes logarithmic: a straight line is a power, its slope the
     exponent."""

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     DynamicCache,
@@ -116,13 +116,11 @@ def add_arguments(parser: argparse.ArgumentParser, models: Iterable[str]) -> Non
 
 
 def build_all(args: argparse.Namespace) -> dict[str, PreTrainedModel]:
-    """The models of `add_arguments`, in evaluation mode, on `args.device`."""
+    """The models of `add_arguments`, in evaluation mode, on `args.device`; also sets the threads."""
     if args.threads:
         torch.set_num_threads(args.threads)
-    return {
-        name: build(matched_config(FAMILIES[name], args.parameters, args.layers)).to(args.device)
-        for name in args.models
-    }
+    configs = {name: matched_config(FAMILIES[name], args.parameters, args.layers) for name in args.models}
+    return {name: build(config).to(args.device) for name, config in configs.items()}
 
 
 def build(config: PreTrainedConfig) -> PreTrainedModel:
@@ -190,7 +188,7 @@ def read(model: PreTrainedModel, ids: Tensor, cache: Any = None, step: Callable 
     """
     name = _CACHE_NAMES.get(model.config.model_type, "past_key_values")
     keep = {} if model.config.model_type == "rwkv" else {"logits_to_keep": 1}
-    outputs = (step or model)(ids, use_cache=True, **{name: cache}, **keep)
+    outputs = (model if step is None else step)(ids, use_cache=True, **{name: cache}, **keep)
     return outputs.logits[:, -1], outputs[name]
 
 

@@ -22,7 +22,9 @@ def measure(length: int, built: dict[str, PreTrainedModel], args) -> list[harnes
         for name, model in built.items()
         if name != "rwkv" or length <= args.max_rwkv
     }
-    return harness.measure({"T": length, "tokens": ids.numel()}, sides, args, base=args.models[0], memory=True)
+    return harness.measure(
+        {"T": length, "tokens": ids.numel()}, sides, args, base=args.models[0], memory=True
+    )
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -41,9 +43,7 @@ def main(argv: list[str] | None = None) -> dict:
         f"Prefill, tokens/s (in brackets: times {args.models[0]})": harness.table(
             rows, "T", harness.tokens_per_second
         ),
-        "Peak memory, with the cache": harness.table(
-            rows, "T", lambda row: harness.size(row["peak_bytes"])
-        ),
+        "Peak memory, with the cache": harness.table(rows, "T", lambda row: harness.size(row["peak_bytes"])),
     }
     return harness.report(args, rows, tables, lambda path: plot(rows, path))
 

@@ -16,9 +16,9 @@ from transformers import PreTrainedModel
 from benchmarks import harness, models
 
 
-def training_step(model: PreTrainedModel, ids: torch.Tensor) -> harness.Work:
+def training_step(model: PreTrainedModel, ids: torch.Tensor, learning_rate: float = 1e-3) -> harness.Work:
     """One step of AdamW on the batch `ids`; it returns the loss before it."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate)
 
     def step() -> torch.Tensor:
         loss = model(ids, labels=ids, use_cache=False).loss
@@ -47,7 +47,9 @@ def measure(length: int, built: dict[str, PreTrainedModel], args) -> list[harnes
         for name, model in built.items()
         if name != "rwkv" or length <= args.max_rwkv
     }
-    return harness.measure({"T": length, "tokens": ids.numel()}, sides, args, base=args.models[0], memory=True)
+    return harness.measure(
+        {"T": length, "tokens": ids.numel()}, sides, args, base=args.models[0], memory=True
+    )
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -66,9 +68,7 @@ def main(argv: list[str] | None = None) -> dict:
         f"Training, tokens/s (in brackets: times {args.models[0]})": harness.table(
             rows, "T", harness.tokens_per_second
         ),
-        "Peak memory of a step": harness.table(
-            rows, "T", lambda row: harness.size(row["peak_bytes"])
-        ),
+        "Peak memory of a step": harness.table(rows, "T", lambda row: harness.size(row["peak_bytes"])),
     }
     return harness.report(args, rows, tables, lambda path: plot(rows, path))
 
