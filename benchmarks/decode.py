@@ -8,8 +8,8 @@ A greedy loop calls every model on one token after another, from the state after
 number of parameters within 2%, float32, and the same threads. "compiled" is `torch.compile` of the whole
 step with a static cache. The contexts:
 - ours: random bytes that are really read, in pieces
-- Llama: random keys and values of that length; where they would take more than `--max_cache_bytes`, it is left
-  out. Its dynamic cache is what `generate` takes by default, and copies all keys and values at every token
+- Llama: random keys and values of that length; it is left out where they would take more than
+  `--max_cache_bytes`. Its dynamic cache is what `generate` takes by default, and copies all keys and values at every token
 - other recurrent models: the state after `--piece` tokens at most, as neither its size nor the time of a step
   depends on the length. RWKV of transformers mixes up the rows of a batch, and runs for one row only.
 "via generate" is `generate` on a prompt of one token, with whatever it does besides calling the model.
@@ -131,7 +131,9 @@ def measure_generate(built: dict[str, PreTrainedModel], args: argparse.Namespace
 
 def main(argv: list[str] | None = None) -> dict:
     """Measure as `argv` says (default: the command line)."""
-    parser = harness.parser(__doc__, repeats=9)
+    parser = harness.parser(__doc__)
+    harness.add_timing(parser, repeats=9)
+    harness.add_plot(parser)
     models.add_arguments(parser, (models.PLAIN, models.BANKS, models.STACK, "llama", "mamba2", "rwkv"))
     parser.add_argument("--contexts", type=int, nargs="+", default=[1024, 32768], help="tokens read before")
     parser.add_argument("--batch_size", type=int, nargs="+", default=[1, 8], help="rows decoded together")
@@ -154,7 +156,9 @@ def main(argv: list[str] | None = None) -> dict:
         for length in lengths:
             rows += measure(length, batch, built, states, args)
     rows += measure_generate(built, args)
-    return harness.report(args, rows, tables(rows, built, args), lambda path: plot(rows, path))
+    if args.plot:
+        plot(rows, args.plot)
+    return harness.report(args, rows, tables(rows, built, args))
 
 
 def tables(rows: list[harness.Row], built: dict, args: argparse.Namespace) -> dict[str, str]:

@@ -126,7 +126,8 @@ def measure(
 
 def main(argv: list[str] | None = None) -> dict:
     """Measure as `argv` says (default: the command line)."""
-    parser = harness.parser(__doc__, repeats=7)
+    parser = harness.parser(__doc__)
+    harness.add_timing(parser, repeats=7)
     models.add_arguments(parser, (models.STACK,))
     parser.add_argument(
         "--shares", type=float, nargs="+", default=[0.0, 0.25, 0.5, 0.75, 1.0],
@@ -138,7 +139,7 @@ def main(argv: list[str] | None = None) -> dict:
     args = parser.parse_args(argv)
     built = models.build_all(args)
     rows = []
-    for name, model in built.items():
+    for model in built.values():
         ids = models.random_ids(1, args.time, args.device)
         rows += measure("training", training, model, ids.view(-1, min(512, args.time)), args)
         rows += measure("prefill", prefill, model, ids, args)

@@ -27,17 +27,25 @@ LARGE_PRODUCT, SMALL_PRODUCTS = "sgemm 1024", "batched sgemm 64"
 MACHINE = (LARGE_PRODUCT, SMALL_PRODUCTS)
 
 
-def parser(doc: str, repeats: int = 15) -> argparse.ArgumentParser:
+def parser(doc: str) -> argparse.ArgumentParser:
     """A parser of a benchmark's command line, with the arguments that all have."""
     parser = argparse.ArgumentParser(description=doc.split("\n")[0])
+    parser.add_argument("--device", default="cpu", help="where to run")
+    parser.add_argument("--json", default=None, help="file to write all measurements to")
+    return parser
+
+
+def add_timing(parser: argparse.ArgumentParser, repeats: int) -> None:
+    """What `measure` needs to know."""
     parser.add_argument("--repeats", type=int, default=repeats, help="timed calls of each side")
     parser.add_argument(
         "--budget", type=float, default=30.0, help="seconds per case, after which 3 repeats are enough"
     )
-    parser.add_argument("--device", default="cpu", help="where to run")
-    parser.add_argument("--json", default=None, help="file to write all measurements to")
+
+
+def add_plot(parser: argparse.ArgumentParser) -> None:
+    """For benchmarks that draw."""
     parser.add_argument("--plot", default=None, help="file to draw to, such as a .png or .svg")
-    return parser
 
 
 def take_turns(
@@ -124,7 +132,7 @@ def measure(
 
     Args:
         case: what the sides have in common, such as the length.
-        args: of `parser`.
+        args: of `parser` and `add_timing`.
         base: the side that ratios refer to; without it there are none.
         memory: whether to measure the peak, too, except of the machine's own sides.
         columns: more values by the name of the side.
@@ -181,17 +189,8 @@ def _digits(number: float) -> str:
     return f"{number:.1f}" if number >= 10 else f"{number:.2f}"
 
 
-def report(
-    args: argparse.Namespace, rows: list[Row], tables: Mapping[str, str], plot: Callable | None = None
-) -> dict[str, Any]:
-    """Print the tables (Markdown, by what stands above each), write the JSON file, draw.
-
-    Args:
-        plot: called with the path if the command line asks for a plot.
-
-    Returns:
-        What is in the JSON file.
-    """
+def report(args: argparse.Namespace, rows: list[Row], tables: Mapping[str, str]) -> dict[str, Any]:
+    """Print the tables (Markdown, by what stands above each), write the JSON file, return its content."""
     content = {
         "machine": machine_line(),
         "load_average": os.getloadavg(),
@@ -204,8 +203,6 @@ def report(
         print(f"\n{heading}\n\n{text}")
     if args.json:
         write_json(args.json, content)
-    if args.plot and plot is not None:
-        plot(args.plot)
     return content
 
 

@@ -76,7 +76,7 @@ def gates(tokens: tuple[int, ...], memories: int, device: str = "cpu") -> list[T
 
 
 def check(head_dim: int, memories: list[int]) -> None:
-    """Raise an error unless ours is the recurrence, gradients included, and fast-transformers without gates."""
+    """Raise an error unless ours is the recurrence, with its gradients, and without gates the linear peer."""
     torch.manual_seed(0)
     tokens = (1, 150, 2)
     for count in memories:
@@ -175,6 +175,8 @@ def plot(rows: list[harness.Row], path: str) -> None:
 def main(argv: list[str] | None = None) -> dict:
     """Measure as `argv` says (default: the command line)."""
     parser = harness.parser(__doc__)
+    harness.add_timing(parser, repeats=15)
+    harness.add_plot(parser)
     parser.add_argument(
         "--time", type=int, nargs="+", default=[256, 1024, 4096, 16384, 65536], help="lengths T"
     )
@@ -199,7 +201,9 @@ def main(argv: list[str] | None = None) -> dict:
                     rows += measure(length, head_dim, mode, args)
     torch.set_num_threads(threads_before)
     print(f"B={args.batch_size}, H={args.heads}; ratios: time relative to {name_of(args.memories[0])}")
-    return harness.report(args, rows, tables(rows), lambda path: plot(rows, path))
+    if args.plot:
+        plot(rows, args.plot)
+    return harness.report(args, rows, tables(rows))
 
 
 if __name__ == "__main__":

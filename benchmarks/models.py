@@ -1,10 +1,10 @@
 # Copyright 2026 The Stackformer authors. Licensed under the Apache License, Version 2.0.
 """The models that are compared: ours and transformers' own, of the same number of parameters.
 
-Each family is a config for a width and one more size. The width is the one that comes nearest to the number of
-parameters with the usual size, and the size makes up for the rest, so that all agree within 2%. All have byte-sized vocabularies, untied
-embeddings, and heads of 64 channels; depths are in the usual proportion (a Mamba-2 layer has no
-feed-forward, so it has twice as many).
+Each family is a config for a width and one more size. The width is the one that comes nearest to the number
+of parameters with the usual size, and the size makes up for the rest, so that all agree within 2%. All have
+byte-sized vocabularies, untied embeddings and heads of 64 channels. Mamba-2, whose layers have no
+feed-forward, has twice as many of them; the stack, which runs each several times, half as many.
 """
 
 import argparse
@@ -111,8 +111,8 @@ def add_arguments(parser: argparse.ArgumentParser, models: Iterable[str]) -> Non
     """What says which models to compare, and how large."""
     parser.add_argument("--models", nargs="+", default=list(models), choices=list(FAMILIES))
     parser.add_argument("--parameters", type=int, default=10_000_000, help="parameters of every model")
-    parser.add_argument("--layers", type=int, default=8, help="layers; the stack has half, mamba2 twice")
     parser.add_argument("--threads", type=int, default=None, help="threads; torch's default if not given")
+    parser.add_argument("--layers", type=int, default=8, help="layers; the stack has half, mamba2 twice")
 
 
 def build_all(args: argparse.Namespace) -> dict[str, PreTrainedModel]:
@@ -194,7 +194,7 @@ def read(model: PreTrainedModel, ids: Tensor, cache: Any = None, step: Callable 
 
 @torch.no_grad()
 def check_cache(models: dict[str, PreTrainedModel]) -> None:
-    """Raise an error unless a text read in pieces, then token by token, has the logits of the text at once."""
+    """Raise an error unless a text read in pieces has the logits of the text read at once."""
     for name, model in models.items():
         ids = random_ids(1, 40, model.device)
         expected, cache = model(ids, use_cache=False).logits[:, -1], None

@@ -29,7 +29,9 @@ def measure(length: int, built: dict[str, PreTrainedModel], args) -> list[harnes
 
 def main(argv: list[str] | None = None) -> dict:
     """Measure as `argv` says (default: the command line)."""
-    parser = harness.parser(__doc__, repeats=7)
+    parser = harness.parser(__doc__)
+    harness.add_timing(parser, repeats=7)
+    harness.add_plot(parser)
     models.add_arguments(parser, (models.PLAIN, models.BANKS, models.STACK, "llama", "mamba2", "qwen3_next"))
     parser.add_argument("--time", type=int, nargs="+", default=[512, 2048, 8192, 16384], help="lengths T")
     parser.add_argument("--batch_size", type=int, default=1, help="prompts read together")
@@ -45,7 +47,9 @@ def main(argv: list[str] | None = None) -> dict:
         ),
         "Peak memory, with the cache": harness.table(rows, "T", lambda row: harness.size(row["peak_bytes"])),
     }
-    return harness.report(args, rows, tables, lambda path: plot(rows, path))
+    if args.plot:
+        plot(rows, args.plot)
+    return harness.report(args, rows, tables)
 
 
 def plot(rows: list[harness.Row], path: str) -> None:

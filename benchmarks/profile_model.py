@@ -56,7 +56,8 @@ def table(rows: list[harness.Row]) -> str:
 
 def main(argv: list[str] | None = None) -> dict:
     """Measure as `argv` says (default: the command line)."""
-    parser = harness.parser(__doc__, repeats=3)
+    parser = harness.parser(__doc__)
+    parser.add_argument("--repeats", type=int, default=3, help="calls that the profile is the mean of")
     models.add_arguments(parser, (models.PLAIN, models.STACK))
     parser.add_argument("--time", type=int, default=2048, help="tokens T of a training step and of a prompt")
     parser.add_argument("--batch_size", type=int, default=1, help="rows")
@@ -69,10 +70,8 @@ def main(argv: list[str] | None = None) -> dict:
             found = profiled(work, args.repeats)
             rows += [{"model": name, "use": use, **row} for row in found]
             total = sum(row["seconds"] for row in found)
-            heading = (
-                f"{name}, {use} of B={args.batch_size}, T={args.time}: {1e3 * total:.1f} ms in operators"
-            )
-            tables[heading] = table(found[: args.rows])
+            title = f"{name}, {use}, B={args.batch_size}, T={args.time}"
+            tables[f"{title}: {1e3 * total:.1f} ms in operators"] = table(found[: args.rows])
     return harness.report(args, rows, tables)
 
 

@@ -1,5 +1,5 @@
 # Copyright 2026 The Stackformer authors. Licensed under the Apache License, Version 2.0.
-"""Training speed and memory over the context, at a fixed number of tokens per step, beside transformers' models.
+"""Training speed and memory over the context, at fixed tokens per step, beside transformers' models.
 
     python -m benchmarks.training --time 512 2048 8192 --tokens_per_step 8192 --json outputs/training.json
 
@@ -54,7 +54,9 @@ def measure(length: int, built: dict[str, PreTrainedModel], args) -> list[harnes
 
 def main(argv: list[str] | None = None) -> dict:
     """Measure as `argv` says (default: the command line)."""
-    parser = harness.parser(__doc__, repeats=5)
+    parser = harness.parser(__doc__)
+    harness.add_timing(parser, repeats=5)
+    harness.add_plot(parser)
     models.add_arguments(parser, (models.PLAIN, models.BANKS, models.STACK, "llama", "mamba2", "qwen3_next"))
     parser.add_argument("--time", type=int, nargs="+", default=[512, 2048, 8192, 16384], help="contexts T")
     parser.add_argument("--tokens_per_step", type=int, default=16384, help="tokens of a batch")
@@ -70,7 +72,9 @@ def main(argv: list[str] | None = None) -> dict:
         ),
         "Peak memory of a step": harness.table(rows, "T", lambda row: harness.size(row["peak_bytes"])),
     }
-    return harness.report(args, rows, tables, lambda path: plot(rows, path))
+    if args.plot:
+        plot(rows, args.plot)
+    return harness.report(args, rows, tables)
 
 
 def plot(rows: list[harness.Row], path: str) -> None:
