@@ -9,7 +9,7 @@ number of parameters within 2%, float32, and the same threads. "compiled" is `to
 step with a static cache. The contexts:
 - ours: random bytes that are really read, in pieces
 - Llama: random keys and values of that length; it is left out where they would take more than
-  `--max_cache_bytes`. Its dynamic cache is what `generate` takes by default, and copies all keys and values at every token
+  `--max_cache_bytes`. Its dynamic cache, which `generate` takes by default, copies them all at every token
 - other recurrent models: the state after `--piece` tokens at most, as neither its size nor the time of a step
   depends on the length. RWKV of transformers mixes up the rows of a batch, and runs for one row only.
 "via generate" is `generate` on a prompt of one token, with whatever it does besides calling the model.
