@@ -18,7 +18,7 @@ every compiled step those of the same model.
 """
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -31,11 +31,16 @@ COMPILED = ", compiled"
 
 
 class GreedyLoop:
-    """A model that goes on from a cache, token by token; each call continues where the last one ended."""
+    """A model that goes on from a cache, token by token; each call continues where the last one ended.
 
-    def __init__(self, model: PreTrainedModel, cache: Any, batch: int, tokens: int, compiled: bool = False):
-        self.model, self.cache, self.tokens = model, cache, tokens
-        self.step = torch.compile(model, fullgraph=True) if compiled else model
+    Args:
+        step: called in place of the model, such as a compiled one.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, cache: Any, batch: int, tokens: int, step: Callable | None = None
+    ):
+        self.model, self.cache, self.tokens, self.step = model, cache, tokens, step
         self.ids = models.random_ids(batch, 1, model.device)
 
     @torch.no_grad()
@@ -58,18 +63,18 @@ def contexts(model: PreTrainedModel, lengths: list[int], piece: int) -> Iterator
         yield cache
 
 
-def loops(
-    length: int, batch: int, built: dict[str, PreTrainedModel], states: dict, args
-) -> dict[str, GreedyLoop]:
+def loops(length: int, batch: int, built: dict, states: dict, args) -> dict[str, GreedyLoop]:
     """The sides of one case, each with a state of its own."""
     result = {}
     for name, model in built.items():
-        kinds = [False, True] if args.compile and name in (*models.OURS, "llama") else [False]
-        for compiled in kinds:
-            cache = context_cache(name, model, length, batch, states, args, static=compiled)
-            if cache is not None:
-                side = name + COMPILED * compiled
-                result[side] = GreedyLoop(model, cache, batch, args.tokens, compiled)
+        cache = context_cache(name, model, length, batch, states, args, static=False)
+        if cache is None:
+            continue
+        result[name] = GreedyLoop(model, cache, batch, args.tokens)
+        if args.compile and name in (*models.OURS, models.LLAMA):
+            cache = context_cache(name, model, length, batch, states, args, static=True)
+            step = torch.compile(model, fullgraph=True, dynamic=False)
+            result[name + COMPILED] = GreedyLoop(model, cache, batch, args.tokens, step)
     return result
 
 
@@ -77,18 +82,16 @@ def context_cache(
     name: str, model: PreTrainedModel, length: int, batch: int, states: dict, args, static: bool
 ) -> Any:
     """A cache of `batch` rows after `length` tokens; `None` where it is not to be had, see above."""
-    if name == "llama":
-        # Room for the warm-up, the check and all repeats.
-        room = args.tokens * (args.repeats + 3) if static else None
-        config = model.config
-        size = 8 * config.hidden_size * config.num_hidden_layers * batch * length
-        fits = size <= args.max_cache_bytes
-        return models.keys_and_values(config, batch, length, room) if fits else None
+    if name == models.LLAMA:
+        if batch * length * models.bytes_per_token(model.config) > args.max_cache_bytes:
+            return None
+        room = args.tokens * (args.repeats + 1) if static else None  # for the warm-up and all repeats
+        return models.keys_and_values(model, batch, length, room)
     if name in models.OURS:
         cache = states[name, length].clone()
         cache.batch_repeat_interleave(batch)
         return models.static_copy(cache, model.config) if static else cache
-    if name == "rwkv" and batch > 1:
+    if name == models.RWKV and batch > 1:
         return None
     return models.read(model, models.random_ids(batch, min(length, args.piece), model.device))[1]
 
@@ -105,7 +108,6 @@ def measure(
     length: int, batch: int, built: dict, states: dict, args: argparse.Namespace
 ) -> list[harness.Row]:
     """The rows of one case."""
-    torch.compiler.reset()
     sides = loops(length, batch, built, states, args)
     check_compiled(sides)
     case = {"context": length, "batch": batch, "tokens": batch * args.tokens}
@@ -123,7 +125,7 @@ def measure_generate(built: dict[str, PreTrainedModel], args: argparse.Namespace
     sides = {
         name: lambda model=model: model.generate(ids, attention_mask=mask, **options)
         for name, model in built.items()
-        if name != "rwkv"
+        if name != models.RWKV
     }
     case = {"context": "via generate", "batch": 1, "tokens": args.tokens}
     return harness.measure(case, sides, args, base=args.models[0])
@@ -134,7 +136,9 @@ def main(argv: list[str] | None = None) -> dict:
     parser = harness.parser(__doc__)
     harness.add_timing(parser, repeats=9)
     harness.add_plot(parser)
-    models.add_arguments(parser, (models.PLAIN, models.BANKS, models.STACK, "llama", "mamba2", "rwkv"))
+    models.add_arguments(
+        parser, (models.PLAIN, models.BANKS, models.STACK, models.LLAMA, models.MAMBA2, models.RWKV)
+    )
     parser.add_argument("--contexts", type=int, nargs="+", default=[1024, 32768], help="tokens read before")
     parser.add_argument("--batch_size", type=int, nargs="+", default=[1, 8], help="rows decoded together")
     parser.add_argument("--tokens", type=int, default=32, help="tokens decoded in a timed call")
@@ -153,6 +157,7 @@ def main(argv: list[str] | None = None) -> dict:
             states[name, length] = cache.clone()
     rows = []
     for batch in args.batch_size:
+        torch.compiler.reset()  # it keeps a limited number of graphs
         for length in lengths:
             rows += measure(length, batch, built, states, args)
     rows += measure_generate(built, args)

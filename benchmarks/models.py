@@ -95,15 +95,16 @@ def _qwen3_next(width: int, size: int, layers: int) -> Qwen3NextConfig:
 
 
 PLAIN, BANKS, STACK = "plain core", "plain core, 4 banks", "stack"
+LLAMA, MAMBA2, RWKV, QWEN3_NEXT = "llama", "mamba2", "rwkv", "qwen3_next"
 OURS = (PLAIN, BANKS, STACK)
 FAMILIES = {
     PLAIN: Family(_plain, lambda width: 3 * width),
     BANKS: Family(_banks, lambda width: 3 * width),
     STACK: Family(_stack, lambda width: 3 * width),
-    "llama": Family(_llama, lambda width: 8 * width // 3),
-    "mamba2": Family(_mamba2, lambda width: 128, HEAD // 2),
-    "rwkv": Family(_rwkv, lambda width: 4 * width),
-    "qwen3_next": Family(_qwen3_next, lambda width: 8 * width // 3),
+    LLAMA: Family(_llama, lambda width: 8 * width // 3),
+    MAMBA2: Family(_mamba2, lambda width: 128, HEAD // 2),
+    RWKV: Family(_rwkv, lambda width: 4 * width),
+    QWEN3_NEXT: Family(_qwen3_next, lambda width: 8 * width // 3),
 }
 
 
@@ -229,16 +230,22 @@ def state_bytes(cache: Any) -> int:
     return sum(found.values())
 
 
-def keys_and_values(config: LlamaConfig, batch: int, length: int, room: int | None = None) -> Any:
+def bytes_per_token(config: LlamaConfig) -> int:
+    """Of a float32 cache of keys and values."""
+    return 2 * 4 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+
+
+def keys_and_values(model: PreTrainedModel, batch: int, length: int, room: int | None = None) -> Any:
     """A cache with random keys and values of `length` tokens.
 
     Args:
         room: further tokens for which a static cache has space; `None` makes a dynamic one, which grows.
     """
+    config = model.config
     cache = DynamicCache(config=config) if room is None else StaticCache(config, max_cache_len=length + room)
     heads, size = config.num_key_value_heads, config.head_dim
     for index in range(config.num_hidden_layers):
-        keys, values = torch.randn(2, batch, heads, length, size)
+        keys, values = torch.randn(2, batch, heads, length, size, device=model.device)
         cache.update(keys, values, index)
     return cache
 

@@ -20,7 +20,7 @@ def measure(length: int, built: dict[str, PreTrainedModel], args) -> list[harnes
     sides = {
         name: torch.no_grad()(lambda model=model: models.read(model, ids))
         for name, model in built.items()
-        if name != "rwkv" or length <= args.max_rwkv
+        if name != models.RWKV or length <= args.max_rwkv
     }
     return harness.measure(
         {"T": length, "tokens": ids.numel()}, sides, args, base=args.models[0], memory=True
@@ -32,7 +32,9 @@ def main(argv: list[str] | None = None) -> dict:
     parser = harness.parser(__doc__)
     harness.add_timing(parser, repeats=7)
     harness.add_plot(parser)
-    models.add_arguments(parser, (models.PLAIN, models.BANKS, models.STACK, "llama", "mamba2", "qwen3_next"))
+    models.add_arguments(
+        parser, (models.PLAIN, models.BANKS, models.STACK, models.LLAMA, models.MAMBA2, models.QWEN3_NEXT)
+    )
     parser.add_argument("--time", type=int, nargs="+", default=[512, 2048, 8192, 16384], help="lengths T")
     parser.add_argument("--batch_size", type=int, default=1, help="prompts read together")
     parser.add_argument("--max_rwkv", type=int, default=512, help="longest T for RWKV, a loop over tokens")

@@ -148,7 +148,7 @@ def test_prefill(tmp_path, capsys):
 def test_decode(tmp_path, capsys):
     chosen = ["--models", models.STACK, "llama", "mamba2", "rwkv", "--no-compile"]
     sizes = ["--contexts", "32", "96", "--batch_size", "1", "2", "--tokens", "2", "--piece", "40"]
-    sizes += ["--max_cache_bytes", "500000"]
+    sizes += ["--max_cache_bytes", "150000"]
     rows, text = run(decode.main, [*SMALL, *BRIEF, *chosen, *sizes], tmp_path, capsys)
     size = {(row["context"], row["batch"], row["side"]): row.get("state_bytes") for row in rows}
     for side in (models.STACK, "mamba2"):
