@@ -91,7 +91,8 @@ def peak_bytes(work: Work, device: str = "cpu") -> int:
     """Most bytes that torch's allocator held at one time during `work()`, above what it held before.
 
     On a CPU every allocation and release is followed with torch's profiler: tensors, work space of operators,
-    and what C++ extensions take from torch, to the byte and whatever else the process does.
+    and what extensions take from torch, to the byte and whatever else the process does. What a library takes
+    from the operating system itself, such as the C++ memory bank's work space for a chunk, is not seen.
     """
     gc.collect()
     if torch.device(device).type == "cuda":

@@ -4,10 +4,11 @@
     python -m benchmarks.memory_bank --time 256 1024 4096 16384 --head_dim 64 --threads 1 2 \
         --json outputs/memory_bank.json --plot outputs/memory_bank.png
 
-Ours is complete: feature map, read and write weights, decay, normalizer; gradients of all inputs. The peers
-have no gates: the C++ kernel of pytorch-fast-transformers alone (no feature map, no normalizer), its
-`CausalLinearAttention` (both), and PyTorch's scaled_dot_product_attention, which is quadratic. Before
-anything is timed, ours is compared to the recurrence that defines it and to fast-transformers.
+Ours, in C++ where it was built and in torch, is complete: feature map, read and write weights, decay,
+normalizer; gradients of all inputs. The peers have no gates: the C++ kernel of pytorch-fast-transformers
+alone (no feature map, no normalizer), its `CausalLinearAttention` (both), and PyTorch's
+scaled_dot_product_attention, which is quadratic. Before anything is timed, ours is compared to the recurrence
+that defines it and to fast-transformers.
 
 The machine's own speed is measured in the same rounds, with one large matrix product and with many of 64 x
 64. What a side reaches of the large one is counted with the operations that any implementation needs:
@@ -21,6 +22,7 @@ the backward pass) does not count.
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -28,6 +30,7 @@ from torch.nn import functional
 
 from benchmarks import harness
 from stackformer.memory_bank import banked_linear_attention
+from stackformer.memory_bank_cpu import is_available
 
 try:
     from fast_transformers.attention import CausalLinearAttention
@@ -42,12 +45,16 @@ FORWARD, BACKWARD = "forward", "forward and backward"
 Attention = Callable[..., Tensor]
 
 
-def name_of(memories: int) -> str:
+# Our implementations, fastest first; the C++ one where it was built.
+OURS = {"cpp": "bank C++", "chunk": "bank torch"} if is_available() else {"chunk": "bank torch"}
+
+
+def name_of(implementation: str, memories: int) -> str:
     """The side that is ours with so many memories per head."""
-    return f"bank, R={memories}"
+    return f"{OURS[implementation]}, R={memories}"
 
 
-def bank(query, key, value, read, write, log_decay, implementation=None) -> Tensor:
+def bank(implementation: str, query, key, value, read, write, log_decay) -> Tensor:
     """Ours."""
     query, key = functional.elu(query) + 1, functional.elu(key) + 1
     options = {"max_decay": MAX_DECAY, "implementation": implementation}
@@ -83,16 +90,17 @@ def check(head_dim: int, memories: list[int]) -> None:
         inputs = [*torch.randn(3, *tokens, head_dim).double(), *(x.double() for x in gates(tokens, count))]
         inputs = [x.requires_grad_() for x in inputs]
         results = []
-        for implementation in ("chunk", "recurrent"):
-            output = bank(*inputs, implementation=implementation)
+        for implementation in ("recurrent", *OURS):
+            output = bank(implementation, *inputs)
             results.append([output, *torch.autograd.grad(output.square().sum(), inputs)])
-        torch.testing.assert_close(*results, rtol=1e-7, atol=1e-7)
+        for result in results[1:]:
+            torch.testing.assert_close(result, results[0], rtol=1e-7, atol=1e-7)
     if CausalLinearAttention is not None:
         inputs = torch.randn(3, *tokens, head_dim).unbind()
         one = torch.ones(*tokens, 1)
-        torch.testing.assert_close(
-            bank(*inputs, one, one, 0 * one), linear_attention(*inputs), rtol=1e-4, atol=1e-4
-        )
+        for implementation in OURS:
+            output = bank(implementation, *inputs, one, one, 0 * one)
+            torch.testing.assert_close(output, linear_attention(*inputs), rtol=1e-4, atol=1e-4)
 
 
 def flops(length: int, head_dim: int, memories: int | None) -> int:
@@ -105,10 +113,12 @@ def sides(length: int, head_dim: int, args: argparse.Namespace) -> dict[str, tup
     torch.manual_seed(0)
     tokens = (args.batch_size, length, args.heads)
     inputs = list(torch.randn(3, *tokens, head_dim, device=args.device))
-    result: dict[str, tuple[Attention, list, int]] = {
-        name_of(count): (bank, inputs + gates(tokens, count, args.device), flops(length, head_dim, count))
-        for count in args.memories
-    }
+    result: dict[str, tuple[Attention, list, int]] = {}
+    for count in args.memories:
+        full = inputs + gates(tokens, count, args.device)
+        for implementation in args.implementations:
+            side = (partial(bank, implementation), full, flops(length, head_dim, count))
+            result[name_of(implementation, count)] = side
     if CausalLinearAttention is not None:
         rows = [x.transpose(1, 2).contiguous() for x in inputs]
         result[KERNEL] = (causal_dot_product, rows, flops(length, head_dim, 1))
@@ -135,7 +145,7 @@ def measure(length: int, head_dim: int, mode: str, args: argparse.Namespace) -> 
     tokens = args.batch_size * length * args.heads * (3 if mode == BACKWARD else 1)
     counted = {name: tokens * side[2] for name, side in every.items()} | harness.MACHINE_FLOPS
     case = {"mode": mode, "threads": torch.get_num_threads(), "K=V": head_dim, "T": length}
-    base = name_of(args.memories[0])
+    base = name_of(args.implementations[0], args.memories[0])
     rows = harness.measure(case, calls, args, base=base, memory=True, flops=counted)
     for row in rows:
         row["gflops"] = row["flops"] / row["seconds"] / 1e9
@@ -181,6 +191,7 @@ def main(argv: list[str] | None = None) -> dict:
         "--time", type=int, nargs="+", default=[256, 1024, 4096, 16384, 65536], help="lengths T"
     )
     parser.add_argument("--memories", type=int, nargs="+", default=[1, 4, 16], help="memories per head R")
+    parser.add_argument("--implementations", nargs="+", default=list(OURS), choices=list(OURS))
     parser.add_argument("--batch_size", type=int, default=1, help="batch size")
     parser.add_argument("--heads", type=int, default=4, help="heads")
     parser.add_argument("--head_dim", type=int, nargs="+", default=[64], help="key and value sizes K = V")
@@ -200,7 +211,7 @@ def main(argv: list[str] | None = None) -> dict:
                 for length in args.time:
                     rows += measure(length, head_dim, mode, args)
     torch.set_num_threads(threads_before)
-    print(f"B={args.batch_size}, H={args.heads}; ratios: time relative to {name_of(args.memories[0])}")
+    print(f"B={args.batch_size}, H={args.heads}; ratios: time relative to {rows[0]['side']}")
     if args.plot:
         plot(rows, args.plot)
     return harness.report(args, rows, tables(rows))

@@ -110,18 +110,18 @@ def assert_ratios(rows: list[dict], case: tuple[str, ...], base: str) -> None:
 def test_memory_bank(tmp_path, capsys):
     plot = tmp_path / "plot.png"
     arguments = ["--time", "64", "128", "--memories", "1", "2", "--head_dim", "8", "--threads", "1", *BRIEF]
-    arguments += ["--modes", memory_bank.BACKWARD]
+    arguments += ["--modes", memory_bank.BACKWARD, "--implementations", "chunk"]
     rows, text = run(memory_bank.main, [*arguments, "--plot", str(plot)], tmp_path, capsys)
     sides = {row["side"] for row in rows}
-    assert {"bank, R=1", "bank, R=2", memory_bank.SOFTMAX, *harness.MACHINE} <= sides
-    assert_ratios(rows, ("T",), "bank, R=1")
+    assert {"bank torch, R=1", "bank torch, R=2", memory_bank.SOFTMAX, *harness.MACHINE} <= sides
+    assert_ratios(rows, ("T",), "bank torch, R=1")
     for row in rows:
         assert row["gflops"] == row["flops"] / row["seconds"] / 1e9
         assert (row["side"] in harness.MACHINE) != (row.get("peak_bytes", 0) > 0)
     counted = {(row["T"], row["side"]): row["flops"] for row in rows}
-    assert counted[64, "bank, R=2"] == 3 * 64 * 4 * 4 * 2 * 8 * 9
+    assert counted[64, "bank torch, R=2"] == 3 * 64 * 4 * 4 * 2 * 8 * 9
     assert counted[128, memory_bank.SOFTMAX] == 3 * 128 * 4 * 128 * 16
-    row = next(row for row in rows if row["side"] == "bank, R=2")
+    row = next(row for row in rows if row["side"] == "bank torch, R=2")
     assert f"{harness.milliseconds(row)} |" in text
     assert plot.stat().st_size > 1000
 
