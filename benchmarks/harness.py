@@ -235,6 +235,6 @@ def plot_lines(
         axis.set_xscale("log", base=2)
         axis.grid(True, which="major", alpha=0.3)
     axes[0][0].set_ylabel(y_label)
-    axes[0][0].legend()
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right center")
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
