@@ -1,120 +1,220 @@
 # Copyright 2026 The Stackformer authors. Licensed under the Apache License, Version 2.0.
-"""Time of the memory bank, forward and backward, beside what a user would take instead, on the same work.
+"""Time and memory of the memory bank over the length, beside what a user would take instead.
 
-    python -m benchmarks.memory_bank --time 1024 4096 16384 --json outputs/memory_bank.json
+    python -m benchmarks.memory_bank --time 256 1024 4096 16384 --head_dim 64 --threads 1 2 \
+        --json outputs/memory_bank.json --plot outputs/memory_bank.png
 
-Sides are interleaved in one run and medians reported, with ratios to ours with one memory; the peers are
-PyTorch's scaled_dot_product_attention (quadratic) and, where installed, the C++ kernel of
-pytorch-fast-transformers with its normalizer. Before anything is timed, results are compared.
+Ours, in C++ where it was built and in torch, is complete: feature map, read and write weights, decay,
+normalizer; gradients of all inputs. The peers have no gates: the C++ kernel of pytorch-fast-transformers
+alone (no feature map, no normalizer), its `CausalLinearAttention` (both), and PyTorch's
+scaled_dot_product_attention, which is quadratic. Before anything is timed, ours is compared to the recurrence
+that defines it and to fast-transformers.
+
+The machine's own speed is measured in the same rounds, with one large matrix product and with many of 64 x
+64. What a side reaches of the large one is counted with the operations that any implementation needs:
+    linear attention, per token and head:  4 R K (V + 1)    a multiplication and an addition for writing each
+                                                            element of the state (normalizer included), and
+                                                            for reading it; none for decay
+    softmax attention, per token and head: T (K + V)        two products over half of T on average
+and three times that with the backward pass. What is computed on top (attention inside a chunk, or twice in
+the backward pass) does not count.
 """
 
 import argparse
-import statistics
-import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
-from tqdm import tqdm
+from torch import Tensor
+from torch.nn import functional
 
-from scripts.report import machine_line, write_json
+from benchmarks import harness
 from stackformer.memory_bank import banked_linear_attention
+from stackformer.memory_bank_cpu import is_available
 
 try:
     from fast_transformers.attention import CausalLinearAttention
+    from fast_transformers.causal_product import causal_dot_product
     from fast_transformers.masking import LengthMask, TriangularCausalMask
 except ImportError:
     CausalLinearAttention = None
 
-Side = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+MAX_DECAY = 0.1
+KERNEL, LINEAR, SOFTMAX = "fast-transformers kernel", "fast-transformers", "softmax (SDPA)"
+FORWARD, BACKWARD = "forward", "forward and backward"
+Attention = Callable[..., Tensor]
 
 
-def bank(memories: int) -> Side:
-    """Ours, complete: feature map, gates, normalizer; decay for several memories only, as peers have none."""
-
-    def attend(query, key, value):
-        gates = query.new_full((*query.shape[:3], memories), 1 / memories)
-        decay = torch.zeros_like(gates) if memories == 1 else -0.1 * gates
-        query, key = (torch.nn.functional.elu(x) + 1 for x in (query, key))
-        return banked_linear_attention(query, key, value, gates, gates, decay, max_decay=0.1)[0]
-
-    return attend
+# Our implementations, fastest first; the C++ one where it was built.
+OURS = {"cpp": "bank C++", "chunk": "bank torch"} if is_available() else {"chunk": "bank torch"}
 
 
-def softmax_attention(query, key, value):
+def name_of(implementation: str, memories: int) -> str:
+    """The side that is ours with so many memories per head."""
+    return f"{OURS[implementation]}, R={memories}"
+
+
+def bank(implementation: str, query, key, value, read, write, log_decay) -> Tensor:
+    """Ours."""
+    query, key = functional.elu(query) + 1, functional.elu(key) + 1
+    options = {"max_decay": MAX_DECAY, "implementation": implementation}
+    return banked_linear_attention(query, key, value, read, write, log_decay, **options)[0]
+
+
+def softmax_attention(query, key, value) -> Tensor:
     """The quadratic peer."""
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-    return torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True).transpose(1, 2)
+    return functional.scaled_dot_product_attention(query, key, value, is_causal=True).transpose(1, 2)
 
 
-def fast_transformers(query, key, value):
-    """The linear peer."""
+def linear_attention(query, key, value) -> Tensor:
+    """The linear peer, with its feature map and normalizer."""
     batch, length = query.shape[:2]
     lengths = LengthMask(torch.full((batch,), length))
-    return CausalLinearAttention(query.shape[-1])(
-        query, key, value, TriangularCausalMask(length), lengths, lengths
-    )
+    attention = CausalLinearAttention(query.shape[-1])
+    return attention(query, key, value, TriangularCausalMask(length), lengths, lengths)
 
 
-def seconds(side: Side, inputs: list[torch.Tensor], gradient: torch.Tensor) -> float:
-    """One forward and backward pass."""
-    started = time.perf_counter()
-    torch.autograd.grad(side(*inputs), inputs, gradient)
-    return time.perf_counter() - started
+def gates(tokens: tuple[int, ...], memories: int, device: str = "cpu") -> list[Tensor]:
+    """Read weights, write weights and log decay [B, T, H, R], as the model makes them of its logits."""
+    read, write, decay = torch.randn(3, *tokens, memories, device=device)
+    write = write.softmax(-1)
+    return [read.softmax(-1), write, -MAX_DECAY * write * decay.sigmoid()]
 
 
-def measure(length: int, args: argparse.Namespace) -> dict[str, float]:
-    """Median seconds of every side at one length."""
-    shape = (args.batch_size, length, args.heads, args.head_dim)
-    inputs = [torch.randn(shape, requires_grad=True) for _ in range(3)]
-    gradient = torch.randn(shape)
-    sides: dict[str, Side] = {f"bank, R={memories}": bank(memories) for memories in args.memories}
+def check(head_dim: int, memories: list[int]) -> None:
+    """Raise an error unless ours is the recurrence, with its gradients, and without gates the linear peer."""
+    torch.manual_seed(0)
+    tokens = (1, 150, 2)
+    for count in memories:
+        inputs = [*torch.randn(3, *tokens, head_dim).double(), *(x.double() for x in gates(tokens, count))]
+        inputs = [x.requires_grad_() for x in inputs]
+        results = []
+        for implementation in ("recurrent", *OURS):
+            output = bank(implementation, *inputs)
+            results.append([output, *torch.autograd.grad(output.square().sum(), inputs)])
+        for result in results[1:]:
+            torch.testing.assert_close(result, results[0], rtol=1e-7, atol=1e-7)
     if CausalLinearAttention is not None:
-        sides["fast-transformers"] = fast_transformers
-        torch.testing.assert_close(bank(1)(*inputs), fast_transformers(*inputs), rtol=1e-3, atol=1e-4)
+        inputs = torch.randn(3, *tokens, head_dim).unbind()
+        one = torch.ones(*tokens, 1)
+        for implementation in OURS:
+            output = bank(implementation, *inputs, one, one, 0 * one)
+            torch.testing.assert_close(output, linear_attention(*inputs), rtol=1e-4, atol=1e-4)
+
+
+def flops(length: int, head_dim: int, memories: int | None) -> int:
+    """Operations per token and head of a forward pass, see above; of softmax attention for `None`."""
+    return 2 * length * head_dim if memories is None else 4 * memories * head_dim * (head_dim + 1)
+
+
+def sides(length: int, head_dim: int, args: argparse.Namespace) -> dict[str, tuple[Attention, list, int]]:
+    """Every side's function, its inputs and its operations per token and head."""
+    torch.manual_seed(0)
+    tokens = (args.batch_size, length, args.heads)
+    inputs = list(torch.randn(3, *tokens, head_dim, device=args.device))
+    result: dict[str, tuple[Attention, list, int]] = {}
+    for count in args.memories:
+        full = inputs + gates(tokens, count, args.device)
+        for implementation in args.implementations:
+            side = (partial(bank, implementation), full, flops(length, head_dim, count))
+            result[name_of(implementation, count)] = side
+    if CausalLinearAttention is not None:
+        rows = [x.transpose(1, 2).contiguous() for x in inputs]
+        result[KERNEL] = (causal_dot_product, rows, flops(length, head_dim, 1))
+        result[LINEAR] = (linear_attention, inputs, flops(length, head_dim, 1))
     if length <= args.max_quadratic:
-        sides["softmax (SDPA)"] = softmax_attention
-    for side in sides.values():
-        seconds(side, inputs, gradient)
-    times: dict[str, list[float]] = {name: [] for name in sides}
-    for _ in tqdm(range(args.repeats), desc=f"T={length}", leave=False):
-        for name, side in sides.items():
-            times[name].append(seconds(side, inputs, gradient))
-    return {name: statistics.median(values) for name, values in times.items()}
+        result[SOFTMAX] = (softmax_attention, inputs, flops(length, head_dim, None))
+    return result
 
 
-def table(results: dict[int, dict[str, float]]) -> str:
-    """Markdown: milliseconds, and the ratio to ours with one memory."""
-    names = list(dict.fromkeys(name for row in results.values() for name in row))
-    lines = ["| T | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
-    for length, row in results.items():
-        base = row.get("bank, R=1", next(iter(row.values())))
-        cells = [f"{1e3 * row[n]:.1f} ms ({row[n] / base:.1f}x)" if n in row else "-" for n in names]
-        lines.append(f"| {length:,} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+def work(attention: Attention, inputs: list[Tensor], backward: bool) -> harness.Work:
+    """One call, with the gradients of all inputs or without any."""
+    if not backward:
+        return torch.no_grad()(lambda: attention(*inputs))
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    gradient = torch.randn_like(attention(*inputs))
+    return lambda: torch.autograd.grad(attention(*inputs), inputs, gradient)
 
 
-def main(argv: list[str] | None = None) -> dict[int, dict[str, float]]:
-    """Measure as `argv` says (default: the command line) and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--time", type=int, nargs="+", default=[256, 1024, 4096, 16384], help="lengths T")
+def measure(length: int, head_dim: int, mode: str, args: argparse.Namespace) -> list[harness.Row]:
+    """The rows of one case."""
+    every = sides(length, head_dim, args)
+    calls = {name: work(*side[:2], backward=mode == BACKWARD) for name, side in every.items()}
+    calls |= harness.machine_sides(args.device)
+    tokens = args.batch_size * length * args.heads * (3 if mode == BACKWARD else 1)
+    counted = {name: tokens * side[2] for name, side in every.items()} | harness.MACHINE_FLOPS
+    case = {"mode": mode, "threads": torch.get_num_threads(), "K=V": head_dim, "T": length}
+    base = name_of(args.implementations[0], args.memories[0])
+    rows = harness.measure(case, calls, args, base=base, memory=True, flops=counted)
+    for row in rows:
+        row["gflops"] = row["flops"] / row["seconds"] / 1e9
+    speed = next(row["gflops"] for row in rows if row["side"] == harness.LARGE_PRODUCT)
+    for row in rows:
+        row["fraction_of_machine"] = row["gflops"] / speed
+    return rows
+
+
+def tables(rows: list[harness.Row]) -> dict[str, str]:
+    """For every mode, thread count and head size: time, memory, and what is reached of the machine."""
+    result = {}
+    for mode, threads, size in dict.fromkeys((r["mode"], r["threads"], r["K=V"]) for r in rows):
+        chosen = [r for r in rows if (r["mode"], r["threads"], r["K=V"]) == (mode, threads, size)]
+        compared = [row for row in chosen if row["side"] not in harness.MACHINE]
+        title = f"{mode}, {threads} thread{'s' * (threads > 1)}, K=V={size}"
+        result[f"Time, {title}"] = harness.table(compared, "T", harness.milliseconds)
+        result[f"Peak memory, {title}"] = harness.table(
+            compared, "T", lambda row: harness.size(row["peak_bytes"])
+        )
+        result[f"GFLOP/s, and per cent of the large product, {title}"] = harness.table(
+            chosen, "T", lambda row: f"{row['gflops']:.1f} ({100 * row['fraction_of_machine']:.0f}%)"
+        )
+    return result
+
+
+def plot(rows: list[harness.Row], path: str) -> None:
+    """Time over length."""
+    rows = [row for row in rows if row["side"] not in harness.MACHINE]
+    panels: dict[str, list] = {}
+    for row in rows:
+        title = f"{row['mode']}, threads: {row['threads']}, K=V={row['K=V']}"
+        panels.setdefault(title, []).append(row)
+    harness.plot_lines(path, panels, "T", lambda row: 1e3 * row["seconds"], "length T", "milliseconds")
+
+
+def main(argv: list[str] | None = None) -> dict:
+    """Measure as `argv` says (default: the command line)."""
+    parser = harness.parser(__doc__)
+    harness.add_timing(parser, repeats=15)
+    harness.add_plot(parser)
+    parser.add_argument(
+        "--time", type=int, nargs="+", default=[256, 1024, 4096, 16384, 65536], help="lengths T"
+    )
     parser.add_argument("--memories", type=int, nargs="+", default=[1, 4, 16], help="memories per head R")
+    parser.add_argument("--implementations", nargs="+", default=list(OURS), choices=list(OURS))
     parser.add_argument("--batch_size", type=int, default=1, help="batch size")
     parser.add_argument("--heads", type=int, default=4, help="heads")
-    parser.add_argument("--head_dim", type=int, default=64, help="key and value size")
-    parser.add_argument("--max_quadratic", type=int, default=4096, help="longest T for softmax attention")
-    parser.add_argument("--repeats", type=int, default=7, help="timed passes of each side")
-    parser.add_argument("--threads", type=int, default=None, help="threads; torch's default if not given")
-    parser.add_argument("--json", default=None, help="file to write the results to")
+    parser.add_argument("--head_dim", type=int, nargs="+", default=[64], help="key and value sizes K = V")
+    parser.add_argument("--modes", nargs="+", default=[FORWARD, BACKWARD], choices=[FORWARD, BACKWARD])
+    parser.add_argument("--max_quadratic", type=int, default=8192, help="longest T for softmax attention")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="numbers of threads")
     args = parser.parse_args(argv)
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    print(machine_line())
-    results = {length: measure(length, args) for length in args.time}
-    print(f"forward and backward, B={args.batch_size} H={args.heads} K=V={args.head_dim}\n")
-    print(table(results))
-    if args.json:
-        write_json(args.json, {"machine": machine_line(), "arguments": vars(args), "seconds": results})
-    return results
+    if CausalLinearAttention is None:
+        print("pytorch-fast-transformers is not installed: not measured")
+    for head_dim in args.head_dim:
+        check(head_dim, args.memories)
+    rows, threads_before = [], torch.get_num_threads()
+    for threads in args.threads:
+        torch.set_num_threads(threads)
+        for head_dim in args.head_dim:
+            for mode in args.modes:
+                for length in args.time:
+                    rows += measure(length, head_dim, mode, args)
+    torch.set_num_threads(threads_before)
+    print(f"B={args.batch_size}, H={args.heads}; ratios: time relative to {rows[0]['side']}")
+    if args.plot:
+        plot(rows, args.plot)
+    return harness.report(args, rows, tables(rows))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,203 @@
+# Copyright 2026 The Stackformer authors. Licensed under the Apache License, Version 2.0.
+"""Decoding speed and size of the state over the context, beside transformers' models.
+
+    python -m benchmarks.decode --contexts 1024 32768 --batch_size 1 8 --json outputs/decode.json
+    python -m benchmarks.decode --contexts 1024 32768 1048576 --batch_size 1 --models "plain core" llama
+
+A greedy loop calls every model on one token after another, from the state after a context; all have the same
+number of parameters within 2%, float32, and the same threads. "compiled" is `torch.compile` of the whole
+step with a static cache. The contexts:
+- ours: random bytes that are really read, in pieces
+- Llama: random keys and values of that length; it is left out where they would take more than
+  `--max_cache_bytes`. Its dynamic cache, which `generate` takes by default, copies them all at every token
+- other recurrent models: the state after `--piece` tokens at most, as neither its size nor the time of a step
+  depends on the length. RWKV of transformers mixes up the rows of a batch, and runs for one row only.
+"via generate" is `generate` on a prompt of one token, with whatever it does besides calling the model.
+Before anything is timed, every model must give the same logits for a text read at once and in pieces, and
+every compiled step those of the same model.
+"""
+
+import argparse
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from benchmarks import harness, models
+
+COMPILED = ", compiled"
+
+
+class GreedyLoop:
+    """A model that goes on from a cache, token by token; each call continues where the last one ended.
+
+    Args:
+        step: called in place of the model, such as a compiled one.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, cache: Any, batch: int, tokens: int, step: Callable | None = None
+    ):
+        self.model, self.cache, self.tokens, self.step = model, cache, tokens, step
+        self.ids = models.random_ids(batch, 1, model.device)
+
+    @torch.no_grad()
+    def __call__(self) -> Tensor:
+        for _ in range(self.tokens):
+            logits, self.cache = models.read(self.model, self.ids, self.cache, self.step)
+            self.ids = logits.argmax(-1, keepdim=True)
+        return logits
+
+
+@torch.no_grad()
+def contexts(model: PreTrainedModel, lengths: list[int], piece: int) -> Iterator[Any]:
+    """The cache after random bytes of each length, in ascending order; it may be continued."""
+    cache, seen = None, 0
+    for length in sorted(lengths):
+        while seen < length:
+            ids = models.random_ids(1, min(piece, length - seen), model.device)
+            cache = models.read(model, ids, cache)[1]
+            seen += ids.shape[1]
+        yield cache
+
+
+def loops(length: int, batch: int, built: dict, states: dict, args) -> dict[str, GreedyLoop]:
+    """The sides of one case, each with a state of its own."""
+    result = {}
+    for name, model in built.items():
+        cache = context_cache(name, model, length, batch, states, args, static=False)
+        if cache is None:
+            continue
+        result[name] = GreedyLoop(model, cache, batch, args.tokens)
+        if args.compile and name in (*models.OURS, models.LLAMA):
+            cache = context_cache(name, model, length, batch, states, args, static=True)
+            step = torch.compile(model, fullgraph=True, dynamic=False)
+            result[name + COMPILED] = GreedyLoop(model, cache, batch, args.tokens, step)
+    return result
+
+
+def context_cache(
+    name: str, model: PreTrainedModel, length: int, batch: int, states: dict, args, static: bool
+) -> Any:
+    """A cache of `batch` rows after `length` tokens; `None` where it is not to be had, see above."""
+    if name == models.LLAMA:
+        if batch * length * models.bytes_per_token(model.config) > args.max_cache_bytes:
+            return None
+        room = args.tokens * (args.repeats + 1) if static else None  # for the warm-up and all repeats
+        return models.keys_and_values(model, batch, length, room)
+    if name in models.OURS:
+        cache = states[name, length].clone()
+        cache.batch_repeat_interleave(batch)
+        return models.static_copy(cache, model.config) if static else cache
+    if name == models.RWKV and batch > 1:
+        return None
+    return models.read(model, models.random_ids(batch, min(length, args.piece), model.device))[1]
+
+
+def check_compiled(sides: dict[str, GreedyLoop]) -> None:
+    """Raise an error unless a compiled loop of ours gives the logits of the eager one."""
+    for name in models.OURS:
+        if name + COMPILED in sides:
+            expected, actual = sides[name](), sides[name + COMPILED]()
+            torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-3)
+
+
+def measure(
+    length: int, batch: int, built: dict, states: dict, args: argparse.Namespace
+) -> list[harness.Row]:
+    """The rows of one case."""
+    sides = loops(length, batch, built, states, args)
+    check_compiled(sides)
+    case = {"context": length, "batch": batch, "tokens": batch * args.tokens}
+    rows = harness.measure(case, sides, args, base=args.models[0])
+    for row in rows:
+        row["state_bytes"] = models.state_bytes(sides[row["side"]].cache)
+    return rows
+
+
+def measure_generate(built: dict[str, PreTrainedModel], args: argparse.Namespace) -> list[harness.Row]:
+    """The rows of `generate`, on a prompt of one token."""
+    options = {"do_sample": False, "max_new_tokens": args.tokens, "min_new_tokens": args.tokens}
+    ids = models.random_ids(1, 1, args.device)
+    mask = torch.ones_like(ids)
+    sides = {
+        name: lambda model=model: model.generate(ids, attention_mask=mask, **options)
+        for name, model in built.items()
+        if name != models.RWKV
+    }
+    case = {"context": "via generate", "batch": 1, "tokens": args.tokens}
+    return harness.measure(case, sides, args, base=args.models[0])
+
+
+def main(argv: list[str] | None = None) -> dict:
+    """Measure as `argv` says (default: the command line)."""
+    parser = harness.parser(__doc__)
+    harness.add_timing(parser, repeats=9)
+    harness.add_plot(parser)
+    models.add_arguments(
+        parser, (models.PLAIN, models.BANKS, models.STACK, models.LLAMA, models.MAMBA2, models.RWKV)
+    )
+    parser.add_argument("--contexts", type=int, nargs="+", default=[1024, 32768], help="tokens read before")
+    parser.add_argument("--batch_size", type=int, nargs="+", default=[1, 8], help="rows decoded together")
+    parser.add_argument("--tokens", type=int, default=32, help="tokens decoded in a timed call")
+    parser.add_argument("--piece", type=int, default=8192, help="tokens read at once")
+    parser.add_argument("--max_cache_bytes", type=float, default=4e9, help="of Llama's keys and values")
+    parser.add_argument(
+        "--compile", action=argparse.BooleanOptionalAction, default=True, help="compiled sides, too"
+    )
+    args = parser.parse_args(argv)
+    # All models share the code object that is compiled: by default, it may have 8 graphs.
+    torch._dynamo.config.recompile_limit = 256
+    built = models.build_all(args)
+    models.check_cache(built)
+    lengths = sorted(args.contexts)
+    states = {}
+    for name in set(built) & set(models.OURS):
+        for length, cache in zip(lengths, contexts(built[name], lengths, args.piece), strict=True):
+            states[name, length] = cache.clone()
+    rows = []
+    for batch in args.batch_size:
+        for length in lengths:
+            rows += measure(length, batch, built, states, args)
+    rows += measure_generate(built, args)
+    if args.plot:
+        plot(rows, args.plot)
+    return harness.report(args, rows, tables(rows, built, args))
+
+
+def tables(rows: list[harness.Row], built: dict, args: argparse.Namespace) -> dict[str, str]:
+    """Speed and bytes for every batch size."""
+    result = {"Models": models.describe(built)}
+    for batch in args.batch_size:
+        chosen = [row for row in rows if row["batch"] == batch]
+        result[f"Decoding, tokens/s, batch {batch} (in brackets: times {args.models[0]})"] = harness.table(
+            chosen, "context", harness.tokens_per_second
+        )
+        result[f"State, batch {batch}"] = harness.table(
+            [row for row in chosen if "state_bytes" in row],
+            "context",
+            lambda row: harness.size(row["state_bytes"]),
+        )
+    return result
+
+
+def plot(rows: list[harness.Row], path: str) -> None:
+    """Time per token over context."""
+    panels: dict[str, list] = {}
+    for row in rows:
+        if "state_bytes" in row:
+            panels.setdefault(f"batch {row['batch']}", []).append(row)
+    harness.plot_lines(
+        path,
+        panels,
+        "context",
+        lambda row: 1e3 * row["seconds"] / row["tokens"],
+        "tokens read before",
+        "milliseconds per token",
+    )
+
+
+if __name__ == "__main__":
+    main()

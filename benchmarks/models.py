@@ -1,0 +1,258 @@
+# Copyright 2026 The Stackformer authors. Licensed under the Apache License, Version 2.0.
+"""The models that are compared: ours and transformers' own, of the same number of parameters.
+
+Each family is a config for a width and one more size. The width is the one that comes nearest to the number
+of parameters with the usual size, and the size makes up for the rest, so that all agree within 2%. All have
+byte-sized vocabularies, untied embeddings and heads of 64 channels. Mamba-2, whose layers have no
+feed-forward, has twice as many of them; the stack, which runs each several times, half as many.
+"""
+
+import argparse
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    DynamicCache,
+    LlamaConfig,
+    Mamba2Config,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen3NextConfig,
+    RwkvConfig,
+    StaticCache,
+)
+
+from stackformer import StackformerCache, StackformerConfig
+
+VOCABULARY = 261
+HEAD = 64
+TOLERANCE = 0.02
+SPECIAL = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
+
+
+class Family(NamedTuple):
+    """`config(width, size, layers)`, for widths in multiples of `step`, and the usual size for a width."""
+
+    config: Callable[[int, int, int], PreTrainedConfig]
+    usual: Callable[[int], int]
+    step: int = HEAD
+
+
+def _plain(width: int, size: int, layers: int) -> StackformerConfig:
+    return StackformerConfig(
+        hidden_size=width, bottleneck_size=None, intermediate_size=size, num_hidden_layers=layers,
+        num_attention_heads=width // HEAD, num_memory_banks=1, stack_depth=1, max_ponder_steps=1, **SPECIAL,
+    )  # fmt: skip
+
+
+def _banks(width: int, size: int, layers: int) -> StackformerConfig:
+    config = _plain(width, size, layers)
+    config.num_memory_banks = StackformerConfig.num_memory_banks
+    return config
+
+
+def _stack(width: int, size: int, layers: int) -> StackformerConfig:
+    return StackformerConfig(
+        hidden_size=2 * width, bottleneck_size=width, intermediate_size=size,
+        num_hidden_layers=max(1, layers // 2), num_attention_heads=width // HEAD, **SPECIAL,
+    )  # fmt: skip
+
+
+def _llama(width: int, size: int, layers: int) -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=width, intermediate_size=size, num_hidden_layers=layers,
+        num_attention_heads=width // HEAD, max_position_embeddings=2**21, **SPECIAL,
+    )  # fmt: skip
+
+
+def _mamba2(width: int, size: int, layers: int) -> Mamba2Config:
+    return Mamba2Config(
+        vocab_size=VOCABULARY, hidden_size=width, num_heads=2 * width // HEAD, head_dim=HEAD, n_groups=1,
+        state_size=size, num_hidden_layers=2 * layers, **SPECIAL,
+    )  # fmt: skip
+
+
+def _rwkv(width: int, size: int, layers: int) -> RwkvConfig:
+    return RwkvConfig(
+        vocab_size=VOCABULARY, hidden_size=width, intermediate_size=size, num_hidden_layers=max(2, layers),
+        **SPECIAL,
+    )  # fmt: skip
+
+
+def _qwen3_next(width: int, size: int, layers: int) -> Qwen3NextConfig:
+    heads = width // HEAD
+    kinds = ["full_attention" if (i + 1) % 4 == 0 else "linear_attention" for i in range(layers - 1)]
+    return Qwen3NextConfig(
+        vocab_size=VOCABULARY, hidden_size=width, intermediate_size=size, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=heads, head_dim=HEAD, linear_num_key_heads=heads,
+        linear_num_value_heads=heads, linear_key_head_dim=HEAD, linear_value_head_dim=HEAD,
+        layer_types=[*kinds, "full_attention"], mlp_only_layers=list(range(layers)),
+        max_position_embeddings=2**21, **SPECIAL,
+    )  # fmt: skip
+
+
+PLAIN, BANKS, STACK = "plain core", "plain core, 4 banks", "stack"
+LLAMA, MAMBA2, RWKV, QWEN3_NEXT = "llama", "mamba2", "rwkv", "qwen3_next"
+OURS = (PLAIN, BANKS, STACK)
+FAMILIES = {
+    PLAIN: Family(_plain, lambda width: 3 * width),
+    BANKS: Family(_banks, lambda width: 3 * width),
+    STACK: Family(_stack, lambda width: 3 * width),
+    LLAMA: Family(_llama, lambda width: 8 * width // 3),
+    MAMBA2: Family(_mamba2, lambda width: 128, HEAD // 2),
+    RWKV: Family(_rwkv, lambda width: 4 * width),
+    QWEN3_NEXT: Family(_qwen3_next, lambda width: 8 * width // 3),
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser, models: Iterable[str]) -> None:
+    """What says which models to compare, and how large."""
+    parser.add_argument("--models", nargs="+", default=list(models), choices=list(FAMILIES))
+    parser.add_argument("--parameters", type=int, default=10_000_000, help="parameters of every model")
+    parser.add_argument("--threads", type=int, default=None, help="threads; torch's default if not given")
+    parser.add_argument("--layers", type=int, default=8, help="layers; the stack has half, mamba2 twice")
+
+
+def build_all(args: argparse.Namespace) -> dict[str, PreTrainedModel]:
+    """The models of `add_arguments`, in evaluation mode, on `args.device`; also sets the threads."""
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    configs = {name: matched_config(FAMILIES[name], args.parameters, args.layers) for name in args.models}
+    return {name: build(config).to(args.device) for name, config in configs.items()}
+
+
+def build(config: PreTrainedConfig) -> PreTrainedModel:
+    """A model with random weights, the same each time."""
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+def matched_config(family: Family, parameters: int, layers: int) -> PreTrainedConfig:
+    """The config of a family that has so many parameters.
+
+    Raises:
+        ValueError: if none comes within 2%.
+    """
+
+    def count(width: int, size: int) -> int:
+        return num_parameters(family.config(width, size, layers))
+
+    width, excess = HEAD, count(HEAD, family.usual(HEAD)) - parameters
+    while excess < 0:
+        wider = width + family.step
+        wider_excess = count(wider, family.usual(wider)) - parameters
+        if abs(wider_excess) > abs(excess):
+            break
+        width, excess = wider, wider_excess
+    size = family.usual(width)
+    size = max(1, size - round(excess / (count(width, size + 1) - count(width, size))))
+    if abs(count(width, size) - parameters) > TOLERANCE * parameters:
+        raise ValueError(
+            f"`parameters` must be possible with {layers} layers; the nearest to {parameters:,} is "
+            f"{count(width, size):,} with a width of {width}"
+        )
+    return family.config(width, size, layers)
+
+
+def num_parameters(config: PreTrainedConfig) -> int:
+    """Parameters of the model of a config, which is not built."""
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(config).parameters())
+
+
+def describe(models: dict[str, PreTrainedModel]) -> str:
+    """Markdown: what the models are."""
+    lines = ["| model | class | parameters |", "|---|---|---|"]
+    for name, model in models.items():
+        lines.append(f"| {name} | {type(model).__name__} | {model.num_parameters():,} |")
+    return "\n".join(lines)
+
+
+def random_ids(batch: int, length: int, device: str = "cpu") -> Tensor:
+    """Bytes [B, T]."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, 256, (batch, length), generator=generator).to(device)
+
+
+# What the models call their cache, if not `past_key_values`.
+_CACHE_NAMES = {"mamba2": "cache_params", "rwkv": "state"}
+
+
+def read(model: PreTrainedModel, ids: Tensor, cache: Any = None, step: Callable | None = None) -> tuple:
+    """Logits after the last of the tokens [B, T] that follow `cache`, and the cache after them.
+
+    Args:
+        step: called in place of the model, such as a compiled one.
+    """
+    name = _CACHE_NAMES.get(model.config.model_type, "past_key_values")
+    keep = {} if model.config.model_type == "rwkv" else {"logits_to_keep": 1}
+    outputs = (model if step is None else step)(ids, use_cache=True, **{name: cache}, **keep)
+    return outputs.logits[:, -1], outputs[name]
+
+
+@torch.no_grad()
+def check_cache(models: dict[str, PreTrainedModel]) -> None:
+    """Raise an error unless a text read in pieces has the logits of the text read at once."""
+    for name, model in models.items():
+        ids = random_ids(1, 40, model.device)
+        expected, cache = model(ids, use_cache=False).logits[:, -1], None
+        for piece in ids.split([38, 1, 1], dim=1):
+            logits, cache = read(model, piece, cache)
+        torch.testing.assert_close(
+            logits, expected, rtol=1e-3, atol=1e-3, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+def state_bytes(cache: Any) -> int:
+    """Bytes of all tensors in a cache, each storage counted once."""
+    found: dict[int, int] = {}
+    seen: set[int] = set()
+
+    def visit(item: Any) -> None:
+        if id(item) in seen:
+            return
+        seen.add(id(item))
+        if isinstance(item, Tensor):
+            found[item.untyped_storage().data_ptr()] = item.untyped_storage().nbytes()
+        elif isinstance(item, dict):
+            for value in item.values():
+                visit(value)
+        elif isinstance(item, (list, tuple)):
+            for value in item:
+                visit(value)
+        elif hasattr(item, "__dict__"):
+            visit(vars(item))
+
+    visit(cache)
+    return sum(found.values())
+
+
+def bytes_per_token(config: LlamaConfig) -> int:
+    """Of a float32 cache of keys and values."""
+    return 2 * 4 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+
+
+def keys_and_values(model: PreTrainedModel, batch: int, length: int, room: int | None = None) -> Any:
+    """A cache with random keys and values of `length` tokens.
+
+    Args:
+        room: further tokens for which a static cache has space; `None` makes a dynamic one, which grows.
+    """
+    config = model.config
+    cache = DynamicCache(config=config) if room is None else StaticCache(config, max_cache_len=length + room)
+    heads, size = config.num_key_value_heads, config.head_dim
+    for index in range(config.num_hidden_layers):
+        keys, values = torch.randn(2, batch, heads, length, size, device=model.device)
+        cache.update(keys, values, index)
+    return cache
+
+
+def static_copy(cache: StackformerCache, config: StackformerConfig) -> StackformerCache:
+    """The same state in buffers that are written in place, for a compiled model."""
+    static = StackformerCache(config, static=True)
+    for new, old in zip(static.layers, cache.clone().layers, strict=True):
+        new.load(old.slices, old.get_seq_length(), old.slices[0][0].device)
+    return static

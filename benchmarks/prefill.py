@@ -1,0 +1,70 @@
+# Copyright 2026 The Stackformer authors. Licensed under the Apache License, Version 2.0.
+"""Speed and memory of reading a prompt over its length, beside transformers' models.
+
+    python -m benchmarks.prefill --time 512 2048 8192 16384 --json outputs/prefill.json
+
+A prompt of random bytes is read at once, into a cache, and the logits after its last token are computed. All
+models have the same number of parameters within 2%, float32, and the same threads. Before anything is timed,
+every model must give the same logits for a text read at once and in pieces.
+"""
+
+import torch
+from transformers import PreTrainedModel
+
+from benchmarks import harness, models
+
+
+def measure(length: int, built: dict[str, PreTrainedModel], args) -> list[harness.Row]:
+    """The rows of one length."""
+    ids = models.random_ids(args.batch_size, length, args.device)
+    sides = {
+        name: torch.no_grad()(lambda model=model: models.read(model, ids))
+        for name, model in built.items()
+        if name != models.RWKV or length <= args.max_rwkv
+    }
+    return harness.measure(
+        {"T": length, "tokens": ids.numel()}, sides, args, base=args.models[0], memory=True
+    )
+
+
+def main(argv: list[str] | None = None) -> dict:
+    """Measure as `argv` says (default: the command line)."""
+    parser = harness.parser(__doc__)
+    harness.add_timing(parser, repeats=7)
+    harness.add_plot(parser)
+    models.add_arguments(
+        parser, (models.PLAIN, models.BANKS, models.STACK, models.LLAMA, models.MAMBA2, models.QWEN3_NEXT)
+    )
+    parser.add_argument("--time", type=int, nargs="+", default=[512, 2048, 8192, 16384], help="lengths T")
+    parser.add_argument("--batch_size", type=int, default=1, help="prompts read together")
+    parser.add_argument("--max_rwkv", type=int, default=512, help="longest T for RWKV, a loop over tokens")
+    args = parser.parse_args(argv)
+    built = models.build_all(args)
+    models.check_cache(built)
+    rows = [row for length in args.time for row in measure(length, built, args)]
+    tables = {
+        "Models": models.describe(built),
+        f"Prefill, tokens/s (in brackets: times {args.models[0]})": harness.table(
+            rows, "T", harness.tokens_per_second
+        ),
+        "Peak memory, with the cache": harness.table(rows, "T", lambda row: harness.size(row["peak_bytes"])),
+    }
+    if args.plot:
+        plot(rows, args.plot)
+    return harness.report(args, rows, tables)
+
+
+def plot(rows: list[harness.Row], path: str) -> None:
+    """Time per token over length."""
+    harness.plot_lines(
+        path,
+        {"prefill": rows},
+        "T",
+        lambda row: 1e6 * row["seconds"] / row["tokens"],
+        "prompt length T",
+        "microseconds per token",
+    )
+
+
+if __name__ == "__main__":
+    main()
