@@ -255,6 +255,12 @@ class StackformerStaticCacheLayer(StackformerCacheLayer):
             self.is_initialized = True
         state = _put_rows(self.slices[index], state, layout)
         for buffer, tensor in zip(self.slices[index], state, strict=True):
+            if buffer.shape != tensor.shape:
+                raise ValueError(
+                    "A static cache must be for a state that does not grow: attention needs a "
+                    f"`sliding_window`, got a state of shape {tuple(tensor.shape)} after "
+                    f"{tuple(buffer.shape)}"
+                )
             buffer.copy_(tensor.detach())
 
     def advance(self, tokens: int) -> None:
@@ -312,12 +318,27 @@ def _take_rows(state: State | None, rows: Tensor | None) -> State | None:
 
 
 def _put_rows(old: State | None, new: State, layout: TokenLayout) -> State:
-    """`old`, zeros if `None`, with the rows of `layout` replaced by `new`."""
+    """`old`, zeros if `None`, with the rows of `layout` replaced by `new`.
+
+    A state may grow along dimension 1: then what is new comes last, and shorter rows get zeros in front.
+    """
     if layout.rows is None:
         return new
     if old is None:
         old = tuple(tensor.new_zeros(layout.batch_size, *tensor.shape[1:]) for tensor in new)
-    return tuple(past.index_copy(0, layout.rows, tensor) for past, tensor in zip(old, new, strict=True))
+    pairs = (_as_long(past, tensor) for past, tensor in zip(old, new, strict=True))
+    return tuple(past.index_copy(0, layout.rows, tensor) for past, tensor in pairs)
+
+
+def _as_long(*tensors: Tensor) -> list[Tensor]:
+    """The tensors [B, length, ...] with zeros in front of the shorter ones."""
+    if tensors[0].dim() == 1 or len({tensor.shape[1] for tensor in tensors}) == 1:
+        return list(tensors)
+    length = max(tensor.shape[1] for tensor in tensors)
+    return [
+        torch.nn.functional.pad(tensor, (0, 0) * (tensor.dim() - 2) + (length - tensor.shape[1], 0))
+        for tensor in tensors
+    ]
 
 
 def _upload(
@@ -346,7 +367,8 @@ class StackformerCache(Cache):
     """The memory of a Stackformer: what it kept of everything it has read.
 
     Returned as `past_key_values`, taken back by `forward` and `generate`. It has one layer per core layer,
-    each with one slice of state per ponder step. States are float32 (float64 in a float64 model).
+    each with one slice of state per ponder step. States are float32 (float64 in a float64 model), keys and
+    values of softmax attention as they were computed.
 
     Args:
         config ([`StackformerConfig`]): of the model that it is for.
@@ -467,7 +489,8 @@ class StackformerCache(Cache):
 
     @property
     def num_bytes(self) -> int:
-        """Size of the state in bytes. It does not depend on the number of tokens seen."""
+        """Size of the state in bytes. It depends on the number of tokens seen only where a mixer's state
+        grows: softmax attention without a window."""
         states = (state for layer in self.layers for state in layer.slices.values())
         return sum(tensor.nbytes for state in states for tensor in state)
 

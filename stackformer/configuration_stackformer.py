@@ -6,7 +6,6 @@ import math
 from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 
-MIXER_TYPES = ("banked_linear_attention",)
 FEATURE_MAP_NAMES = ("elu_plus_one", "relu", "softplus", "softmax", "exp")
 
 
@@ -41,8 +40,13 @@ class StackformerConfig(PreTrainedConfig):
             values.
         chunk_size (`int`, *optional*): Tokens per chunk in training and prefill; changes speed, not results.
             `None` takes what was measured to be fastest.
-        mixer_types (`list[str]`, *optional*): The mixer of each core layer; all "banked_linear_attention" if
-            `None`.
+        mixer_types (`list[str]`, *optional*): The mixer of each core layer, "banked_linear_attention" or
+            "attention" (softmax attention; docs/adding_a_mixer.md adds your own); all
+            "banked_linear_attention" if `None`.
+        sliding_window (`int`, *optional*): Tokens that softmax attention sees, the one itself included; all
+            if `None`, with a state that grows.
+        rope_parameters (`dict`, *optional*): Rotary positions of softmax attention, as in transformers:
+            `rope_theta`, 10000.0 if not given, and `rope_type`, which must be "default".
         hidden_act (`str`, defaults to `"silu"`): Activation of the (gated) feed-forwards.
         rms_norm_eps (`float`, defaults to 1e-6): Epsilon of the normalisations.
         initializer_range (`float`, defaults to 0.02): Standard deviation of the initial embeddings.
@@ -85,6 +89,8 @@ class StackformerConfig(PreTrainedConfig):
     conv_kernel_size: int = 4
     chunk_size: int | None = None
     mixer_types: list[str] = None  # type: ignore[assignment]
+    sliding_window: int | None = None
+    rope_parameters: dict = None  # type: ignore[assignment]
     hidden_act: str = "silu"
     rms_norm_eps: float = 1e-6
     initializer_range: float = 0.02
@@ -124,7 +130,10 @@ class StackformerConfig(PreTrainedConfig):
             "stack_depth", "max_ponder_steps", "conv_kernel_size",
         ):  # fmt: skip
             self._require(name, _is_integer(getattr(self, name), least=1), "an integer of at least 1")
-        for name in ("bottleneck_size", "intermediate_size", "bottleneck_intermediate_size", "chunk_size"):
+        for name in (
+            "bottleneck_size", "intermediate_size", "bottleneck_intermediate_size", "chunk_size",
+            "sliding_window",
+        ):  # fmt: skip
             value = getattr(self, name)
             self._require(
                 name, value is None or _is_integer(value, least=1), "an integer of at least 1, or None"
@@ -159,8 +168,17 @@ class StackformerConfig(PreTrainedConfig):
             "mixer_types",
             isinstance(self.mixer_types, (list, tuple))
             and len(self.mixer_types) == self.num_hidden_layers
-            and all(name in MIXER_TYPES for name in self.mixer_types),
-            f"a list of num_hidden_layers={self.num_hidden_layers} names out of {MIXER_TYPES}",
+            and all(isinstance(name, str) for name in self.mixer_types),
+            f"a list of num_hidden_layers={self.num_hidden_layers} names",
+        )
+        rope = self.rope_parameters or {}
+        self._require(
+            "rope_parameters",
+            isinstance(rope, dict)
+            and rope.get("rope_type", "default") == "default"
+            and _is_number(rope.get("rope_theta", 1.0))
+            and rope.keys() <= {"rope_type", "rope_theta"},
+            'a dict of `rope_theta`, a finite number of at least 0, and `rope_type`, which is "default"',
         )
 
     def _require(self, name: str, condition: bool, expected: str) -> None:

@@ -31,6 +31,7 @@ from .cache_stackformer import StackformerCache, StackformerCacheLayer
 from .configuration_stackformer import StackformerConfig
 from .layers_stackformer import GatedMLP, ResidualProjection, ShortConvolution, SliceProjection
 from .memory_bank import at_least_float32
+from .mixer_attention import Attention
 from .mixer_banked_linear_attention import BankedLinearAttention
 from .processing_stack import (
     DEQUEUE,
@@ -44,7 +45,10 @@ from .processing_stack import (
 from .stack_trace import TextTrace
 
 # The token mixers by their name in `config.mixer_types`.
-MIXERS = {"banked_linear_attention": BankedLinearAttention}
+MIXERS: dict[str, type[nn.Module]] = {
+    "attention": Attention,
+    "banked_linear_attention": BankedLinearAttention,
+}
 
 # Where a saved model's code finds the class of each auto class.
 AUTO_MAP = {
@@ -73,6 +77,7 @@ class StackTrace(ModelOutput):
             step, and where the rest of the mass was flushed, all that is left is dropped, whatever the
             actions say.
         bank_reads, bank_writes (`torch.FloatTensor` [B, T, P, L, H, N]): softmax over the memory banks.
+            Zeros for core layers without any; these fields are `None` if no layer has them.
         bank_decays (`torch.FloatTensor` [B, T, P, L, H, N]): logarithm of what each bank keeps where all of
             the pointer's mass is; elsewhere the logarithm is times the mass there. At most 0.
     """
@@ -120,7 +125,10 @@ class StackformerCoreLayer(GradientCheckpointingLayer):
         super().__init__()
         size = config.core_size
         self.input_layernorm = nn.RMSNorm(size, eps=config.rms_norm_eps)
-        self.mixer = MIXERS[config.mixer_types[layer_idx]](config)
+        mixer_type = config.mixer_types[layer_idx]
+        if mixer_type not in MIXERS:
+            raise ValueError(f"`mixer_types` must be names out of {list(MIXERS)}, got {mixer_type!r}")
+        self.mixer = MIXERS[mixer_type](config)
         self.post_attention_layernorm = nn.RMSNorm(size, eps=config.rms_norm_eps)
         self.mlp = GatedMLP(size, config.intermediate_size, size, config.hidden_act)
 
@@ -184,6 +192,9 @@ class StackformerPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["StackformerCoreLayer"]
     _skip_keys_device_placement = ["past_key_values"]
     _can_compile_fullgraph = True
+    # What the softmax attention of a configuration may run on.
+    _supports_sdpa = True
+    _supports_flash_attn = True
 
     def __init__(self, config: StackformerConfig, *args, **kwargs):
         super().__init__(config, *args, **kwargs)
@@ -436,10 +447,14 @@ class StackformerModel(StackformerPreTrainedModel):
         active = layout.thinking
         if active is None:
             active = torch.ones_like(pointer[:, 0], dtype=torch.bool)
-        banks = (torch.stack(weights, dim=1) for weights in zip(*bank_weights, strict=True))
+        traced = [active, pointer, actions]
+        some = next((weights for weights in bank_weights if weights is not None), None)
+        if some is not None:
+            none = tuple(map(torch.zeros_like, some))
+            by_layer = [none if weights is None else weights for weights in bank_weights]
+            traced += [torch.stack(weights, dim=1) for weights in zip(*by_layer, strict=True)]
         return [
-            layout.scatter(x, x.new_zeros(layout.batch_size, layout.length, *x.shape[1:]))
-            for x in (active, pointer, actions, *banks)
+            layout.scatter(x, x.new_zeros(layout.batch_size, layout.length, *x.shape[1:])) for x in traced
         ]
 
     def _stack_steps(self, steps: list[list[Tensor]]) -> StackTrace:

@@ -229,7 +229,7 @@ class TokenLayout:
 
     def masked(self, thinking: Tensor) -> "TokenLayout":
         """The same tokens, of which only those that `thinking` [n] marks still think (for T = 1)."""
-        return replace(self, thinking=thinking)
+        return replace(self, thinking=thinking, row_lengths=thinking.long())
 
     def before(self, time: int, device: torch.device) -> Tensor:
         """Which active tokens [n] stand before position `time` of their row."""
@@ -262,15 +262,15 @@ class TokenLayout:
         return flat if self.slots is None else flat.index_select(0, self.slots)
 
     def last_of_rows(self, window: Tensor, count: int) -> Tensor:
-        """The last `count` entries [B', count, ...] of each row of `window` [B', count + T', ...].
+        """The last `count` entries [B', count, ...] of each row of `window` [B', past + T', ...].
 
-        The window is `count` entries of the past followed by the rows themselves.
+        The window is entries of the past, right-aligned, followed by the rows themselves. Where there are
+        fewer than `count`, those in front are empty.
         """
+        start = window.shape[1] - count
         if self.row_lengths is None:
-            last = window[:, window.shape[1] - count :]
-            if self.thinking is None:
-                return last
-            return last.where(self.thinking.view(-1, *[1] * (window.dim() - 1)), window[:, :count])
+            return window[:, start:]
         index = self.row_lengths.unsqueeze(1) + torch.arange(count, device=window.device)
+        index = (index + (start - self.row_length)) % window.shape[1]  # what wraps around are empty slots
         index = index.view(*index.shape, *[1] * (window.dim() - 2)).expand(-1, -1, *window.shape[2:])
         return window.gather(1, index)

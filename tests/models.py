@@ -15,6 +15,14 @@ SHAPES = {
         "max_ponder_steps": 4,
         "halting_threshold": 0.4,
     },
+    "attention": {
+        "bottleneck_size": None,
+        "stack_depth": 1,
+        "max_ponder_steps": 1,
+        "mixer_types": ["attention"] * 2,
+    },
+    "hybrid stack": {"mixer_types": ["banked_linear_attention", "attention"], "halting_threshold": 0.2},
+    "sliding window": {"mixer_types": ["attention", "banked_linear_attention"], "sliding_window": 4},
 }
 
 

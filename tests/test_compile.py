@@ -7,11 +7,15 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from stackformer import StackformerCache
 from tests.models import SHAPES, random_ids, tiny_model
 from tests.test_generation import generate
-from tests.test_modeling import CLOSE, assert_same_state, every_shape
+from tests.test_modeling import CLOSE, assert_same_state
 
 # Tracing is what may break; with this backend nothing has to be compiled to machine code.
 BACKEND = "aot_eager"
-FIXED = [{**shape, "halting_threshold": 0.0} for shape in SHAPES.values()]
+FIXED = {name: shape | {"halting_threshold": 0.0} for name, shape in SHAPES.items()}
+# These take long to trace, and have nothing in training that the other shapes have not.
+FIXED = {name: shape for name, shape in FIXED.items() if name not in ("hybrid stack", "sliding window")}
+GROWING = ("attention", "hybrid stack")
+CONSTANT = {name: shape for name, shape in SHAPES.items() if name not in GROWING}
 
 
 @pytest.fixture(autouse=True)
@@ -21,7 +25,7 @@ def fresh_compiler():
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("shape", FIXED, ids=SHAPES.keys())
+@pytest.mark.parametrize("shape", FIXED.values(), ids=FIXED.keys())
 def test_training_forward_and_backward(shape):
     ids = random_ids(2, 21)
 
@@ -35,7 +39,7 @@ def test_training_forward_and_backward(shape):
     torch.testing.assert_close(loss_and_gradients(model, compiled), loss_and_gradients(eager, eager), **CLOSE)
 
 
-@every_shape
+@pytest.mark.parametrize("shape", CONSTANT.values(), ids=CONSTANT.keys())
 @torch.no_grad()
 def test_decode_step(shape):
     """Halting included: the compiled step masks what the eager one leaves out. One graph serves every
@@ -77,6 +81,12 @@ def test_static_cache_generation():
     outputs = generate(model, ids, 8, cache_implementation="static", return_dict_in_generate=True)
     assert outputs.past_key_values.is_compileable
     assert outputs.past_key_values.get_seq_length() == 18
+
+
+@pytest.mark.parametrize("name", GROWING)
+def test_a_static_cache_refuses_a_state_that_grows(name):
+    with pytest.raises(ValueError, match="A static cache must be for a state that does not grow"):
+        generate(tiny_model(**SHAPES[name]), random_ids(2, 11), 8, cache_implementation="static")
 
 
 @torch.no_grad()

@@ -14,8 +14,8 @@ from stackformer import (
     StackformerForCausalLM,
     configuration_stackformer,
     memory_bank,
-    modeling_stackformer,
 )
+from stackformer.mixer_banked_linear_attention import BankedLinearAttention
 
 PRESETS = sorted((Path(__file__).parent.parent / "configs").glob("*.json"))
 
@@ -46,7 +46,11 @@ PRESETS = sorted((Path(__file__).parent.parent / "configs").glob("*.json"))
         ("conv_kernel_size", 0),
         ("chunk_size", 0),
         ("mixer_types", ["banked_linear_attention"]),
-        ("mixer_types", ["full_attention"] * 4),
+        ("mixer_types", [BankedLinearAttention] * 4),
+        ("sliding_window", 0),
+        ("rope_parameters", {"rope_type": "yarn", "factor": 2.0}),
+        ("rope_parameters", {"rope_theta": -1.0}),
+        ("rope_parameters", [10000.0]),
         ("hidden_act", "sinus"),
         ("initializer_range", -0.02),
         ("rms_norm_eps", 0.0),
@@ -77,7 +81,8 @@ def test_defaults_in_the_docstring_are_the_defaults():
 
 def test_names_are_those_of_what_they_name():
     assert set(configuration_stackformer.FEATURE_MAP_NAMES) == set(memory_bank.FEATURE_MAPS)
-    assert set(configuration_stackformer.MIXER_TYPES) == set(modeling_stackformer.MIXERS)
+    with pytest.raises(ValueError, match=r"`mixer_types` must be names out of \['attention', .*'full_att"):
+        StackformerForCausalLM(StackformerConfig(mixer_types=["full_attention"] * 4))
 
 
 def test_derived_sizes():
@@ -85,6 +90,8 @@ def test_derived_sizes():
     assert (config.core_size, config.intermediate_size, config.bottleneck_intermediate_size) == (32, 96, 96)
     assert StackformerConfig(hidden_size=96, bottleneck_size=None).core_size == 96
     assert config.mixer_types == ["banked_linear_attention"] * 4
+    assert config.rope_parameters == {"rope_type": "default", "rope_theta": 10000.0}
+    assert StackformerConfig(rope_theta=500.0).rope_parameters["rope_theta"] == 500.0
 
 
 def test_round_trips(tmp_path):
@@ -112,4 +119,21 @@ def test_presets_build_models(path):
 
 
 def test_there_are_presets():
-    assert {path.stem for path in PRESETS} >= {"stackformer-tiny", "plain-tiny", "wrapper-tiny"}
+    assert {path.stem for path in PRESETS} >= {
+        "stackformer-tiny",
+        "plain-tiny",
+        "wrapper-tiny",
+        "softmax-tiny",
+        "linear-tiny",
+    }
+
+
+def test_presets_that_are_compared_have_the_same_size():
+    names = ("stackformer-tiny", "wrapper-tiny", "softmax-tiny", "linear-tiny")
+    sizes = {
+        path.stem: StackformerForCausalLM(StackformerConfig.from_json_file(path)).num_parameters()
+        for path in PRESETS
+        if path.stem in names
+    }
+    assert len(sizes) == len(names)
+    assert max(sizes.values()) < 1.02 * min(sizes.values()), sizes

@@ -186,6 +186,18 @@ def test_trace_and_hidden_states():
     assert config.max_ponder_steps == steps
 
 
+@torch.no_grad()
+def test_trace_of_layers_without_banks():
+    traces = {
+        name: tiny_model(**SHAPES[name])(random_ids(2, 6), output_stack_trace=True).stack_trace
+        for name in ("attention", "hybrid stack")
+    }
+    assert traces["attention"].bank_reads is None and traces["attention"].bank_writes is None
+    for weights in (traces["hybrid stack"].bank_reads, traces["hybrid stack"].bank_writes):
+        torch.testing.assert_close(weights[:, :, 0, 0].sum(-1), torch.ones(2, 6, 2, dtype=weights.dtype))
+        assert not weights[:, :, :, 1].any()
+
+
 @every_shape
 def test_every_parameter_learns(shape):
     model = tiny_model(**shape).train()

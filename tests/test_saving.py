@@ -11,7 +11,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 import stackformer
 from stackformer import StackformerForCausalLM, StackformerModel, build_byte_tokenizer
-from tests.models import random_ids, tiny_model
+from tests.models import SHAPES, random_ids, tiny_model
 
 SOURCES = {path.name for path in Path(stackformer.__file__).parent.glob("*.py")}
 
@@ -73,7 +73,7 @@ def test_low_precision_loading(tmp_path, dtype):
 @torch.no_grad()
 def test_remote_code_without_the_package(tmp_path):
     """Load, generate, save again and load that, all from the saved folder alone."""
-    model, ids = tiny_model(torch.float32), random_ids(2, 9)
+    model, ids = tiny_model(torch.float32, **SHAPES["hybrid stack"]), random_ids(2, 9)
     model.save_pretrained(tmp_path / "model")
     build_byte_tokenizer().save_pretrained(tmp_path / "model")
     assert {path.name for path in (tmp_path / "model").glob("*.py")} <= SOURCES

@@ -1,0 +1,133 @@
+# Copyright 2026 The Stackformer authors. Licensed under the Apache License, Version 2.0.
+"""Softmax attention as a token mixer: decoders and hybrid stacks as configurations of the same model.
+
+Vaswani et al. 2017, "Attention Is All You Need", equation 1, with rotary positions (Su et al. 2021,
+"RoFormer", equation 34), through transformers' attention interface: `attn_implementation` picks the kernel.
+The mixer follows the contract described in `mixer_banked_linear_attention`. A stack pointer means nothing to
+keys and values, so it is ignored: what a token writes is there in full as long as the token is active.
+
+The keys and values of a row lie side by side without gaps, those of the past in front, right-aligned, and
+those of this call behind, left-aligned: distances between slots are distances between active tokens of the
+row, and padding moves nothing.
+"""
+
+import torch
+from torch import Tensor, nn
+from transformers.masking_utils import (
+    ALL_MASK_ATTENTION_FUNCTIONS,
+    causal_mask_function,
+    sliding_window_causal_mask_function,
+)
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager_attention_forward
+
+from .configuration_stackformer import StackformerConfig
+from .layers_stackformer import ResidualProjection
+from .processing_stack import TokenLayout
+
+
+class Attention(nn.Module):
+    """Causal multi-head softmax attention, to all earlier tokens or to those in a sliding window."""
+
+    is_causal = True
+    num_key_value_groups = 1  # as many heads of keys and values as of queries
+
+    def __init__(self, config: StackformerConfig):
+        super().__init__()
+        self.config = config
+        self.num_heads = config.num_attention_heads
+        self.head_dim = config.core_size // config.num_attention_heads
+        if self.head_dim % 2:
+            raise ValueError(
+                f"`num_attention_heads` must leave the heads of attention an even size, got "
+                f"{self.num_heads} heads of size {self.head_dim}"
+            )
+        size = config.core_size
+        self.qkv_proj = nn.Linear(size, 3 * size, bias=False)
+        self.o_proj = ResidualProjection(size, size)
+
+    def forward(
+        self, hidden: Tensor, pointer: Tensor, layout: TokenLayout, state: tuple[Tensor, ...] | None
+    ) -> tuple[Tensor, tuple[Tensor, ...], None]:
+        """Mix the active tokens along time.
+
+        Args:
+            hidden: [n, d], normalised; pointer: [n, S], not used; layout: of the n tokens.
+            state: rotated keys and values [B', T, H, K] of the past, the newest last, zeros in front of rows
+                that have fewer, and the number of tokens seen [B']; `None` for the beginning. T is the
+                longest past, or always `sliding_window` - 1.
+
+        Returns:
+            The mixed tokens [n, d], the new state, and no bank weights.
+        """
+        rows = layout.to_rows(self.qkv_proj(hidden)).unflatten(-1, (3, self.num_heads, self.head_dim))
+        query, key, value = rows.unbind(2)
+        seen = rows.new_zeros(len(rows), dtype=torch.long) if state is None else state[2]
+        positions = seen.unsqueeze(1) + torch.arange(rows.shape[1], device=rows.device)
+        cos, sin = rotary_embedding(positions, self.head_dim, self.config.rope_parameters["rope_theta"])
+        query, key = apply_rotary_pos_emb(query, key, cos.to(key.dtype), sin.to(key.dtype), unsqueeze_dim=2)
+        if state is not None:
+            key = torch.cat([state[0].to(key.dtype), key], dim=1)
+            value = torch.cat([state[1].to(value.dtype), value], dim=1)
+        mixed = self._attend(query, key, value, seen)
+
+        seen = seen + (rows.shape[1] if layout.row_lengths is None else layout.row_lengths)
+        if self.config.sliding_window is not None:
+            kept = self.config.sliding_window - 1
+        elif state is None or layout.slots is None:
+            kept = key.shape[1]
+        else:
+            kept = int(seen.max())
+        state = (_last_of_rows(key, kept, layout), _last_of_rows(value, kept, layout), seen)
+        return self.o_proj(layout.to_tokens(mixed).flatten(1)), state, None
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, seen: Tensor) -> Tensor:
+        """Queries [B', T', H, K] to keys and values [B', T + T', H, K] whose past has `seen` [B'] tokens."""
+        name, window = self.config._attn_implementation, self.config.sliding_window
+        (batch_size, length), total = query.shape[:2], key.shape[1]
+        past, mask_function, real = total - length, causal_mask_function, None
+        if window is not None and total <= window:
+            window = None  # nothing is out of sight
+        if window is not None:
+            mask_function = sliding_window_causal_mask_function(window)
+        if past > 0:
+            real = torch.arange(total, device=key.device) >= past - seen.unsqueeze(1)
+        mask = ALL_MASK_ATTENTION_FUNCTIONS[name](
+            batch_size=batch_size,
+            q_length=length,
+            kv_length=total,
+            q_offset=past,
+            mask_function=mask_function,
+            attention_mask=real,
+            local_size=window,
+            dtype=query.dtype,
+            device=query.device,
+        )
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
+        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+        return attend(
+            self, query, key, value, mask, scaling=self.head_dim**-0.5, dropout=0.0, sliding_window=window
+        )[0]
+
+
+def rotary_embedding(positions: Tensor, size: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [..., size] of the rotations at `positions` [...], float32.
+
+    Computed anew rather than kept: a buffer would be rounded together with the weights.
+    """
+    exponents = torch.arange(0, size, 2, device=positions.device, dtype=torch.float32) / size
+    angles = positions.unsqueeze(-1) * theta**-exponents
+    angles = torch.cat([angles, angles], dim=-1)
+    return angles.cos(), angles.sin()
+
+
+def _last_of_rows(slots: Tensor, count: int, layout: TokenLayout) -> Tensor:
+    """The last `count` tokens of each row of `slots` [B', T + T', H, K], zeros in front of fewer."""
+    missing = count - slots.shape[1]
+    if missing > 0:
+        slots = nn.functional.pad(slots, (0, 0, 0, 0, missing, 0))
+    last = layout.last_of_rows(slots, count)
+    return last.clone() if missing < 0 else last  # a view would keep alive what is out of sight
+
+
+__all__ = ["Attention"]
