@@ -12,6 +12,7 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from benchmarks.tasks import IGNORED, TASKS, heat_map, run, seeded
 from benchmarks.tasks.word_problem import group_elements, multiplication_table
+from scripts.train import read_preset
 from tests.models import tiny_model
 
 torch.set_num_threads(1)
@@ -187,6 +188,7 @@ def test_bad_tasks(name, options, length, message):
 
 # The harness
 
+TOKEN_IDS = ("pad_token_id", "bos_token_id", "eos_token_id")
 PRESETS = {
     "stack": {
         "model_type": "stackformer",
@@ -278,8 +280,27 @@ def test_a_training_that_was_stopped_goes_on(tmp_path, grid, monkeypatch):
     assert all(torch.equal(weights[name], again[name]) for name in weights)
 
 
+@pytest.mark.parametrize("shape", PRESETS)
+def test_training_asks_for_the_labels_where_they_stand(shape, grid):
+    task = _task("word_problem", group="S3")
+    config = read_preset(str(grid.with_name(f"{shape}.json")), vocab_size=6, **dict.fromkeys(TOKEN_IDS))
+    model = AutoModelForCausalLM.from_config(config)
+    batch = run.TaskCollator(task, [5], seed=0)([0, 1])
+    logits = model(input_ids=batch["input_ids"]).logits
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten())
+    assert model(**batch).loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_a_task_is_learned(tmp_path, grid):
+    argv = _argv(
+        tmp_path, grid, "--depths", "1", "--train_length", "1", "--test_lengths", "1", "--max_steps", "60"
+    )
+    rows = run.main([*argv, "--learning_rate", "1e-2", "--per_device_train_batch_size", "16"])
+    assert {row["system"]: row["accuracy"] for row in rows} == {"stack": 1.0, "llama": 1.0}
+
+
 def test_token_by_token_is_all_at_once():
-    model = tiny_model(vocab_size=6, pad_token_id=None, bos_token_id=None, eos_token_id=None)
+    model = tiny_model(vocab_size=6, **dict.fromkeys(TOKEN_IDS))
     task = _task("stack_manipulation")
     whole = run.evaluate(model, task, 10, num_test=20, batch_size=8)
     for chunk_length in (1, 4):
@@ -331,6 +352,7 @@ def test_grids_that_come_along(path, tmp_path):
 
 def test_heat_map_is_of_medians_and_says_which_depth(tmp_path, capsys):
     row = {"task": "parity", "system": "a", "chance": 0.5, "train_length": 4, "final": 1.0, "exact": 0.0}
+    row["halting_threshold"] = None
     rows = [
         row | {"train_depth": trained, "depth": tested, "length": length, "seed": seed, "accuracy": value}
         for trained, tested in ((2, 2), (2, 4), (None, None))
@@ -338,6 +360,9 @@ def test_heat_map_is_of_medians_and_says_which_depth(tmp_path, capsys):
         for seed, value in enumerate((0.5, 0.6, 1.0))
     ]
     table = heat_map.panels(rows)["parity", "a"]
+    assert list(heat_map.panels([rows[0] | {"halting_threshold": 0.5}])["parity", "a"]) == [
+        "P = 2, threshold 0.5"
+    ]
     assert table["P = 2"] == table["P = 2, tested with 4"] == table["one pass"] == {4: 0.6, 8: 0.6}
     (tmp_path / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     picture = tmp_path / "final.png"

@@ -31,13 +31,6 @@ def read_rows(path: str | Path) -> Rows:
     return [json.loads(line) for file in files for line in file.read_text(encoding="utf-8").splitlines()]
 
 
-def write_rows(path: Path, rows: Rows) -> None:
-    """Write JSON lines; a reader sees the old file or the new one, whole."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    partial.replace(path)
-
-
 def panels(rows: Rows, measure: str = "accuracy") -> dict[tuple[str, str], dict[str, dict[int, float]]]:
     """{(task, system): {depth: {length: median over seeds}}}, everything in order.
 
@@ -48,12 +41,13 @@ def panels(rows: Rows, measure: str = "accuracy") -> dict[tuple[str, str], dict[
         raise ValueError(f"measure={measure!r}: expected one of {MEASURES}.")
     values: dict[tuple, list[float]] = defaultdict(list)
     for row in rows:
-        depths = tuple(-1 if depth is None else depth for depth in (row["train_depth"], row["depth"]))
-        values[row["task"], row["system"], depths, row["length"]].append(row[measure])
+        settings = (row["train_depth"], row["depth"], row["halting_threshold"])
+        depth = tuple(-1 if value is None else value for value in settings)  # which sorts
+        values[row["task"], row["system"], depth, row["length"]].append(row[measure])
     result: dict[tuple[str, str], dict[str, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
-    for task, system, depths, length in sorted(values):
-        cell = statistics.median(values[task, system, depths, length])
-        result[task, system][_depth_label(*depths)][length] = cell
+    for task, system, depth, length in sorted(values):
+        cell = statistics.median(values[task, system, depth, length])
+        result[task, system][_depth_label(*depth)][length] = cell
     return result
 
 
@@ -62,7 +56,7 @@ def print_tables(rows: Rows, measure: str = "accuracy") -> None:
     chance = {row["task"]: row["chance"] for row in rows}
     for task in sorted(chance):
         of_task = {key: table for key, table in panels(rows, measure).items() if key[0] == task}
-        lengths = sorted({length for row in rows if row["task"] == task for length in [row["length"]]})
+        lengths = sorted({row["length"] for row in rows if row["task"] == task})
         print(f"\n{task}: {measure} by length, median over seeds; guessing has {chance[task]:.3f}")
         print(f"{'':40}" + "".join(f"{length:>8}" for length in lengths))
         for (_, system), table in of_task.items():
@@ -128,10 +122,11 @@ def _draw_panel(
     return image
 
 
-def _depth_label(trained: int, tested: int) -> str:
+def _depth_label(trained: int, tested: int, threshold: float) -> str:
     if trained == -1:
         return "one pass"
-    return f"P = {trained}" if trained == tested else f"P = {trained}, tested with {tested}"
+    label = f"P = {trained}" if trained == tested else f"P = {trained}, tested with {tested}"
+    return label if threshold == -1 else f"{label}, threshold {threshold:g}"
 
 
 def main(argv: list[str] | None = None) -> None:

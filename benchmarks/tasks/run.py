@@ -49,8 +49,8 @@ from transformers.trainer_utils import get_last_checkpoint
 
 import stackformer  # also registers the Auto classes
 from benchmarks.tasks import IGNORED, TASKS, Task, seeded
-from benchmarks.tasks.heat_map import draw_heat_map, print_tables, read_rows, write_rows
-from scripts.report import commit, machine_line, write_json
+from benchmarks.tasks.heat_map import draw_heat_map, print_tables, read_rows
+from scripts.report import commit, machine_line, write_json, write_text
 from scripts.train import read_preset, save
 
 TRAIN, TEST = range(2)  # the first number of the seeds, so that no test sequence is one of training
@@ -136,11 +136,13 @@ class Run:
 
     def settings(self, args: TaskArguments, training: TrainingArguments) -> dict[str, Any]:
         """All that the trained weights depend on, as JSON has it."""
+        config = self.config.to_diff_dict()
+        config.pop("transformers_version")
         values = {
             "task": self.task_name,
             "options": vars(self.task),
             "system": self.system,
-            "config": self.config.to_diff_dict(),
+            "config": config,
             "seed": self.seed,
             "train_length": args.train_length,
             "training": {name: training.to_dict()[name] for name in TRAINING_FIELDS},
@@ -259,7 +261,7 @@ def evaluate(
     }
 
 
-def measure(run: Run, args: TaskArguments, batch_size: int, device: torch.device) -> None:
+def measure(run: Run, args: TaskArguments, training: TrainingArguments) -> None:
     """Add the results that are missing in the run's folder: lengths x depths."""
     results = run.folder / "results.jsonl"
     rows = read_rows(results)
@@ -286,15 +288,17 @@ def measure(run: Run, args: TaskArguments, batch_size: int, device: torch.device
         "seed": run.seed,
         "chance": 1 / run.task.num_answers,
     }
-    model = AutoModelForCausalLM.from_pretrained(run.folder).to(device).eval()
-    for cell in tqdm(missing, desc="test", leave=False):
+    model = AutoModelForCausalLM.from_pretrained(run.folder).to(training.device).eval()
+    for cell in tqdm(missing, desc="test", leave=False, disable=training.disable_tqdm):
         if run.depth is not None:
             model.config.max_ponder_steps = cell["depth"]
             if args.test_halting_threshold is not None:
                 model.config.halting_threshold = args.test_halting_threshold
-        measured = evaluate(model, run.task, cell["length"], args.num_test, batch_size, args.chunk_length)
+        measured = evaluate(
+            model, run.task, cell["length"], args.num_test, training.eval_batch_size, args.chunk_length
+        )
         rows.append(about | cell | measured)
-        write_rows(results, rows)
+        write_text(results, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def plan(args: TaskArguments, systems: dict[str, dict[str, Any]], output_dir: str) -> list[Run]:
@@ -331,9 +335,9 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     """Do what is missing of the grid that `argv` asks for; return the rows of all results in its folder."""
     args, systems, training = parse(argv)
     output_dir = Path(training.output_dir)
-    for run in tqdm(plan(args, systems, training.output_dir), desc="runs"):
+    for run in tqdm(plan(args, systems, training.output_dir), desc="runs", disable=training.disable_tqdm):
         train(run, args, training)
-        measure(run, args, training.eval_batch_size, training.device)
+        measure(run, args, training)
     rows = read_rows(output_dir)
     print(machine_line())
     print_tables(rows)
