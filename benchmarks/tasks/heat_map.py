@@ -20,14 +20,15 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (the backend is chosen first)
 
+RESULTS = "results.jsonl"  # in the folder of each run
 MEASURES = ("accuracy", "final", "exact")
 Rows = list[dict[str, Any]]
 
 
 def read_rows(path: str | Path) -> Rows:
-    """The rows of a results.jsonl, or of all of them under a folder; none if there is none."""
+    """The rows of a file of results, or of all of them under a folder; none if there is none."""
     path = Path(path)
-    files = sorted(path.rglob("results.jsonl")) if path.is_dir() else [path] if path.exists() else []
+    files = sorted(path.rglob(RESULTS)) if path.is_dir() else [path] if path.exists() else []
     return [json.loads(line) for file in files for line in file.read_text(encoding="utf-8").splitlines()]
 
 

@@ -49,7 +49,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 import stackformer  # also registers the Auto classes
 from benchmarks.tasks import IGNORED, TASKS, Task, seeded
-from benchmarks.tasks.heat_map import draw_heat_map, print_tables, read_rows
+from benchmarks.tasks.heat_map import RESULTS, draw_heat_map, print_tables, read_rows
 from scripts.report import commit, machine_line, write_json, write_text
 from scripts.train import read_preset, save
 
@@ -194,6 +194,7 @@ def train(run: Run, args: TaskArguments, training: TrainingArguments) -> None:
         if "parameters" in found:
             return
     write_json(record, {"settings": settings})
+    (run.folder / RESULTS).unlink(missing_ok=True)  # of weights that are no more
 
     arguments = copy.copy(training)
     arguments.output_dir, arguments.seed, arguments.remove_unused_columns = str(run.folder), run.seed, False
@@ -263,7 +264,7 @@ def evaluate(
 
 def measure(run: Run, args: TaskArguments, training: TrainingArguments) -> None:
     """Add the results that are missing in the run's folder: lengths x depths."""
-    results = run.folder / "results.jsonl"
+    results = run.folder / RESULTS
     rows = read_rows(results)
     # A model that was trained with one step has not learned when to stop.
     depths = [run.depth] if args.test_depths is None or run.depth in (None, 1) else args.test_depths
