@@ -36,13 +36,18 @@ def machine_line() -> str:
     )
 
 
-def write_json(path: str | Path, content: dict[str, Any]) -> None:
-    """Write `content` to `path`, creating its folder; a reader sees the old file or the new one, whole."""
+def write_text(path: str | Path, text: str) -> None:
+    """Write `text` to `path`, creating its folder; a reader sees the old file or the new one, whole."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    partial.write_text(text, encoding="utf-8")
     partial.replace(path)
 
 
-__all__ = ["bits_per_byte", "commit", "machine_line", "write_json"]
+def write_json(path: str | Path, content: dict[str, Any]) -> None:
+    """Write `content` as JSON, as `write_text` does."""
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+__all__ = ["bits_per_byte", "commit", "machine_line", "write_json", "write_text"]

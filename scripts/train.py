@@ -100,11 +100,19 @@ def make_parser() -> HfArgumentParser:
 def parse_overrides(text: str, defaults: dict[str, Any]) -> dict[str, Any]:
     """Parse "name=value,name=value" with the types of `defaults` (all fields of a config and their values).
 
-    "none" is None. A field whose default is a list or None takes JSON, such as names=["a","b"].
+    "none" is None. A field whose default is a list or None takes JSON, such as names=["a","b"]. All of it may
+    be a JSON object, too.
 
     Raises:
         ValueError: if an entry is not name=value, the name no field, or the value not of the field's type.
     """
+    if text.lstrip().startswith("{"):
+        overrides = _parse_object(text)
+        if unknown := sorted(set(overrides) - set(defaults)):
+            raise ValueError(
+                f"config_overrides: unknown fields {unknown}, expected some of {sorted(defaults)}."
+            )
+        return overrides
     overrides = {}
     for entry in re.split(r",(?![^\[]*\])", text):  # the commas that are not inside a list
         name, separator, value = (part.strip() for part in entry.partition("="))
@@ -117,7 +125,13 @@ def parse_overrides(text: str, defaults: dict[str, Any]) -> dict[str, Any]:
 
 
 def build_config(preset: str, overrides: str | None, tokenizer: PreTrainedTokenizerFast) -> PreTrainedConfig:
-    """A config from a JSON preset, with vocabulary size and token ids of the tokenizer, and then `overrides`.
+    """A config from a JSON preset, the tokenizer's vocabulary size and token ids, and then `overrides`."""
+    token_ids = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
+    return read_preset(preset, overrides, vocab_size=len(tokenizer), **token_ids)
+
+
+def read_preset(preset: str, overrides: str | None = None, **given: Any) -> PreTrainedConfig:
+    """A config from a JSON preset, with the fields that are `given`, and then `overrides`.
 
     The fields are merged before the config is built, so what it derives and checks is what is asked for.
     """
@@ -126,10 +140,9 @@ def build_config(preset: str, overrides: str | None, tokenizer: PreTrainedTokeni
     fields = json.loads(Path(preset).read_text(encoding="utf-8"))
     model_type = fields.pop("model_type", "stackformer")
     defaults = AutoConfig.for_model(model_type).to_dict()
+    fields |= given
     if unknown := sorted(set(fields) - set(defaults)):
         raise ValueError(f"config={preset!r}: unknown fields {unknown}, expected some of {sorted(defaults)}.")
-    fields["vocab_size"] = len(tokenizer)
-    fields |= {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
     if overrides:
         fields |= parse_overrides(overrides, defaults)
     return AutoConfig.for_model(model_type, **fields)
@@ -264,6 +277,13 @@ def find_checkpoint(args: TrainingArguments) -> str | None:
     return checkpoint
 
 
+def _parse_object(text: str) -> dict[str, Any]:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"config_overrides={text!r}: expected JSON or name=value, {error}.") from error
+
+
 def _parse_value(name: str, value: str, default: Any) -> Any:
     """`value` as the type of `default`; JSON or a plain string where the default does not say."""
     if value.lower() == "none":
@@ -290,6 +310,8 @@ __all__ = [
     "build_trainer",
     "main",
     "parse_overrides",
+    "read_preset",
+    "save",
 ]
 
 

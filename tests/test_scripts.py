@@ -262,6 +262,7 @@ def test_overrides():
     expected = {"banks": 8, "rate": 2.0, "feedback": True, "kind": "relu", "types": ["a", "b"]}
     assert train.parse_overrides(text, DEFAULTS) == expected
     assert train.parse_overrides("banks=none", DEFAULTS) == {"banks": None}
+    assert train.parse_overrides(json.dumps(expected), DEFAULTS) == expected
 
 
 @pytest.mark.parametrize(
@@ -274,6 +275,8 @@ def test_overrides():
         ("banks=4.5", "banks='4.5', expected int"),
         ("rate=x", "rate='x', expected float"),
         ("feedback=maybe", "feedback='maybe', expected true or false"),
+        ('{"banks": 1, "bonks": 8}', r"unknown fields \['bonks'\].*banks"),
+        ('{"banks": 1', "config_overrides=.*expected JSON"),
     ],
 )
 def test_bad_overrides(text, message):

@@ -1,0 +1,412 @@
+# Copyright 2026 The Stackformer authors. Licensed under the Apache License, Version 2.0.
+"""Train models on short sequences of generated tasks, and test them on longer ones, and at other depths.
+
+    python -m benchmarks.tasks.run --task parity --config configs/stackformer-tiny.json \\
+        --config_overrides '{"hidden_size": 64, "bottleneck_size": 48}' --depths 1 4 --test_depths 1 2 4 8 \\
+        --seeds 0 1 2 --train_length 20 --test_lengths 20 40 80 160 --output_dir outputs/parity
+    python -m benchmarks.tasks.run --grid benchmarks/tasks/depth.json --output_dir outputs/depth
+
+Several values make a grid: tasks x systems x depths x seeds, tested at lengths x depths. A system is any
+causal language model that a preset describes, a Stackformer or another one of transformers; depth is
+`max_ponder_steps`, for models that have it. A grid file is JSON of these same options (the command line goes
+first) and of `systems`, {name: {"preset": file, "overrides": {field: value}}}, beside those of --config.
+
+Every run has a folder, output_dir/task/system/depth-seed: run.json (what was asked for, and what training
+took), the model, and results.jsonl, one line for each length and depth. What is there is not done again: the
+same command goes on where it was stopped (inside a training, too, with --save_strategy steps), and one with
+more lengths, depths, seeds or systems does what is missing. All are tested on the same sequences, drawn apart
+from those of training. At the end the tables are printed, and heat_map.png drawn from all that is in
+output_dir.
+
+accuracy    of all answers, as in the papers; what guessing has is printed beside it
+final       of the last answer in each sequence: where there are answers all along, the longest in distance
+exact       sequences with no wrong answer
+"""
+
+import argparse
+import copy
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import (
+    AutoModelForCausalLM,
+    HfArgumentParser,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.trainer_utils import get_last_checkpoint
+
+import stackformer  # also registers the Auto classes
+from benchmarks.tasks import IGNORED, TASKS, Task, seeded
+from benchmarks.tasks.heat_map import RESULTS, draw_heat_map, print_tables, read_rows
+from scripts.report import commit, machine_line, write_json, write_text
+from scripts.train import read_preset, save
+
+TRAIN, TEST = range(2)  # the first number of the seeds, so that no test sequence is one of training
+# The training arguments that a result depends on.
+TRAINING_FIELDS = (
+    "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate",
+    "lr_scheduler_type", "warmup_steps", "weight_decay", "adam_beta1", "adam_beta2", "max_grad_norm", "optim",
+)  # fmt: skip
+
+
+@dataclass
+class TaskArguments:
+    task: list[str] = field(
+        default_factory=lambda: ["parity"], metadata={"help": f"One or more of {', '.join(TASKS)}."}
+    )
+    task_options: str | None = field(
+        default=None, metadata={"help": 'Options of the task as JSON, such as {"num_kv_pairs": 8}.'}
+    )
+    config: list[str] = field(
+        default_factory=list, metadata={"help": "JSON presets; a system is called as its file."}
+    )
+    config_overrides: str | None = field(
+        default=None, metadata={"help": 'Fields other than in the presets, as JSON or "name=value,...".'}
+    )
+    depths: list[int] | None = field(
+        default=None, metadata={"help": "max_ponder_steps to train with; the config's if not given."}
+    )
+    seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "Seeds of weights and training."})
+    train_length: int = field(default=20, metadata={"help": "Longest sequences of the training."})
+    test_lengths: list[int] = field(
+        default_factory=lambda: [20, 40, 80, 160], metadata={"help": "Lengths to test."}
+    )
+    test_depths: list[int] | None = field(
+        default=None,
+        metadata={"help": "max_ponder_steps to test with; that of the training if not given, or if it is 1."},
+    )
+    test_halting_threshold: float | None = field(
+        default=None, metadata={"help": "halting_threshold to test with; that of the config if not given."}
+    )
+    num_test: int = field(default=512, metadata={"help": "Test sequences of each length."})
+    chunk_length: int | None = field(
+        default=None,
+        metadata={"help": "Test in chunks of so many tokens, the state carried over; 1 is token by token."},
+    )
+    grid: str | None = field(default=None, metadata={"help": "JSON file with these options, and systems."})
+
+
+def make_parser() -> HfArgumentParser:
+    """The command line: task, systems and transformers' TrainingArguments, with defaults for small models."""
+    parser = HfArgumentParser((TaskArguments, TrainingArguments), description=__doc__.split("\n")[0])
+    parser.set_defaults(
+        output_dir="outputs/tasks",
+        max_steps=2000,
+        per_device_train_batch_size=64,
+        per_device_eval_batch_size=64,
+        learning_rate=2e-3,
+        lr_scheduler_type="cosine",
+        warmup_steps=0.05,
+        logging_steps=200,
+        save_strategy="no",
+        save_total_limit=1,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        report_to="none",
+    )
+    return parser
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training: a task, a system at a depth, and a seed; `folder` is where it lives."""
+
+    task_name: str
+    task: Task
+    system: str
+    config: PreTrainedConfig
+    seed: int
+    folder: Path
+
+    @property
+    def depth(self) -> int | None:
+        """The ponder steps that it is trained with."""
+        return ponder_depth(self.config)
+
+    def settings(self, args: TaskArguments, training: TrainingArguments) -> dict[str, Any]:
+        """All that the trained weights depend on, as JSON has it."""
+        config = self.config.to_diff_dict()
+        config.pop("transformers_version")
+        values = {
+            "task": self.task_name,
+            "options": vars(self.task),
+            "system": self.system,
+            "config": config,
+            "seed": self.seed,
+            "train_length": args.train_length,
+            "training": {name: training.to_dict()[name] for name in TRAINING_FIELDS},
+        }
+        return json.loads(json.dumps(values))
+
+
+class TaskCollator:
+    """Makes a batch of the indices that it is given: of one length, and the same for the same indices."""
+
+    def __init__(self, task: Task, lengths: Sequence[int], seed: int) -> None:
+        self.task, self.lengths, self.seed = task, lengths, seed
+
+    def __call__(self, indices: list[int]) -> dict[str, Tensor]:
+        generator = seeded(TRAIN, self.seed, indices[0])
+        length = self.lengths[torch.randint(len(self.lengths), (), generator=generator)]
+        input_ids, labels = self.task.sample(len(indices), length, generator)
+        return {"input_ids": input_ids, "labels": labels, "shift_labels": labels}  # already in their places
+
+
+def build_task(name: str, options: dict[str, Any] | None = None) -> Task:
+    """A task by its name, with `options` other than its defaults.
+
+    Raises:
+        ValueError: for an unknown task or option.
+    """
+    if name not in TASKS:
+        raise ValueError(f"task={name!r}: expected one of {sorted(TASKS)}.")
+    known = {option.name for option in fields(TASKS[name])}
+    if unknown := sorted(set(options or {}) - known):
+        raise ValueError(f"task_options: unknown {unknown} for {name}, expected some of {sorted(known)}.")
+    return TASKS[name](**(options or {}))
+
+
+def train(run: Run, args: TaskArguments, training: TrainingArguments) -> None:
+    """Train the run's model into its folder, unless that has been done, going on from a checkpoint.
+
+    Raises:
+        ValueError: if the folder holds a run with other settings.
+    """
+    settings, record = run.settings(args, training), run.folder / "run.json"
+    if record.exists():
+        found = json.loads(record.read_text(encoding="utf-8"))
+        if found["settings"] != settings:
+            differ = [name for name in settings if found["settings"].get(name) != settings[name]]
+            raise ValueError(
+                f"output_dir: expected a new one, {run.folder} has a run with other settings of {differ}."
+            )
+        if "parameters" in found:
+            return
+    write_json(record, {"settings": settings})
+    (run.folder / RESULTS).unlink(missing_ok=True)  # of weights that are no more
+
+    arguments = copy.copy(training)
+    arguments.output_dir, arguments.seed, arguments.remove_unused_columns = str(run.folder), run.seed, False
+    set_seed(run.seed)
+    model = AutoModelForCausalLM.from_config(run.config)
+    trainer = Trainer(
+        model,
+        arguments,
+        # A sequence is made of its index, so that no run needs its data on disk and any can be resumed.
+        train_dataset=range(
+            arguments.max_steps
+            * arguments.train_batch_size
+            * arguments.gradient_accumulation_steps
+            * arguments.world_size
+        ),
+        data_collator=TaskCollator(run.task, run.task.train_lengths(args.train_length), run.seed),
+    )
+    started = time.perf_counter()
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(run.folder)))
+    seconds = time.perf_counter() - started
+    save(trainer)
+    measured = {
+        "parameters": model.num_parameters(),
+        "state_bytes": state_bytes(model, run.task, args.train_length),
+        "seconds": round(seconds, 1),
+        "commit": commit(),
+        "machine": machine_line(),
+    }
+    if trainer.is_world_process_zero():
+        write_json(record, {"settings": settings, **measured})
+
+
+@torch.no_grad()
+def state_bytes(model: PreTrainedModel, task: Task, length: int) -> int | None:
+    """Size of the recurrent state after one sequence; `None` for a model with another kind of cache."""
+    input_ids, _ = task.sample(1, length, seeded(TEST, length))
+    cache = model.eval()(input_ids=input_ids.to(model.device), use_cache=True).past_key_values
+    return cache.num_bytes if isinstance(cache, stackformer.StackformerCache) else None
+
+
+@torch.no_grad()
+def evaluate(
+    model: PreTrainedModel,
+    task: Task,
+    length: int,
+    num_test: int,
+    batch_size: int = 64,
+    chunk_length: int | None = None,
+) -> dict[str, float | None]:
+    """Accuracies on the task's test sequences of one length, and the mean ponder steps if the model has any.
+
+    The sequences depend on nothing but the task, the length and their number.
+    """
+    input_ids, labels = task.sample(num_test, length, seeded(TEST, length))
+    batches = [_predict(model, batch, chunk_length) for batch in input_ids.to(model.device).split(batch_size)]
+    predictions, steps = zip(*batches, strict=True)
+    asked = labels != IGNORED
+    correct = (torch.cat(predictions).cpu() == labels) & asked
+    last = asked.shape[1] - 1 - asked.flip(1).int().argmax(1, keepdim=True)
+    return {
+        "accuracy": (correct.sum() / asked.sum()).item(),
+        "final": correct.gather(1, last).float().mean().item(),
+        "exact": (correct == asked).all(1).float().mean().item(),
+        "ponder_steps": None if steps[0] is None else torch.cat(steps).mean().item(),
+    }
+
+
+def measure(run: Run, args: TaskArguments, training: TrainingArguments) -> None:
+    """Add the results that are missing in the run's folder: lengths x depths."""
+    results = run.folder / RESULTS
+    rows = read_rows(results)
+    # A model that was trained with one step has not learned when to stop.
+    depths = [run.depth] if args.test_depths is None or run.depth in (None, 1) else args.test_depths
+    cells = [
+        {
+            "length": length,
+            "depth": depth,
+            "halting_threshold": args.test_halting_threshold,
+            "chunk_length": args.chunk_length,
+            "num_test": args.num_test,
+        }
+        for depth, length in product(depths, args.test_lengths)
+    ]
+    missing = [cell for cell in cells if not any(cell.items() <= row.items() for row in rows)]
+    if not missing:
+        return
+    about = {
+        "task": run.task_name,
+        "system": run.system,
+        "train_depth": run.depth,
+        "train_length": args.train_length,
+        "seed": run.seed,
+        "chance": 1 / run.task.num_answers,
+    }
+    model = AutoModelForCausalLM.from_pretrained(run.folder).to(training.device).eval()
+    for cell in tqdm(missing, desc="test", leave=False, disable=training.disable_tqdm):
+        if run.depth is not None:
+            model.config.max_ponder_steps = cell["depth"]
+            if args.test_halting_threshold is not None:
+                model.config.halting_threshold = args.test_halting_threshold
+        measured = evaluate(
+            model, run.task, cell["length"], args.num_test, training.eval_batch_size, args.chunk_length
+        )
+        rows.append(about | cell | measured)
+        write_text(results, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def plan(args: TaskArguments, systems: dict[str, dict[str, Any]], output_dir: str) -> list[Run]:
+    """All runs of the grid, so that every task and config is checked before the first one starts.
+
+    Args:
+        systems: by name, each with its "preset" and, if any, its "overrides" as text.
+    """
+    runs: dict[Path, Run] = {}  # by folder: a system without depth has one run for all depths
+    options = json.loads(args.task_options) if args.task_options else {}
+    for task_name, system, depth, seed in product(args.task, systems, args.depths or [None], args.seeds):
+        task = build_task(task_name, options)
+        config = read_preset(
+            **systems[system],
+            vocab_size=task.vocab_size,
+            pad_token_id=None,
+            bos_token_id=None,
+            eos_token_id=None,
+        )
+        if depth is not None and ponder_depth(config) is not None:
+            config.max_ponder_steps = depth
+            config.validate()
+        folder = Path(output_dir) / task_name / system / f"depth{ponder_depth(config)}-seed{seed}"
+        runs[folder] = Run(task_name, task, system, config, seed, folder)
+    return list(runs.values())
+
+
+def ponder_depth(config: PreTrainedConfig) -> int | None:
+    """`max_ponder_steps`, or `None` for a model that has no such thing."""
+    return config.to_dict().get("max_ponder_steps")
+
+
+def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
+    """Do what is missing of the grid that `argv` asks for; return the rows of all results in its folder."""
+    args, systems, training = parse(argv)
+    output_dir = Path(training.output_dir)
+    for run in tqdm(plan(args, systems, training.output_dir), desc="runs", disable=training.disable_tqdm):
+        train(run, args, training)
+        measure(run, args, training)
+    rows = read_rows(output_dir)
+    print(machine_line())
+    print_tables(rows)
+    draw_heat_map(rows, output_dir / "heat_map.png")
+    return rows
+
+
+def parse(argv: list[str] | None) -> tuple[TaskArguments, dict[str, dict[str, Any]], TrainingArguments]:
+    """Options of the command line over those of the grid file, and the systems of both.
+
+    Raises:
+        ValueError: for an unknown option in the grid file, or without any system.
+    """
+    parser = make_parser()
+    before = argparse.ArgumentParser(add_help=False)
+    before.add_argument("--grid")
+    systems = {}
+    if path := before.parse_known_args(argv)[0].grid:
+        grid = json.loads(Path(path).read_text(encoding="utf-8"))
+        systems = {name: _with_text(system) for name, system in grid.pop("systems", {}).items()}
+        known = {option.name for option in (*fields(TaskArguments), *fields(TrainingArguments))}
+        if unknown := sorted(set(grid) - known):
+            raise ValueError(
+                f"grid={path!r}: unknown options {unknown}, expected systems and those of --help."
+            )
+        parser.set_defaults(**_with_text(grid))
+    args, training = parser.parse_args_into_dataclasses(argv)
+    systems |= {
+        Path(preset).stem: {"preset": preset, "overrides": args.config_overrides} for preset in args.config
+    }
+    if not systems:
+        raise ValueError("config=[]: expected at least one preset, or systems in a grid file.")
+    return args, systems, training
+
+
+def _with_text(options: dict[str, Any]) -> dict[str, Any]:
+    """JSON objects in a grid file become text, as they are on the command line."""
+    return {name: json.dumps(value) if isinstance(value, dict) else value for name, value in options.items()}
+
+
+def _predict(
+    model: PreTrainedModel, input_ids: Tensor, chunk_length: int | None
+) -> tuple[Tensor, Tensor | None]:
+    """The likeliest token and the ponder steps, if the model has any, at each position [B, T]."""
+    if chunk_length is None:
+        chunks = [model(input_ids=input_ids, use_cache=False)]
+    else:
+        cache, chunks = None, []
+        for chunk in input_ids.split(chunk_length, dim=1):
+            chunks.append(model(input_ids=chunk, past_key_values=cache, use_cache=True))
+            cache = chunks[-1].past_key_values
+    predictions = torch.cat([outputs.logits.argmax(-1) for outputs in chunks], dim=1)
+    steps = [outputs.get("ponder_steps") for outputs in chunks]
+    return predictions, None if steps[0] is None else torch.cat(steps, dim=1)
+
+
+__all__ = [
+    "Run",
+    "TaskArguments",
+    "TaskCollator",
+    "build_task",
+    "evaluate",
+    "main",
+    "measure",
+    "plan",
+    "train",
+]
+
+
+if __name__ == "__main__":
+    main()
