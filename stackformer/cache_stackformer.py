@@ -37,7 +37,7 @@ class _Call(NamedTuple):
     def replay(self, state: State | None, stop: int) -> State | None:
         """The slice's state (all batch rows) after those tokens of this call that come before token
         `stop`."""
-        keep = self.layout.before(stop - self.start, self.hidden.device)
+        keep = self.layout.before(stop - self.start, self.hidden.device).nonzero().squeeze(-1)
         layout = self.layout.select(keep)
         if layout.num_tokens == 0:
             return state
@@ -46,7 +46,7 @@ class _Call(NamedTuple):
 
     def after(self, stop: int) -> "_Call":
         """What is left of this call from token `stop` on, counted from there."""
-        keep = ~self.layout.before(stop - self.start, self.hidden.device)
+        keep = (~self.layout.before(stop - self.start, self.hidden.device)).nonzero().squeeze(-1)
         layout = self.layout.select(keep)
         return _Call(self.start - stop, self.advance, self.hidden[keep], self.pointer[keep], layout)
 
