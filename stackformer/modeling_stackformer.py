@@ -437,7 +437,7 @@ class StackformerModel(StackformerPreTrainedModel):
                 use_cache = self.config.use_cache and not self.training
             return StackformerCache(self.config).bind(self) if use_cache else None
         # Not by type: the package and a copy of it that was loaded as remote code may be in one process.
-        ours = all(hasattr(layer, "slices") for layer in cache.layers)
+        ours = all(hasattr(layer, "record_past") for layer in cache.layers)
         if len(cache.layers) != self.config.num_hidden_layers or not ours:
             raise ValueError(
                 f"`past_key_values` must be a StackformerCache of {self.config.num_hidden_layers} layers (or "

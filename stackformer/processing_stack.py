@@ -219,6 +219,8 @@ class TokenLayout:
     ) -> "TokenLayout":
         if documents is None and positions.numel() == batch_size * length:
             return cls.full(batch_size, length)
+        if documents is None and length == 1:
+            return cls(batch_size, 1, positions, positions, num_rows=len(positions), row_length=1)
         row = positions.div(length, rounding_mode="floor")
         if documents is not None:
             document = documents[positions]
