@@ -152,9 +152,13 @@ def divergence_from_geometric(distribution: Tensor, rate: float) -> Tensor:
     """
     steps = torch.arange(distribution.shape[-1], device=distribution.device, dtype=distribution.dtype)
     log_prior = (steps * math.log1p(-rate)).log_softmax(-1)
-    # Where no mass was dropped the term is 0; the bound keeps its gradient finite.
-    log_mass = distribution.clamp(min=torch.finfo(distribution.dtype).eps).log()
-    return (distribution * (log_mass - log_prior)).sum(-1)
+    return -entropy(distribution) - (distribution * log_prior).sum(-1)
+
+
+def entropy(distribution: Tensor) -> Tensor:
+    """Entropy [...] of a distribution [..., P], in nats."""
+    # Where there is no mass the term is 0; the bound keeps its gradient finite.
+    return -(distribution * distribution.clamp(min=torch.finfo(distribution.dtype).eps).log()).sum(-1)
 
 
 def address_memories(pointer: Tensor, bank_weights: Tensor) -> Tensor:
