@@ -4,10 +4,10 @@
     python -m benchmarks.frontier --model runs/tiny --text other.txt --json outputs/frontier.json \
         --plot outputs/frontier.png
 
-The threshold needs no training: it is an argument of the model's call and of `generate`. For each, the text is
-evaluated in blocks of T tokens, each from its own start; `computed` is the share of the token-steps that were
-computed. Then it is read with a cache in batches of the sizes asked for (prefill), and token by token (decode),
-all thresholds taking turns.
+The threshold needs no training: it is an argument of the model's call and of `generate`. For each, the text
+is evaluated in blocks of T tokens, each from its own start; `computed` is the share of the token-steps that
+were computed. Then it is read with a cache in batches of the sizes asked for (prefill), and token by token
+(decode), all thresholds taking turns.
 """
 
 import argparse
@@ -43,9 +43,7 @@ def evaluate(model: PreTrainedModel, blocks: Tensor, num_bytes: int, threshold: 
 
 def prefill(model: PreTrainedModel, ids: Tensor, threshold: float) -> harness.Work:
     """Reading `ids` [B, T] into a cache."""
-    return torch.no_grad()(
-        lambda: model(ids, use_cache=True, logits_to_keep=1, halting_threshold=threshold)
-    )
+    return torch.no_grad()(lambda: model(ids, use_cache=True, logits_to_keep=1, halting_threshold=threshold))
 
 
 def decode(model: PreTrainedModel, ids: Tensor, threshold: float) -> harness.Work:
@@ -62,7 +60,9 @@ def decode(model: PreTrainedModel, ids: Tensor, threshold: float) -> harness.Wor
     return work
 
 
-def measure(model: PreTrainedModel, blocks: Tensor, batch: int, args: argparse.Namespace) -> list[harness.Row]:
+def measure(
+    model: PreTrainedModel, blocks: Tensor, batch: int, args: argparse.Namespace
+) -> list[harness.Row]:
     """Rows of prefill and decoding at one batch size: a side for each threshold, the first is the base."""
     ids = blocks[torch.arange(batch) % len(blocks)]
     rows = []

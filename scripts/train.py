@@ -175,7 +175,8 @@ def build_trainer(
     block_size: int,
     args: TrainingArguments,
 ) -> Trainer:
-    """A Trainer on the blocks of the training text that reports ponder steps, and bits per byte in evaluation."""
+    """A Trainer on the blocks of the training text; evaluation reports bits per byte, the log ponder
+    steps."""
     train_ids, eval_ids = (encode(text, tokenizer) for text in texts)
     num_eval_bytes = len(texts[1])
 

@@ -54,10 +54,10 @@ class _Call(NamedTuple):
 class StackformerCacheLayer(CacheLayerMixin):
     """The state of one core layer: for every slice (ponder step), its mixer's tuple of tensors, batch first.
 
-    Tensors are replaced, so gradients flow through the cache, and a state that is kept for a rollback costs no
-    copy. Written in place are only tensors that the layer itself made, without a gradient, to replace some of the
-    rows, and only as long as nobody can hold them: looking at `slices` ends that. Without this, the rows of tokens
-    that have halted would be copied at every step, which takes as long as computing them.
+    Tensors are replaced, so gradients flow through the cache, and a state that is kept for a rollback costs
+    no copy. Written in place are only tensors that the layer itself made, without a gradient, to replace some
+    of the rows, and only as long as nobody can hold them: looking at `slices` ends that. Without this, the
+    rows of tokens that have halted would be copied at every step, which takes as long as computing them.
 
     While it records the past, the layer holds an anchor (an older state) and what was read since, and `crop`
     computes the state in between again.
@@ -108,7 +108,7 @@ class StackformerCacheLayer(CacheLayerMixin):
             self._private.add(index)
 
     def _may_overwrite(self, index: int) -> bool:
-        """Whether to write slice `index` in place: it has no graph, no anchor, nor anybody else who holds it."""
+        """Whether to write slice `index` in place: no graph, no anchor, and nobody else holds it."""
         if index not in self._private or self.record_past or torch.is_grad_enabled():
             return False
         return torch.is_inference_mode_enabled() or not self._slices[index][0].is_inference()

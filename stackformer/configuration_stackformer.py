@@ -33,10 +33,12 @@ class StackformerConfig(PreTrainedConfig):
         halting_threshold (`float`, defaults to 0.01): A token with less probability mass than this left on
             its stack is done: it is not computed any more. 0 computes every token at every step.
         ponder_loss_coef (`float`, defaults to 0.0): Weight of the ponder loss in the training loss.
-        ponder_loss_type (`str`, defaults to `"expected_steps"`): The ponder loss of a token. "expected_steps" is its
-            mean number of ponder steps (Graves 2016); "geometric_prior" the divergence of its distribution over
-            halting steps from a truncated geometric one, in nats (Banino et al. 2021, "PonderNet").
-        ponder_prior (`float`, defaults to 0.2): Probability of halting at each step in that geometric distribution.
+        ponder_loss_type (`str`, defaults to `"expected_steps"`): The ponder loss of a token. "expected_steps"
+            is its mean number of ponder steps (Graves 2016); "geometric_prior" the divergence of its
+            distribution over halting steps from a truncated geometric one, in nats (Banino et al. 2021,
+            "PonderNet").
+        ponder_prior (`float`, defaults to 0.2): Probability of halting at each step in that geometric
+            distribution.
         max_decay_rate (`float`, defaults to 1.0): Largest decay of a memory at one token, in nats, for a
             token that writes with weight 1. 0 never forgets.
         feature_map (`str`, defaults to `"elu_plus_one"`): Map of queries and keys to non-negative features.
@@ -142,7 +144,9 @@ class StackformerConfig(PreTrainedConfig):
             _is_number(self.halting_threshold) and self.halting_threshold < 1,
             "a number of at least 0 and less than 1",
         )
-        self._require("ponder_loss_type", self.ponder_loss_type in PONDER_LOSS_TYPES, f"one of {PONDER_LOSS_TYPES}")
+        self._require(
+            "ponder_loss_type", self.ponder_loss_type in PONDER_LOSS_TYPES, f"one of {PONDER_LOSS_TYPES}"
+        )
         self._require(
             "ponder_prior",
             _is_number(self.ponder_prior) and 0 < self.ponder_prior < 1,

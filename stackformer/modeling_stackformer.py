@@ -99,8 +99,8 @@ class StackformerModelOutputWithPast(BaseModelOutputWithPast):
             embeddings, and what each token was thinking after each ponder step.
         ponder_steps (`torch.FloatTensor` [B, T]): expected number of ponder steps of each token, 0 for
             padding. Gradients flow through it.
-        ponder_distribution (`torch.FloatTensor` [B, T, P]): the mass that each token dropped at each ponder step,
-            which is its distribution over halting steps; zeros for padding. Gradients flow through it.
+        ponder_distribution (`torch.FloatTensor` [B, T, P]): the mass that each token dropped at each ponder
+            step, which is its distribution over halting steps; zeros for padding. Gradients flow through it.
         stack_trace ([`StackTrace`]): with `output_stack_trace=True`.
     """
 
@@ -277,16 +277,16 @@ class StackformerModel(StackformerPreTrainedModel):
             use_cache: whether to return the state; by default `config.use_cache`, but not in training.
             output_hidden_states: whether to return the embeddings and every ponder step's thoughts.
             output_stack_trace: whether to return the [`StackTrace`].
-            halting_threshold: in place of `config.halting_threshold`. Every call that shares a cache should have the
-                same, or tokens are read to other depths than those before them.
+            halting_threshold: in place of `config.halting_threshold`. Every call that shares a cache should
+                have the same, or tokens are read to other depths than those before them.
             kwargs: Documents packed into one row are read as if each stood alone. Where they begin is told by
                 `seq_idx` [B, T], `cu_seq_lens_q` (for B = 1), or `position_ids` [B, T] that start again
                 from 0: whatever [`DataCollatorWithFlattening`] returns.
 
         Raises:
             ValueError: without exactly one of `input_ids` and `inputs_embeds`, for an attention mask that is
-                no padding mask, for a threshold out of range, for a cache made for another model, or for packed
-                documents with a cache.
+                no padding mask, for a threshold out of range, for a cache made for another model, or for
+                packed documents with a cache.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of `input_ids` and `inputs_embeds`")
@@ -300,7 +300,9 @@ class StackformerModel(StackformerPreTrainedModel):
         if halting_threshold is None:
             halting_threshold = self.config.halting_threshold
         if not 0 <= halting_threshold < 1:
-            raise ValueError(f"`halting_threshold` must be at least 0 and less than 1, got {halting_threshold}")
+            raise ValueError(
+                f"`halting_threshold` must be at least 0 and less than 1, got {halting_threshold}"
+            )
 
         layout = self._layout(inputs_embeds, attention_mask, documents)
         thoughts, distribution, hidden_states, trace = self._ponder(
@@ -559,8 +561,8 @@ class StackformerForCausalLM(StackformerPreTrainedModel, GenerationMixin):
 
         Args:
             labels: [B, T], shifted inside; -100 is ignored. The loss is the cross-entropy, in training plus
-                `config.ponder_loss_coef` times the mean ponder loss (`config.ponder_loss_type`) of the tokens that
-                predict a label.
+                `config.ponder_loss_coef` times the mean ponder loss (`config.ponder_loss_type`) of the tokens
+                that predict a label.
             logits_to_keep: the last positions to compute logits for; 0 for all, or a tensor of positions.
         """
         outputs = self.model(

@@ -6,9 +6,9 @@ superposition stack (Joulin & Mikolov 2015, "Inferring Algorithmic Patterns with
 Nets", equations 1 to 5) whose frames are embeddings of one token; what leaves it at the bottom is accumulated
 as in Adaptive Computation Time (Graves 2016, equation 13).
 
-Letters: D hidden size, S stack levels, N memory banks, H heads, P ponder steps, n active tokens; "..." are any
-leading dimensions. Level 0 is the bottom. The pointer is a distribution over levels that loses mass as the token
-finishes: its sum plus the mass that was dropped is always 1.
+Letters: D hidden size, S stack levels, N memory banks, H heads, P ponder steps, n active tokens; "..." are
+any leading dimensions. Level 0 is the bottom. The pointer is a distribution over levels that loses mass as
+the token finishes: its sum plus the mass that was dropped is always 1.
 """
 
 import math
@@ -44,7 +44,7 @@ class Transfer(NamedTuple):
 
 
 def init_stack(embedding: Tensor, depth: int, max_steps: int) -> Stack:
-    """All mass on level 0, every frame holding the token's embedding [..., D]; for at most P = `max_steps`."""
+    """All mass on level 0, every frame holding the token's embedding [..., D]; P is `max_steps`."""
     pointer = embedding.new_zeros(*embedding.shape[:-1], depth, dtype=at_least_float32(embedding))
     pointer[..., 0] = 1
     frames = embedding.unsqueeze(-2).expand(*embedding.shape[:-1], depth, embedding.shape[-1])
@@ -126,7 +126,7 @@ def step_stack(
 
 
 def accumulate(stack: Stack, mass: Tensor, thought: Tensor, step: int) -> tuple[Tensor, Tensor]:
-    """Output and dropped mass after `mass` [...] left at step `step`, while the token thought `thought` [..., D]."""
+    """Output and dropped mass after `mass` [...] left at a step, thinking `thought` [..., D]."""
     mass = mass.unsqueeze(-1)
     output = stack.output + mass.to(thought.dtype) * thought
     return output, stack.dropped + nn.functional.pad(mass, (step - 1, stack.dropped.shape[-1] - step))
@@ -147,8 +147,9 @@ def expected_steps(distribution: Tensor) -> Tensor:
 def divergence_from_geometric(distribution: Tensor, rate: float) -> Tensor:
     """KL [...] of a distribution over halting steps [..., P] from a geometric one, truncated at P: in nats.
 
-    The regulariser of PonderNet (Banino et al. 2021, equation 6): it pulls towards halting with probability `rate`
-    at every step, so it does not only charge for depth as the expected steps do, but also for too little of it.
+    The regulariser of PonderNet (Banino et al. 2021, equation 6): it pulls towards halting with probability
+    `rate` at every step, so it does not only charge for depth as the expected steps do, but also for too
+    little of it.
     """
     steps = torch.arange(distribution.shape[-1], device=distribution.device, dtype=distribution.dtype)
     log_prior = (steps * math.log1p(-rate)).log_softmax(-1)
@@ -280,9 +281,7 @@ class TokenLayout:
             return tokens.view(base.shape)
         return base.flatten(0, 1).index_copy(0, self.positions, tokens).view(base.shape)
 
-    def spread(
-        self, finished: list[tuple[Tensor, ...]], tokens: tuple[Tensor, ...]
-    ) -> tuple[Tensor, ...]:
+    def spread(self, finished: list[tuple[Tensor, ...]], tokens: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """`tokens` ([n, ...] each) and those that finished before them to [B, T, ...], zeros for the rest.
 
         Args:

@@ -1,5 +1,5 @@
 # Copyright 2026 The Stackformer authors. Licensed under the Apache License, Version 2.0.
-"""transformers' Trainer with the ponder steps in its log, so that a collapse of the depth is seen when it happens.
+"""transformers' Trainer with ponder steps in its log, so that a collapse of the depth is seen as it happens.
 
 Not needed to train: the model's loss is complete without it.
 """
@@ -16,24 +16,24 @@ from .processing_stack import entropy, expected_steps
 
 logger = logging.get_logger(__name__)
 
-# Below both, practically every token is done after one step. Depth that is of use was far above them in every run of
-# docs/experiments.md, and one that had collapsed stayed so.
+# Below both, practically every token is done after one step, and stays so: what is no more computed has no
+# gradient.
 COLLAPSED_STEPS, COLLAPSED_ENTROPY = 1.05, 0.2
 
 
 class PonderLogging:
-    """What to put before a Trainer class to log how deep the model ponders: `class Mine(PonderLogging, SFTTrainer)`.
+    """Put before a Trainer class to log how deep the model ponders: `class Mine(PonderLogging, SFTTrainer)`.
 
-    Logged are means over the tokens, padding apart, since the last log entry, over all processes; with the prefix
-    "eval_" in evaluation:
+    Logged are means over the tokens, padding apart, since the last log entry, over all processes; with the
+    prefix "eval_" in evaluation:
 
-    - `ponder_steps`, `ponder_steps_std`: mean of the tokens' expected ponder steps, and its spread over tokens
-    - `ponder_entropy`: of the step that a token's mass is dropped at, in nats; 0 if it is the same for all of it
+    - `ponder_steps`, `ponder_steps_std`: mean of the tokens' expected ponder steps, and its spread
+    - `ponder_entropy`: of the step at which mass is dropped, in nats; 0 if all of it is at the same
     - `ponder_computed`: share of the token-steps that were computed, up to `halting_threshold`
     - `ponder_dropped_1` ...: mass dropped at each step
 
-    A warning, once, tells that the depth collapsed in training. Nothing is read from a GPU but when a log entry is
-    written.
+    A warning, once, tells that the depth collapsed in training. Nothing is read from a GPU but when a log
+    entry is written.
     """
 
     _ponder_sums: dict[bool, Tensor]  # by whether in training
@@ -66,8 +66,8 @@ class PonderLogging:
         if shallow and not self._warned_of_collapse:
             self._warned_of_collapse = True
             logger.warning(
-                f"Pondering has collapsed: tokens are done after {metrics['ponder_steps']:.2f} ponder steps on "
-                "average, nearly all of them after one. A lower learning rate or `ponder_loss_coef`, or "
+                f"Pondering has collapsed: tokens are done after {metrics['ponder_steps']:.2f} ponder steps "
+                "on average, nearly all of them after one. A lower learning rate or `ponder_loss_coef`, or "
                 '`ponder_loss_type="geometric_prior"`, keeps the depth; see docs/training.md.'
             )
 
@@ -79,7 +79,8 @@ class StackformerTrainer(PonderLogging, Trainer):
 def ponder_sums(distribution: Tensor) -> Tensor:
     """Sums over the tokens of a distribution over halting steps [B, T, P], for `ponder_metrics`: [4 + P].
 
-    They are of 1, the expected steps, their square, and the computed steps; then of the mass dropped at each step.
+    They are of 1, the expected steps, their square, and the computed steps; then of the mass dropped at each
+    step.
     """
     tokens = distribution.flatten(0, 1).float()
     ones = tokens.any(-1).float()  # not padding
