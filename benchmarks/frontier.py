@@ -100,7 +100,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         ),
     }
     rows = [{**row, "use": "evaluation"} for row in quality] + times
-    return harness.report(args, rows, tables, lambda path: plot(quality, times, path))
+    if args.plot:
+        plot(quality, times, args.plot)
+    return harness.report(args, rows, tables)
 
 
 def load(args: argparse.Namespace) -> tuple[Tensor, int]:

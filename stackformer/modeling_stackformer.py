@@ -342,7 +342,7 @@ class StackformerModel(StackformerPreTrainedModel):
         embedding = layout.gather(embeds)
         stack = init_stack(embedding, config.stack_depth, config.max_ponder_steps)
         latest, hidden_states, steps = embeds, [embeds], []
-        finished: list[tuple[Tensor, Tensor, Tensor]] = []  # positions, outputs, distributions
+        finished: list[tuple[Tensor, ...]] = []  # positions, outputs, distributions
         steps_left = 0
 
         for step in range(1, config.max_ponder_steps + 1):
