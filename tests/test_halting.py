@@ -72,10 +72,7 @@ def test_the_prior_in_the_training_loss():
 @pytest.mark.parametrize(("rate", "expected"), [(0.9, 1.11), (0.05, 2.44)])
 def test_the_prior_is_learned(rate, expected):
     """With no text to learn, the mean depth goes to the prior's, from where the action projection starts."""
-    model, ids = (
-        tiny_model(ponder_loss_type="geometric_prior", ponder_prior=rate, halting_threshold=0.0),
-        random_ids(2, 10),
-    )
+    model, ids = tiny_model(halting_threshold=0.0), random_ids(2, 10)
     optimizer = torch.optim.Adam(model.model.action_proj.parameters(), lr=0.2)
     for _ in range(60):
         outputs = model(ids)
