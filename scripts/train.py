@@ -175,8 +175,7 @@ def build_trainer(
     block_size: int,
     args: TrainingArguments,
 ) -> Trainer:
-    """A Trainer on the blocks of the training text; evaluation reports bits per byte, the log ponder
-    steps."""
+    """A Trainer on the blocks of the training text: bits per byte in evaluation, depth in its log."""
     train_ids, eval_ids = (encode(text, tokenizer) for text in texts)
     num_eval_bytes = len(texts[1])
 
