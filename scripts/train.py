@@ -55,6 +55,7 @@ from transformers.trainer_utils import get_last_checkpoint
 import stackformer  # noqa: F401  (importing it registers the Auto classes)
 from scripts.data import Blocks, DataArguments, encode, load_splits, load_tokenizer
 from scripts.report import bits_per_byte, commit, machine_line, write_json
+from stackformer.trainer_stackformer import StackformerTrainer
 
 
 @dataclass
@@ -187,7 +188,7 @@ def build_trainer(
     block_size: int,
     args: TrainingArguments,
 ) -> Trainer:
-    """A Trainer on the blocks of the training text that reports the bits per byte of the evaluation text."""
+    """A Trainer on the blocks of the training text: bits per byte in evaluation, depth in its log."""
     train_ids, eval_ids = (encode(text, tokenizer) for text in texts)
     num_eval_bytes = len(texts[1])
 
@@ -195,7 +196,7 @@ def build_trainer(
         mean_nll = float(np.mean(prediction.predictions, dtype=np.float64))
         return {"bits_per_byte": bits_per_byte(mean_nll, len(eval_ids), num_eval_bytes)}
 
-    return Trainer(
+    return StackformerTrainer(
         model,
         args,
         train_dataset=Blocks(train_ids, block_size, "training"),

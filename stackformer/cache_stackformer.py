@@ -37,7 +37,7 @@ class _Call(NamedTuple):
     def replay(self, state: State | None, stop: int) -> State | None:
         """The slice's state (all batch rows) after those tokens of this call that come before token
         `stop`."""
-        keep = self.layout.before(stop - self.start, self.hidden.device)
+        keep = self.layout.before(stop - self.start, self.hidden.device).nonzero().squeeze(-1)
         layout = self.layout.select(keep)
         if layout.num_tokens == 0:
             return state
@@ -46,7 +46,7 @@ class _Call(NamedTuple):
 
     def after(self, stop: int) -> "_Call":
         """What is left of this call from token `stop` on, counted from there."""
-        keep = ~self.layout.before(stop - self.start, self.hidden.device)
+        keep = (~self.layout.before(stop - self.start, self.hidden.device)).nonzero().squeeze(-1)
         layout = self.layout.select(keep)
         return _Call(self.start - stop, self.advance, self.hidden[keep], self.pointer[keep], layout)
 
@@ -54,9 +54,13 @@ class _Call(NamedTuple):
 class StackformerCacheLayer(CacheLayerMixin):
     """The state of one core layer: for every slice (ponder step), its mixer's tuple of tensors, batch first.
 
-    Tensors are replaced, never written in place, so gradients flow through the cache, and a state that is
-    kept for a rollback costs no copy. While it records the past, the layer holds an anchor (an older state)
-    and what was read since, and `crop` computes the state in between again.
+    Tensors are replaced, so gradients flow through the cache, and a state that is kept for a rollback costs
+    no copy. Written in place are only tensors that the layer itself made, without a gradient, to replace some
+    of the rows, and only as long as nobody can hold them: looking at `slices` ends that. Without this, the
+    rows of tokens that have halted would be copied at every step, which takes as long as computing them.
+
+    While it records the past, the layer holds an anchor (an older state) and what was read since, and `crop`
+    computes the state in between again.
     """
 
     is_sliding = False
@@ -65,7 +69,8 @@ class StackformerCacheLayer(CacheLayerMixin):
 
     def __init__(self, rollback_window: int = ROLLBACK_WINDOW, **kwargs):
         super().__init__()
-        self.slices: dict[int, State] = {}
+        self._slices: dict[int, State] = {}
+        self._private: set[int] = set()  # slices whose tensors only this layer holds
         self.seen_tokens = 0
         self.rollback_window = rollback_window
         self.record_past = False
@@ -73,14 +78,43 @@ class StackformerCacheLayer(CacheLayerMixin):
         self._calls: dict[int, list[_Call]] = {}
         self._recorded_tokens = 0
 
+    @property
+    def slices(self) -> dict[int, State]:
+        """The state of each slice that was written. Its tensors will not be written in place."""
+        self._private.clear()
+        return self._slices
+
+    @slices.setter
+    def slices(self, slices: dict[int, State]) -> None:
+        self._private.clear()
+        self._slices = slices
+
     def read(self, index: int, layout: TokenLayout) -> State | None:
         """The state of slice `index` for the rows of `layout`; `None` before the first write."""
-        return _take_rows(self.slices.get(index), layout.rows)
+        return _take_rows(self._slices.get(index), layout.rows)
 
     def write(self, index: int, state: State, layout: TokenLayout) -> None:
         """Replace the state of slice `index` for the rows of `layout`."""
-        self.slices[index] = _put_rows(self.slices.get(index), state, layout)
+        old = self._slices.get(index)
+        if layout.rows is not None and self._may_overwrite(index, state):
+            for past, tensor in zip(old, state, strict=True):  # type: ignore[arg-type]  # it is there
+                past.index_copy_(0, layout.rows, tensor)
+            return
+        self._slices[index] = _put_rows(old, state, layout)
         self.is_initialized = True
+        if layout.rows is None or torch.is_grad_enabled():
+            self._private.discard(index)
+        else:
+            self._private.add(index)
+
+    def _may_overwrite(self, index: int, state: State) -> bool:
+        """Whether to write slice `index` in place: no graph, no anchor, nobody else holds it, nor does it
+        grow."""
+        if index not in self._private or self.record_past or torch.is_grad_enabled():
+            return False
+        if any(old.shape[1:] != new.shape[1:] for old, new in zip(self._slices[index], state, strict=True)):
+            return False
+        return torch.is_inference_mode_enabled() or not self._slices[index][0].is_inference()
 
     def record(
         self, index: int, advance: Callable, hidden: Tensor, pointer: Tensor, layout: TokenLayout
@@ -135,7 +169,7 @@ class StackformerCacheLayer(CacheLayerMixin):
     def _replayed(self, stop: int) -> dict[int, State]:
         """All slices after `stop` tokens since the anchor."""
         slices = {}
-        for index in self.slices:
+        for index in self._slices:
             state = self._anchor.get(index)
             for call in self._calls.get(index, []):
                 if call.start < stop:
@@ -173,12 +207,13 @@ class StackformerCacheLayer(CacheLayerMixin):
 
     def __getstate__(self) -> dict:
         """Copies and pickles hold the state, not the layers that computed it."""
-        return {**self.__dict__, "_anchor": self.slices, "_calls": {}, "_recorded_tokens": 0}
+        state = {"_anchor": self.slices, "_private": set(), "_calls": {}, "_recorded_tokens": 0}
+        return {**self.__dict__, **state}
 
     @property
     def batch_size(self) -> int:
         """Rows of the batch; -1 before the first write."""
-        return next(iter(self.slices.values()))[0].shape[0] if self.slices else -1
+        return next(iter(self._slices.values()))[0].shape[0] if self._slices else -1
 
     def get_seq_length(self) -> int:
         """Positions seen so far, padding included."""
@@ -213,13 +248,13 @@ class StackformerCacheLayer(CacheLayerMixin):
 
     def offload(self) -> None:
         """Move the state to the CPU; `prefetch` moves it back."""
-        if self.slices:
-            self.device = next(iter(self.slices.values()))[0].device
+        if self._slices:
+            self.device = next(iter(self._slices.values()))[0].device
             self.map_(lambda tensor: tensor.to("cpu", non_blocking=True))
 
     def prefetch(self) -> None:
         """Move an offloaded state back to its device."""
-        if self.slices:
+        if self._slices:
             self.map_(lambda tensor: tensor.to(self.device, non_blocking=True))
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -244,29 +279,31 @@ class StackformerStaticCacheLayer(StackformerCacheLayer):
 
     def write(self, index: int, state: State, layout: TokenLayout) -> None:
         """Copy the new state of slice `index` into its buffers; the first call allocates all slices."""
-        if not self.slices:
+        if not self._slices:
             for number in range(self.num_slices):
                 shapes = [(layout.batch_size, *tensor.shape[1:]) for tensor in state]
                 buffers = tuple(x.new_zeros(shape) for x, shape in zip(state, shapes, strict=True))
                 if not torch.compiler.is_compiling():
                     for buffer in buffers:
                         torch._dynamo.mark_static_address(buffer)
-                self.slices[number] = buffers
+                self._slices[number] = buffers
             self.is_initialized = True
-        state = _put_rows(self.slices[index], state, layout)
-        for buffer, tensor in zip(self.slices[index], state, strict=True):
-            if buffer.shape != tensor.shape:
+        for buffer, tensor in zip(self._slices[index], state, strict=True):
+            if buffer.shape[1:] != tensor.shape[1:]:
                 raise ValueError(
                     "A static cache must be for a state that does not grow: attention needs a "
                     f"`sliding_window`, got a state of shape {tuple(tensor.shape)} after "
                     f"{tuple(buffer.shape)}"
                 )
-            buffer.copy_(tensor.detach())
+            if layout.rows is None:
+                buffer.copy_(tensor.detach())
+            else:
+                buffer.index_copy_(0, layout.rows, tensor.detach())
 
     def advance(self, tokens: int) -> None:
         """Count `tokens` more positions as seen."""
         if self._seen is None:
-            self._seen = torch.zeros((), dtype=torch.long, device=self.slices[0][0].device)
+            self._seen = torch.zeros((), dtype=torch.long, device=self._slices[0][0].device)
             if not torch.compiler.is_compiling():
                 torch._dynamo.mark_static_address(self._seen)
         self._seen.add_(tokens)
@@ -287,13 +324,13 @@ class StackformerStaticCacheLayer(StackformerCacheLayer):
 
     def map_(self, function: Callable[[Tensor], Tensor]) -> None:
         """Write what `function` makes of the state into the buffers, or replace those whose shape changes."""
-        for index, state in self.slices.items():
+        for index, state in self._slices.items():
             results = tuple(map(function, state))
             if all(new.shape == old.shape for new, old in zip(results, state, strict=True)):
                 for buffer, tensor in zip(state, results, strict=True):
                     buffer.copy_(tensor)
             else:
-                self.slices[index] = results
+                self._slices[index] = results
 
     def mapped(self, function: Callable[[Tensor], Tensor]) -> "StackformerCacheLayer":
         """A copy of the layer with buffers of its own."""
@@ -303,7 +340,7 @@ class StackformerStaticCacheLayer(StackformerCacheLayer):
 
     def reset(self) -> None:
         """Forget everything, and keep the buffers."""
-        for state in self.slices.values():
+        for state in self._slices.values():
             for buffer in state:
                 buffer.zero_()
         if self._seen is not None:

@@ -6,6 +6,7 @@ import math
 from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 
+PONDER_LOSS_TYPES = ("expected_steps", "geometric_prior")
 FEATURE_MAP_NAMES = ("elu_plus_one", "relu", "softplus", "softmax", "exp")
 
 
@@ -30,8 +31,13 @@ class StackformerConfig(PreTrainedConfig):
         max_ponder_steps (`int`, defaults to 4): Ponder steps P after which every token is done.
         halting_threshold (`float`, defaults to 0.01): A token with less probability mass than this left on
             its stack is done: it is not computed any more. 0 computes every token at every step.
-        ponder_loss_coef (`float`, defaults to 0.0): Weight of the mean number of ponder steps in the training
-            loss.
+        ponder_loss_coef (`float`, defaults to 0.0): Weight of the ponder loss in the training loss.
+        ponder_loss_type (`str`, defaults to `"expected_steps"`): The ponder loss of a token. "expected_steps"
+            is its mean number of ponder steps (Graves 2016); "geometric_prior" the divergence of its
+            distribution over halting steps from a truncated geometric one, in nats (Banino et al. 2021,
+            "PonderNet").
+        ponder_prior (`float`, defaults to 0.2): Probability of halting at each step in that geometric
+            distribution.
         max_decay_rate (`float`, defaults to 1.0): Largest decay of a memory at one token, in nats, for a
             token that writes with weight 1. 0 never forgets.
         feature_map (`str`, defaults to `"elu_plus_one"`): Map of queries and keys to non-negative features.
@@ -70,7 +76,7 @@ class StackformerConfig(PreTrainedConfig):
     """
 
     model_type = "stackformer"
-    keys_to_ignore_at_inference = ["past_key_values", "ponder_steps", "stack_trace"]
+    keys_to_ignore_at_inference = ["past_key_values", "ponder_steps", "ponder_distribution", "stack_trace"]
 
     vocab_size: int = 261
     hidden_size: int = 512
@@ -84,6 +90,8 @@ class StackformerConfig(PreTrainedConfig):
     max_ponder_steps: int = 4
     halting_threshold: float = 0.01
     ponder_loss_coef: float = 0.0
+    ponder_loss_type: str = "expected_steps"
+    ponder_prior: float = 0.2
     max_decay_rate: float = 1.0
     feature_map: str = "elu_plus_one"
     conv_kernel_size: int = 4
@@ -144,6 +152,14 @@ class StackformerConfig(PreTrainedConfig):
             "halting_threshold",
             _is_number(self.halting_threshold) and self.halting_threshold < 1,
             "a number of at least 0 and less than 1",
+        )
+        self._require(
+            "ponder_loss_type", self.ponder_loss_type in PONDER_LOSS_TYPES, f"one of {PONDER_LOSS_TYPES}"
+        )
+        self._require(
+            "ponder_prior",
+            _is_number(self.ponder_prior) and 0 < self.ponder_prior < 1,
+            "a number above 0 and less than 1",
         )
         self._require(
             "pad_token_id",

@@ -37,6 +37,8 @@ from .processing_stack import (
     DEQUEUE,
     Stack,
     TokenLayout,
+    divergence_from_geometric,
+    expected_steps,
     flush_stack,
     init_stack,
     read_stack,
@@ -102,19 +104,23 @@ class StackformerModelOutputWithPast(BaseModelOutputWithPast):
             embeddings, and what each token was thinking after each ponder step.
         ponder_steps (`torch.FloatTensor` [B, T]): expected number of ponder steps of each token, 0 for
             padding. Gradients flow through it.
+        ponder_distribution (`torch.FloatTensor` [B, T, P]): the mass that each token dropped at each ponder
+            step, which is its distribution over halting steps; zeros for padding. Gradients flow through it.
         stack_trace ([`StackTrace`]): with `output_stack_trace=True`.
     """
 
     ponder_steps: Tensor | None = None
+    ponder_distribution: Tensor | None = None
     stack_trace: StackTrace | None = None
 
 
 @dataclass
 class StackformerCausalLMOutputWithPast(CausalLMOutputWithPast):
-    """`CausalLMOutputWithPast` with `ponder_steps` and `stack_trace`, see
+    """`CausalLMOutputWithPast` with `ponder_steps`, `ponder_distribution` and `stack_trace`, see
     [`StackformerModelOutputWithPast`]."""
 
     ponder_steps: Tensor | None = None
+    ponder_distribution: Tensor | None = None
     stack_trace: StackTrace | None = None
 
 
@@ -270,6 +276,7 @@ class StackformerModel(StackformerPreTrainedModel):
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         output_stack_trace: bool = False,
+        halting_threshold: float | None = None,
         **kwargs,
     ) -> StackformerModelOutputWithPast:
         """Read T tokens, going on from `past_key_values`.
@@ -281,13 +288,16 @@ class StackformerModel(StackformerPreTrainedModel):
             use_cache: whether to return the state; by default `config.use_cache`, but not in training.
             output_hidden_states: whether to return the embeddings and every ponder step's thoughts.
             output_stack_trace: whether to return the [`StackTrace`].
+            halting_threshold: in place of `config.halting_threshold`. Every call that shares a cache should
+                have the same, or tokens are read to other depths than those before them.
             kwargs: Documents packed into one row are read as if each stood alone. Where they begin is told by
                 `seq_idx` [B, T], `cu_seq_lens_q` (for B = 1), or `position_ids` [B, T] that start again
                 from 0: whatever [`DataCollatorWithFlattening`] returns.
 
         Raises:
             ValueError: without exactly one of `input_ids` and `inputs_embeds`, for an attention mask that is
-                no padding mask, for a cache made for another model, or for packed documents with a cache.
+                no padding mask, for a threshold out of range, for a cache made for another model, or for
+                packed documents with a cache.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of `input_ids` and `inputs_embeds`")
@@ -298,10 +308,21 @@ class StackformerModel(StackformerPreTrainedModel):
         past_key_values = self._prepare_cache(past_key_values, use_cache, packed=documents is not None)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
+        if halting_threshold is None:
+            halting_threshold = self.config.halting_threshold
+        if not 0 <= halting_threshold < 1:
+            raise ValueError(
+                f"`halting_threshold` must be at least 0 and less than 1, got {halting_threshold}"
+            )
 
         layout = self._layout(inputs_embeds, attention_mask, documents)
-        thoughts, ponder_steps, hidden_states, trace = self._ponder(
-            inputs_embeds, layout, past_key_values, output_hidden_states, output_stack_trace
+        thoughts, distribution, hidden_states, trace = self._ponder(
+            inputs_embeds,
+            layout,
+            past_key_values,
+            halting_threshold,
+            output_hidden_states,
+            output_stack_trace,
         )
         if past_key_values is not None:
             for cache_layer in past_key_values.layers:
@@ -311,27 +332,33 @@ class StackformerModel(StackformerPreTrainedModel):
             last_hidden_state=hidden,
             past_key_values=past_key_values,
             hidden_states=hidden_states,
-            ponder_steps=ponder_steps,
+            ponder_steps=expected_steps(distribution),
+            ponder_distribution=distribution,
             stack_trace=trace,
         )
 
     def _ponder(
-        self, embeds: Tensor, layout: TokenLayout, cache: Cache | None, all_thoughts: bool, with_trace: bool
+        self,
+        embeds: Tensor,
+        layout: TokenLayout,
+        cache: Cache | None,
+        threshold: float,
+        all_thoughts: bool,
+        with_trace: bool,
     ) -> tuple[Tensor, Tensor, tuple[Tensor, ...] | None, StackTrace | None]:
-        """Ponder until every token's stack is empty: outputs [B, T, D] and ponder steps [B, T]."""
+        """Ponder until every token's stack is empty: outputs [B, T, D], distribution over steps [B, T, P]."""
         config = self.config
         # A compiled graph cannot depend on which tokens are done: there, tokens are masked, not left out.
         masked = torch.compiler.is_compiling() and embeds.shape[1] == 1
         embedding = layout.gather(embeds)
-        stack = init_stack(embedding, config.stack_depth)
-        outputs = torch.zeros_like(embeds)
-        ponder_steps = outputs.new_zeros(embeds.shape[:2], dtype=stack.ponder_steps.dtype)
+        stack = init_stack(embedding, config.stack_depth, config.max_ponder_steps)
         latest, hidden_states, steps = embeds, [embeds], []
+        finished: list[tuple[Tensor, ...]] = []  # positions, outputs, distributions
+        steps_left = 0
 
         for step in range(1, config.max_ponder_steps + 1):
             if layout.num_tokens == 0:
-                if torch.distributed.is_available() and torch.distributed.is_initialized():
-                    outputs = self._keep_up(outputs, embeds, config.max_ponder_steps - step + 1)
+                steps_left = config.max_ponder_steps - step + 1
                 break
             thought, bank_weights = self._think(stack, layout, step - 1, cache)
             actions = self._actions(thought)
@@ -346,24 +373,27 @@ class StackformerModel(StackformerPreTrainedModel):
                 stack = flush_stack(stack, all_tokens, thought, step)
                 break
             stack = step_stack(stack, actions, thought, embedding, step, self.return_norm)
-            if config.halting_threshold == 0:
+            if threshold == 0:
                 continue
-            done = stack.pointer.sum(-1) < config.halting_threshold
+            done = stack.pointer.sum(-1) < threshold
             stack = flush_stack(stack, done, thought, step)
             if masked:
                 layout = layout.masked(~done)
-            elif done.any():
-                finished = layout.select(done)
-                outputs = finished.scatter(stack.output[done], outputs)
-                ponder_steps = finished.scatter(stack.ponder_steps[done], ponder_steps)
-                layout, stack = layout.select(~done), Stack(*(x[~done] for x in stack))
-                embedding = embedding[~done]
+                continue
+            leaving = done.nonzero().squeeze(-1)
+            if len(leaving) > 0:
+                results = (x.index_select(0, leaving) for x in (stack.output, stack.dropped))
+                finished.append((layout.places(leaving), *results))
+                staying = (~done).nonzero().squeeze(-1)
+                layout, stack = layout.select(staying), Stack(*(x.index_select(0, staying) for x in stack))
+                embedding = embedding.index_select(0, staying)
 
-        outputs = layout.scatter(stack.output, outputs)
-        ponder_steps = layout.scatter(stack.ponder_steps, ponder_steps)
+        outputs, distribution = layout.spread(finished, (stack.output, stack.dropped))
+        if steps_left and torch.distributed.is_available() and torch.distributed.is_initialized():
+            outputs = self._keep_up(outputs, embeds, steps_left)
         hidden_states += [latest] * (config.max_ponder_steps + 1 - len(hidden_states))
         trace = self._stack_steps(steps) if with_trace else None
-        return outputs, ponder_steps, tuple(hidden_states) if all_thoughts else None, trace
+        return outputs, distribution, tuple(hidden_states) if all_thoughts else None, trace
 
     def _actions(self, thought: Tensor) -> Tensor:
         """Probabilities of enqueue, no-op and dequeue [n, 3]; zeros where there is one step only."""
@@ -382,7 +412,7 @@ class StackformerModel(StackformerPreTrainedModel):
         """
         # Made of the outputs, so that the backward pass, too, comes by here before the steps that were real.
         embedding = outputs[:1, 0] + embeds[:1, 0]
-        start = stack = init_stack(embedding, self.config.stack_depth)
+        start = stack = init_stack(embedding, self.config.stack_depth, steps)
         for step in range(1, steps + 1):
             thought, _ = self._think(stack, TokenLayout.full(1, 1), step - 1, None)
             stack = step_stack(stack, self._actions(thought), thought, embedding, step, self.return_norm)
@@ -420,7 +450,7 @@ class StackformerModel(StackformerPreTrainedModel):
                 use_cache = self.config.use_cache and not self.training
             return StackformerCache(self.config).bind(self) if use_cache else None
         # Not by type: the package and a copy of it that was loaded as remote code may be in one process.
-        ours = all(hasattr(layer, "slices") for layer in cache.layers)
+        ours = all(hasattr(layer, "record_past") for layer in cache.layers)
         if len(cache.layers) != self.config.num_hidden_layers or not ours:
             raise ValueError(
                 f"`past_key_values` must be a StackformerCache of {self.config.num_hidden_layers} layers (or "
@@ -539,13 +569,15 @@ class StackformerForCausalLM(StackformerPreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        halting_threshold: float | None = None,
         **kwargs,
     ) -> StackformerCausalLMOutputWithPast:
-        """See [`StackformerModel.forward`].
+        """See [`StackformerModel.forward`]. `generate` takes `halting_threshold`, too.
 
         Args:
             labels: [B, T], shifted inside; -100 is ignored. The loss is the cross-entropy, in training plus
-                `config.ponder_loss_coef` times the mean ponder steps of the tokens that predict a label.
+                `config.ponder_loss_coef` times the mean ponder loss (`config.ponder_loss_type`) of the tokens
+                that predict a label.
             logits_to_keep: the last positions to compute logits for; 0 for all, or a tensor of positions.
         """
         outputs = self.model(
@@ -554,6 +586,7 @@ class StackformerForCausalLM(StackformerPreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            halting_threshold=halting_threshold,
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -564,7 +597,7 @@ class StackformerForCausalLM(StackformerPreTrainedModel, GenerationMixin):
                 logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
             )
             if self.training and self.config.ponder_loss_coef > 0:
-                ponder_loss = self._ponder_loss(outputs.ponder_steps, labels, **kwargs)
+                ponder_loss = self._ponder_loss(outputs, labels, **kwargs)
                 loss = loss + self.config.ponder_loss_coef * ponder_loss
         return StackformerCausalLMOutputWithPast(
             loss=loss,
@@ -572,6 +605,7 @@ class StackformerForCausalLM(StackformerPreTrainedModel, GenerationMixin):
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             ponder_steps=outputs.ponder_steps,
+            ponder_distribution=outputs.ponder_distribution,
             stack_trace=outputs.stack_trace,
         )
 
@@ -598,13 +632,16 @@ class StackformerForCausalLM(StackformerPreTrainedModel, GenerationMixin):
         outputs = self(ids, use_cache=False, output_stack_trace=True)
         return TextTrace.from_outputs(ids, outputs, tokenizer)
 
-    @staticmethod
-    def _ponder_loss(ponder_steps, labels, shift_labels=None, num_items_in_batch=None, **kwargs) -> Tensor:
-        """Mean ponder steps over the tokens that predict a label, reduced as the cross-entropy is."""
+    def _ponder_loss(self, outputs, labels, shift_labels=None, num_items_in_batch=None, **kwargs) -> Tensor:
+        """Mean ponder loss over the tokens that predict a label, reduced as the cross-entropy is."""
+        if self.config.ponder_loss_type == "geometric_prior":
+            losses = divergence_from_geometric(outputs.ponder_distribution, self.config.ponder_prior)
+        else:
+            losses = outputs.ponder_steps
         if shift_labels is None:
             shift_labels = nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
-        counted = shift_labels.view(ponder_steps.shape) != -100
-        total = (ponder_steps * counted.to(ponder_steps.device)).sum()
+        counted = shift_labels.view(losses.shape) != -100
+        total = (losses * counted.to(losses.device)).sum()
         return total / (counted.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
 
     @staticmethod

@@ -6,17 +6,18 @@ superposition stack (Joulin & Mikolov 2015, "Inferring Algorithmic Patterns with
 Nets", equations 1 to 5) whose frames are embeddings of one token; what leaves it at the bottom is accumulated
 as in Adaptive Computation Time (Graves 2016, equation 13).
 
-Letters: D hidden size, S stack levels, N memory banks, H heads, n active tokens; "..." are any leading
-dimensions. Level 0 is the bottom. The pointer is a distribution over levels that loses mass as the token
-finishes: its sum plus the mass that was dropped is always 1.
+Letters: D hidden size, S stack levels, N memory banks, H heads, P ponder steps, n active tokens; "..." are
+any leading dimensions. Level 0 is the bottom. The pointer is a distribution over levels that loses mass as
+the token finishes: its sum plus the mass that was dropped is always 1.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .memory_bank import at_least_float32
 
@@ -29,7 +30,7 @@ class Stack(NamedTuple):
     pointer: Tensor  # [..., S], probability mass on each level, >= 0
     frames: Tensor  # [..., S, D], the embedding stack
     output: Tensor  # [..., D], sum of dropped mass * what the token was thinking then
-    ponder_steps: Tensor  # [...], sum of dropped mass * the step it was dropped at (1 for the first)
+    dropped: Tensor  # [..., P], mass dropped at each step: in the end, the distribution over halting steps
 
 
 class Transfer(NamedTuple):
@@ -42,12 +43,13 @@ class Transfer(NamedTuple):
     dropped: Tensor
 
 
-def init_stack(embedding: Tensor, depth: int) -> Stack:
-    """All mass on level 0, every frame holding the token's embedding [..., D]."""
+def init_stack(embedding: Tensor, depth: int, max_steps: int) -> Stack:
+    """All mass on level 0, every frame holding the token's embedding [..., D]; P is `max_steps`."""
     pointer = embedding.new_zeros(*embedding.shape[:-1], depth, dtype=at_least_float32(embedding))
     pointer[..., 0] = 1
     frames = embedding.unsqueeze(-2).expand(*embedding.shape[:-1], depth, embedding.shape[-1])
-    return Stack(pointer, frames, torch.zeros_like(embedding), torch.zeros_like(pointer[..., 0]))
+    dropped = pointer.new_zeros(*embedding.shape[:-1], max_steps)
+    return Stack(pointer, frames, torch.zeros_like(embedding), dropped)
 
 
 def read_stack(stack: Stack) -> Tensor:
@@ -119,21 +121,45 @@ def step_stack(
     """
     transfer = transfer_mass(stack.pointer, actions)
     frames = write_back(stack.frames, stack.pointer, transfer, thought, embedding, norm)
-    output, ponder_steps = accumulate(stack, transfer.dropped, thought, step)
-    return Stack(transfer.kept + transfer.pushed + transfer.popped, frames, output, ponder_steps)
+    output, dropped = accumulate(stack, transfer.dropped, thought, step)
+    return Stack(transfer.kept + transfer.pushed + transfer.popped, frames, output, dropped)
 
 
 def accumulate(stack: Stack, mass: Tensor, thought: Tensor, step: int) -> tuple[Tensor, Tensor]:
-    """Output and ponder steps after `mass` [...] left the stack while the token thought `thought` [...,
-    D]."""
-    output = stack.output + mass.to(thought.dtype).unsqueeze(-1) * thought
-    return output, stack.ponder_steps + step * mass
+    """Output and dropped mass after `mass` [...] left at a step, thinking `thought` [..., D]."""
+    mass = mass.unsqueeze(-1)
+    output = stack.output + mass.to(thought.dtype) * thought
+    return output, stack.dropped + nn.functional.pad(mass, (step - 1, stack.dropped.shape[-1] - step))
 
 
 def flush_stack(stack: Stack, done: Tensor, thought: Tensor, step: int) -> Stack:
     """Drop all remaining mass of the tokens that are done, a boolean [...]."""
-    output, ponder_steps = accumulate(stack, stack.pointer.sum(-1) * done, thought, step)
-    return Stack(stack.pointer * ~done.unsqueeze(-1), stack.frames, output, ponder_steps)
+    output, dropped = accumulate(stack, stack.pointer.sum(-1) * done, thought, step)
+    return Stack(stack.pointer * ~done.unsqueeze(-1), stack.frames, output, dropped)
+
+
+def expected_steps(distribution: Tensor) -> Tensor:
+    """Mean [...] of a distribution over halting steps [..., P]; the first step is step 1."""
+    steps = torch.arange(1, distribution.shape[-1] + 1, device=distribution.device, dtype=distribution.dtype)
+    return (distribution * steps).sum(-1)  # no product of matrices: autocast would round it
+
+
+def divergence_from_geometric(distribution: Tensor, rate: float) -> Tensor:
+    """KL [...] of a distribution over halting steps [..., P] from a geometric one, truncated at P: in nats.
+
+    The regulariser of PonderNet (Banino et al. 2021, equation 6): it pulls towards halting with probability
+    `rate` at every step, so it does not only charge for depth as the expected steps do, but also for too
+    little of it.
+    """
+    steps = torch.arange(distribution.shape[-1], device=distribution.device, dtype=distribution.dtype)
+    log_prior = (steps * math.log1p(-rate)).log_softmax(-1)
+    return -entropy(distribution) - (distribution * log_prior).sum(-1)
+
+
+def entropy(distribution: Tensor) -> Tensor:
+    """Entropy [...] of a distribution [..., P], in nats."""
+    # Where there is no mass the term is 0; the bound keeps its gradient finite.
+    return -(distribution * distribution.clamp(min=torch.finfo(distribution.dtype).eps).log()).sum(-1)
 
 
 def address_memories(pointer: Tensor, bank_weights: Tensor) -> Tensor:
@@ -166,8 +192,8 @@ class TokenLayout:
     length: int
     positions: Tensor | None = None  # [n], places of the active tokens in the flattened [B, T]
     rows: Tensor | None = None  # [B'], batch indices of the rows
-    slots: Tensor | None = None  # [n], places of the active tokens in the flattened [B', T']
-    row_lengths: Tensor | None = None  # [B'], active tokens of each row
+    slots: Tensor | None = None  # [n], places of the active tokens in the flattened [B', T'], if any is empty
+    row_lengths: Tensor | None = None  # [B'], active tokens of each row, if they differ
     num_rows: int = 0  # B'
     row_length: int = 0  # T'
     documents: Tensor | None = None  # [B * T], the document of each token, if several are packed into a row
@@ -198,6 +224,8 @@ class TokenLayout:
     ) -> "TokenLayout":
         if documents is None and positions.numel() == batch_size * length:
             return cls.full(batch_size, length)
+        if documents is None and length == 1:
+            return cls(batch_size, 1, positions, positions, num_rows=len(positions), row_length=1)
         row = positions.div(length, rounding_mode="floor")
         if documents is not None:
             document = documents[positions]
@@ -207,10 +235,14 @@ class TokenLayout:
         rows = counts.nonzero().squeeze(-1)
         row_lengths = counts[rows]
         row_length = int(row_lengths.max()) if len(rows) else 0
+        batch_rows = None if documents is not None or len(rows) == batch_size else rows
+        if len(rows) * row_length == len(positions):  # no empty slots
+            return cls(
+                batch_size, length, positions, batch_rows, None, None, len(rows), row_length, documents
+            )
         rank = (counts > 0).cumsum(0) - 1
         offset = torch.arange(len(positions), device=positions.device) - (counts.cumsum(0) - counts)[row]
         slots = rank[row] * row_length + offset
-        batch_rows = None if documents is not None or len(rows) == batch_size else rows
         return cls(
             batch_size, length, positions, batch_rows, slots, row_lengths, len(rows), row_length, documents
         )
@@ -220,12 +252,13 @@ class TokenLayout:
         """n, the number of active tokens."""
         return self.batch_size * self.length if self.positions is None else len(self.positions)
 
+    def places(self, keep: Tensor) -> Tensor:
+        """Places in the flattened [B, T] of those active tokens that `keep` tells, in order."""
+        return keep if self.positions is None else self.positions.index_select(0, keep)
+
     def select(self, keep: Tensor) -> "TokenLayout":
-        """The layout of those active tokens that `keep` [n] marks."""
-        positions = self.positions
-        if positions is None:
-            positions = torch.arange(self.num_tokens, device=keep.device)
-        return self._from_positions(positions[keep], self.batch_size, self.length, self.documents)
+        """The layout of those active tokens, by their numbers `keep` (ascending, below n)."""
+        return self._from_positions(self.places(keep), self.batch_size, self.length, self.documents)
 
     def masked(self, thinking: Tensor) -> "TokenLayout":
         """The same tokens, of which only those that `thinking` [n] marks still think (for T = 1)."""
@@ -247,6 +280,23 @@ class TokenLayout:
         if self.positions is None:
             return tokens.view(base.shape)
         return base.flatten(0, 1).index_copy(0, self.positions, tokens).view(base.shape)
+
+    def spread(self, finished: list[tuple[Tensor, ...]], tokens: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """`tokens` ([n, ...] each) and those that finished before them to [B, T, ...], zeros for the rest.
+
+        Args:
+            finished: for each group of tokens its `places`, and then what `tokens` holds.
+        """
+        if self.positions is None:
+            return tuple(x.view(self.batch_size, self.length, *x.shape[1:]) for x in tokens)
+        groups = [*finished, (self.positions, *tokens)]
+        places, *merged = (torch.cat(parts) for parts in zip(*groups, strict=True))
+        shape = (self.batch_size, self.length)
+        empty = (x.new_zeros(self.batch_size * self.length, *x.shape[1:]) for x in merged)
+        return tuple(
+            base.index_copy(0, places, x).view(*shape, *x.shape[1:])
+            for base, x in zip(empty, merged, strict=True)
+        )
 
     def to_rows(self, tokens: Tensor) -> Tensor:
         """Active tokens [n, ...] to rows [B', T', ...], zeros in the empty slots."""

@@ -29,7 +29,7 @@ def frames_of(*frames):
 
 
 def test_push_push_pop_pop_by_hand():
-    stack = init_stack(X0, depth=3)
+    stack = init_stack(X0, depth=3, max_steps=5)
     assert stack.pointer.tolist() == [1, 0, 0]
     assert torch.equal(read_stack(stack), X0)
 
@@ -53,16 +53,16 @@ def test_push_push_pop_pop_by_hand():
     assert stack.pointer.tolist() == [1, 0, 0]
     assert torch.equal(stack.frames, frames_of((T1 + T4) / 2, X0, X0))
     assert torch.equal(stack.output, torch.zeros(2, dtype=torch.float64))
-    assert stack.ponder_steps == 0
+    assert stack.dropped.sum() == 0
 
     stack = step_stack(stack, POP, T5, X0, 5, half)  # off the bottom: this is the output
     assert stack.pointer.tolist() == [0, 0, 0]
     assert torch.equal(stack.output, T5)
-    assert stack.ponder_steps == 5
+    assert stack.dropped.tolist() == [0, 0, 0, 0, 1]
 
 
 def test_noop_and_push_at_the_top():
-    stack = step_stack(init_stack(X0, depth=2), STAY, T1, X0, 1, half)
+    stack = step_stack(init_stack(X0, depth=2, max_steps=3), STAY, T1, X0, 1, half)
     assert stack.pointer.tolist() == [1, 0]
     assert torch.equal(stack.frames, frames_of(T1, X0))
     stack = step_stack(stack, PUSH, T2, X0, 2, half)
@@ -73,10 +73,10 @@ def test_noop_and_push_at_the_top():
 
 def test_soft_actions_by_hand():
     actions = torch.tensor([0.5, 0.25, 0.25], dtype=torch.float64)
-    stack = step_stack(init_stack(X0, depth=2), actions, T1, X0, 1, half)
+    stack = step_stack(init_stack(X0, depth=2, max_steps=3), actions, T1, X0, 1, half)
     assert stack.pointer.tolist() == [0.25, 0.5]
     assert torch.equal(stack.output, T1 / 4)
-    assert stack.ponder_steps == 0.25
+    assert stack.dropped.tolist() == [0.25, 0, 0]
     # Level 0: 3/4 is the thought, 1/4 returned and is erased. Level 1: half of it is the copy that was
     # called.
     assert torch.allclose(stack.frames, frames_of(0.75 * T1 + 0.25 * X0, 0.5 * T1 + 0.5 * X0))
@@ -84,14 +84,14 @@ def test_soft_actions_by_hand():
     assert all(torch.equal(new, old) for new, old in zip(going_on, stack, strict=True))
     done = flush_stack(stack, torch.tensor(True), T2, 2)
     assert torch.equal(done.output, T1 / 4 + T2 * 0.75)
-    assert done.ponder_steps == 0.25 + 2 * 0.75
+    assert done.dropped.tolist() == [0.25, 0.75, 0]
     assert done.pointer.tolist() == [0, 0]
 
 
 @pytest.mark.parametrize("depth", [1, 2, 5])
 def test_mass_is_conserved(depth):
     torch.manual_seed(depth)
-    stack = init_stack(torch.randn(7, 4), depth)
+    stack = init_stack(torch.randn(7, 4), depth, 29)
     dropped = torch.zeros(7)
     for step in range(1, 30):
         actions = (3 * torch.randn(7, 3)).softmax(-1)
@@ -105,7 +105,7 @@ def test_frames_stay_bounded():
     """Each new frame is a weighting of bounded things whose weights sum to at most one."""
     torch.manual_seed(0)
     embedding = torch.rand(50, 4) * 2 - 1
-    stack = init_stack(embedding, 4)
+    stack = init_stack(embedding, 4, 99)
     for step in range(1, 100):
         actions = (3 * torch.randn(50, 3)).softmax(-1)
         stack = step_stack(
@@ -121,7 +121,7 @@ def test_gradcheck():
     thoughts = torch.randn(3, 2, 3, dtype=torch.float64, requires_grad=True)
 
     def ponder(embedding, logits, thoughts):
-        stack = init_stack(embedding, 3)
+        stack = init_stack(embedding, 3, 4)
         reads = []
         for step in range(3):
             stack = step_stack(
@@ -157,7 +157,7 @@ def test_memory_is_the_accumulation_over_dropped_mass():
         torch.randn(tokens, heads, memories, key_size, value_size, dtype=dtype),
         torch.rand(tokens, heads, memories, key_size, dtype=dtype),
     )
-    stack = init_stack(torch.randn(tokens, 2, dtype=dtype), depth)
+    stack = init_stack(torch.randn(tokens, 2, dtype=dtype), depth, steps)
     written, full = start, start
     accumulated = [torch.zeros_like(part) for part in start]
     for step in range(1, steps + 1):
@@ -203,9 +203,9 @@ def test_layout_gathers_and_scatters(mask):
 
 
 def test_layout_selects_from_what_is_left():
-    layout = TokenLayout.full(2, 3).select(torch.tensor([1, 0, 1, 0, 1, 1]).bool())
+    layout = TokenLayout.full(2, 3).select(torch.tensor([0, 2, 4, 5]))
     assert layout.positions.tolist() == [0, 2, 4, 5]
-    layout = layout.select(torch.tensor([0, 0, 1, 1]).bool())
+    layout = layout.select(torch.tensor([2, 3]))
     assert layout.positions.tolist() == [4, 5]
     assert layout.rows.tolist() == [1]
     assert (layout.num_rows, layout.row_length) == (1, 2)
