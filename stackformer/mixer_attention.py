@@ -74,7 +74,7 @@ class Attention(nn.Module):
         seen = seen + (rows.shape[1] if layout.row_lengths is None else layout.row_lengths)
         if self.config.sliding_window is not None:
             kept = self.config.sliding_window - 1
-        elif state is None or layout.slots is None:
+        elif state is None or layout.positions is None:
             kept = key.shape[1]
         else:
             kept = int(seen.max())
