@@ -87,13 +87,6 @@ def _load_gates(pointer, rows, valid, R: tl.constexpr, BLOCK_R: tl.constexpr):
 
 
 @triton.jit
-def _load_total(total, batch, head, tokens, stop, time, H: tl.constexpr, R: tl.constexpr, BLOCK_R: tl.constexpr):
-    """G; after the chunk's last token what it is there, which keeps exponents small for tokens that are none."""
-    rows = (batch * time + tl.minimum(tokens, stop - 1)) * H + head
-    return _load(total, rows, tokens >= 0, 0, R, BLOCK_R)
-
-
-@triton.jit
 def _load_row(pointer, row, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     """One row [BLOCK]."""
     columns = tl.arange(0, BLOCK)
@@ -105,14 +98,6 @@ def _column(tile, index):
     """Column `index` [rows] of a tile [rows, columns] in registers."""
     columns = tl.arange(0, tile.shape[1])
     return tl.sum(tl.where(columns[None, :] == index, tile, 0.0), 1)
-
-
-@triton.jit
-def _center(total, batch, head, start, stop, time, H: tl.constexpr, R: tl.constexpr, BLOCK_R: tl.constexpr):
-    """The chunk's midpoint of G, and its end [BLOCK_R]."""
-    first = _load_row(total, (batch * time + start) * H + head, R, BLOCK_R)
-    last = _load_row(total, (batch * time + stop - 1) * H + head, R, BLOCK_R)
-    return (first + last) / 2, last
 
 
 @triton.jit
@@ -189,13 +174,101 @@ def _scan_kernel(
 
 
 @triton.jit
-def _output_kernel(
-    query, key, value, read, write, total, states, vectors, output, denominator, eps, time, chunks,
-    H: tl.constexpr, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, CHUNK: tl.constexpr,
-    BLOCK: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
-    PRECISION: tl.constexpr,
+def _gates(
+    weight, total, batch, head, tokens, valid, start, stop, time, H: tl.constexpr, R: tl.constexpr,
+    BLOCK_R: tl.constexpr, WRITES: tl.constexpr,
 ):  # fmt: skip
-    """Outputs and denominators of a block of tokens. Grid: blocks of tokens, B*H."""
+    """Weights of a block of tokens, and what they are multiplied with inside the chunk and beyond it.
+
+    Returns three tiles [BLOCK, BLOCK_R]: the weights; exp(G - c), or exp(c - G) if they are of what is written,
+    with c the chunk's midpoint of G; exp(G), or exp(G_last - G).
+    """
+    weights = _load(weight, (batch * time + tokens) * H + head, valid, 0, R, BLOCK_R).to(tl.float32)
+    # After the chunk's last token G is what it is there, which keeps exponents small for tokens that are none.
+    rows = (batch * time + tl.minimum(tokens, stop - 1)) * H + head
+    gates = _load(total, rows, tokens >= 0, 0, R, BLOCK_R)
+    first = _load_row(total, (batch * time + start) * H + head, R, BLOCK_R)
+    last = _load_row(total, (batch * time + stop - 1) * H + head, R, BLOCK_R)
+    centered = gates - ((first + last) / 2)[None, :]
+    if WRITES:
+        return weights, tl.exp(-centered), tl.exp(last[None, :] - gates)
+    return weights, tl.exp(centered), tl.exp(gates)
+
+
+@triton.jit
+def _sums_kernel(
+    features, weight, other_features, other_columns, other_weight, total, states, vectors, output,
+    denominator, eps, time, chunks, H: tl.constexpr, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_V: tl.constexpr, REVERSE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Outputs and denominators, of tokens that read; with REVERSE, gradients of value, of tokens that are read.
+
+    Forward, features and weight are query and read, the other ones key, value and write, and states are those at
+    the chunk's beginning; with REVERSE, features and weight are key and write, the other ones query, gradients
+    of the sums and read, and states are gradients at the chunk's end. Grid: blocks of tokens, B*H, blocks of V.
+    """
+    PER_CHUNK: tl.constexpr = (CHUNK + BLOCK - 1) // BLOCK
+    dtype = states.dtype.element_ty
+    chunk, block = tl.program_id(0) // PER_CHUNK, tl.program_id(0) % PER_CHUNK
+    slot, first_v = tl.program_id(1).to(tl.int64), tl.program_id(2) * BLOCK_V
+    batch, head = slot // H, slot % H
+    start = chunk * CHUNK
+    stop = tl.minimum(start + CHUNK, time)
+    tokens = start + block * BLOCK + tl.arange(0, BLOCK)
+    rows, valid = (batch * time + tokens) * H + head, tokens < stop
+    own = _load(features, rows, valid, 0, K, BLOCK_K).to(dtype)
+    weights, to_center, to_edge = _gates(
+        weight, total, batch, head, tokens, valid, start, stop, time, H, R, BLOCK_R, REVERSE
+    )
+    inside, beyond = weights * to_center, weights * to_edge
+    sums = tl.zeros([BLOCK, BLOCK_V], tl.float32)
+    denominators = tl.zeros([BLOCK], tl.float32) + eps
+    for other in range(block if REVERSE else 0, PER_CHUNK if REVERSE else block + 1):
+        others = start + other * BLOCK + tl.arange(0, BLOCK)
+        other_rows, other_valid = (batch * time + others) * H + head, others < stop
+        theirs = _load(other_features, other_rows, other_valid, 0, K, BLOCK_K).to(dtype)
+        columns = _load(other_columns, other_rows, other_valid, first_v, V, BLOCK_V).to(dtype)
+        other_weights, from_center, _ = _gates(
+            other_weight, total, batch, head, others, other_valid, start, stop, time, H, R, BLOCK_R, not REVERSE
+        )
+        products = tl.dot(own, tl.trans(theirs), input_precision=PRECISION)
+        products *= tl.dot(inside, tl.trans(other_weights * from_center), input_precision=PRECISION)
+        if REVERSE:
+            products = tl.where(others[None, :] >= tokens[:, None], products, 0.0)
+        else:
+            products = tl.where(tokens[:, None] >= others[None, :], products, 0.0)
+            denominators += tl.sum(products, 1)
+        sums = tl.dot(products.to(dtype), columns, sums, input_precision=PRECISION)
+    keys = tl.arange(0, BLOCK_K)
+    places = (slot * (chunks + 1) + chunk + (1 if REVERSE else 0)) * R * K + keys
+    for memory in range(R):
+        lines = places + memory * K
+        tile = _load(states, lines, keys < K, first_v, V, BLOCK_V)
+        weighted = own.to(tl.float32) * _column(beyond, memory)[:, None]
+        sums = tl.dot(weighted.to(dtype), tile, sums, input_precision=PRECISION)
+        if not REVERSE:
+            line = tl.load(vectors + lines, mask=keys < K, other=0.0)
+            denominators += tl.sum(weighted * line[None, :], 1)
+    if not REVERSE:
+        sums /= denominators[:, None]
+        tl.store(denominator + rows, denominators, mask=tokens < tl.where(first_v == 0, stop, 0))
+    _store(output, rows, valid, first_v, sums, V, BLOCK_V)
+
+
+@triton.jit
+def _grad_kernel(
+    features, columns, weight, other_features, other_columns, other_weight, extra, total, states, vectors,
+    grad_features, grad_weight, time, chunks, H: tl.constexpr, R: tl.constexpr, K: tl.constexpr,
+    V: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, REVERSE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Gradients of query and read, of tokens that read; with REVERSE, of key and write, of those that are read.
+
+    Features, weight and states are those of `_sums_kernel`, columns the gradients of the sums (with REVERSE
+    values), other columns values (gradients of the sums). `extra`, the gradients of the denominators, are the
+    column to a column of ones beside the values. Grid: blocks of tokens, B*H.
+    """
     PER_CHUNK: tl.constexpr = (CHUNK + BLOCK - 1) // BLOCK
     dtype = states.dtype.element_ty
     chunk, block = tl.program_id(0) // PER_CHUNK, tl.program_id(0) % PER_CHUNK
@@ -203,39 +276,57 @@ def _output_kernel(
     batch, head = slot // H, slot % H
     start = chunk * CHUNK
     stop = tl.minimum(start + CHUNK, time)
-    center, _ = _center(total, batch, head, start, stop, time, H, R, BLOCK_R)
     tokens = start + block * BLOCK + tl.arange(0, BLOCK)
     rows, valid = (batch * time + tokens) * H + head, tokens < stop
-    q = _load(query, rows, valid, 0, K, BLOCK_K).to(dtype)
-    gates = _load_total(total, batch, head, tokens, stop, time, H, R, BLOCK_R)
-    r = _load_gates(read, rows, valid, R, BLOCK_R)
-    read_inside, read_state = r * tl.exp(gates - center[None, :]), r * tl.exp(gates)
-    sums = tl.zeros([BLOCK, BLOCK_V], tl.float32)
-    denominators = tl.zeros([BLOCK], tl.float32) + eps
-    for other in range(block + 1):
+    own = _load(features, rows, valid, 0, K, BLOCK_K).to(dtype)
+    weights, to_center, to_edge = _gates(
+        weight, total, batch, head, tokens, valid, start, stop, time, H, R, BLOCK_R, REVERSE
+    )
+    inside, beyond = weights * to_center, weights * to_edge
+    grad = tl.zeros([BLOCK, BLOCK_K], tl.float32)
+    grad_inside = tl.zeros([BLOCK, BLOCK_R], tl.float32)
+    for other in range(block if REVERSE else 0, PER_CHUNK if REVERSE else block + 1):
         others = start + other * BLOCK + tl.arange(0, BLOCK)
         other_rows, other_valid = (batch * time + others) * H + head, others < stop
-        k = _load(key, other_rows, other_valid, 0, K, BLOCK_K).to(dtype)
-        v = _load(value, other_rows, other_valid, 0, V, BLOCK_V).to(dtype)
-        w = _load_gates(write, other_rows, other_valid, R, BLOCK_R)
-        g = _load_total(total, batch, head, others, stop, time, H, R, BLOCK_R)
-        write_inside = w * tl.exp(center[None, :] - g)
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        inside = tl.dot(read_inside, tl.trans(write_inside), input_precision=PRECISION)
-        weights = tl.where(tokens[:, None] >= others[None, :], scores * inside, 0.0)
-        sums = tl.dot(weights.to(dtype), v, sums, input_precision=PRECISION)
-        denominators += tl.sum(weights, 1)
-    keys = tl.arange(0, BLOCK_K)
-    places = (slot * (chunks + 1) + chunk) * R * K + keys
-    for memory in range(R):
-        lines = places + memory * K
-        tile = _load(states, lines, keys < K, 0, V, BLOCK_V)
-        line = tl.load(vectors + lines, mask=keys < K, other=0.0)
-        weighted = q.to(tl.float32) * _column(read_state, memory)[:, None]
-        sums = tl.dot(weighted.to(dtype), tile, sums, input_precision=PRECISION)
-        denominators += tl.sum(weighted * line[None, :], 1)
-    _store(output, rows, valid, 0, sums / denominators[:, None], V, BLOCK_V)
-    tl.store(denominator + rows, denominators, mask=valid)
+        theirs = _load(other_features, other_rows, other_valid, 0, K, BLOCK_K).to(dtype)
+        other_weights, from_center, _ = _gates(
+            other_weight, total, batch, head, others, other_valid, start, stop, time, H, R, BLOCK_R, not REVERSE
+        )
+        other_inside = other_weights * from_center
+        if REVERSE:
+            causal = others[None, :] >= tokens[:, None]
+            grad_products = tl.load(extra + other_rows, mask=other_valid, other=0.0)[None, :]
+        else:
+            causal = tokens[:, None] >= others[None, :]
+            grad_products = tl.load(extra + rows, mask=valid, other=0.0)[:, None]
+        grad_products = tl.broadcast_to(grad_products, BLOCK, BLOCK)
+        for first_v in range(0, V, BLOCK_V):
+            mine = _load(columns, rows, valid, first_v, V, BLOCK_V).to(dtype)
+            values = _load(other_columns, other_rows, other_valid, first_v, V, BLOCK_V).to(dtype)
+            grad_products = tl.dot(mine, tl.trans(values), grad_products, input_precision=PRECISION)
+        gates = tl.dot(inside, tl.trans(other_inside), input_precision=PRECISION)
+        scores = tl.where(causal, grad_products * gates, 0.0)
+        grad = tl.dot(scores.to(dtype), theirs, grad, input_precision=PRECISION)
+        gates = tl.dot(own, tl.trans(theirs), input_precision=PRECISION)
+        gates = tl.where(causal, grad_products * gates, 0.0)
+        grad_inside = tl.dot(gates, other_inside, grad_inside, input_precision=PRECISION)
+    keys, memories = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_R)
+    places = (slot * (chunks + 1) + chunk + (1 if REVERSE else 0)) * R * K + keys
+    grad_beyond = tl.zeros([BLOCK, BLOCK_R], tl.float32)
+    for first_v in range(0, V, BLOCK_V):
+        mine = _load(columns, rows, valid, first_v, V, BLOCK_V).to(dtype)
+        ones = tokens < tl.where(first_v == 0, stop, 0)  # the vectors are taken once
+        column = ones.to(tl.float32) if REVERSE else tl.load(extra + rows, mask=ones, other=0.0)
+        for memory in range(R):
+            lines = places + memory * K
+            tile = _load(states, lines, keys < K, first_v, V, BLOCK_V)
+            line = tl.load(vectors + lines, mask=keys < K, other=0.0)
+            product = tl.dot(mine, tl.trans(tile), column[:, None] * line[None, :], input_precision=PRECISION)
+            grad += product * _column(beyond, memory)[:, None]
+            inner = tl.sum(product * own.to(tl.float32), 1)
+            grad_beyond += tl.where(memories[None, :] == memory, inner[:, None], 0.0)
+    _store(grad_features, rows, valid, 0, grad, K, BLOCK_K)
+    _store(grad_weight, rows, valid, 0, grad_inside * to_center + grad_beyond * to_edge, R, BLOCK_R)
 
 
 @triton.jit
@@ -251,133 +342,6 @@ def _grad_sums_kernel(
     outputs = _load(output, rows, valid, 0, V, BLOCK_V).to(tl.float32)
     _store(grad_sums, rows, valid, 0, gradient, V, BLOCK_V)
     tl.store(grad_denominator + rows, -tl.sum(gradient * outputs, 1), mask=valid)
-
-
-@triton.jit
-def _grad_read_kernel(
-    query, key, value, read, write, total, states, vectors, grad_sums, grad_denominator, grad_query,
-    grad_read, time, chunks, H: tl.constexpr, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-    CHUNK: tl.constexpr, BLOCK: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
-    BLOCK_V: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Gradients of query and read, for a block of tokens. Grid: blocks of tokens, B*H."""
-    PER_CHUNK: tl.constexpr = (CHUNK + BLOCK - 1) // BLOCK
-    dtype = states.dtype.element_ty
-    chunk, block = tl.program_id(0) // PER_CHUNK, tl.program_id(0) % PER_CHUNK
-    slot = tl.program_id(1).to(tl.int64)
-    batch, head = slot // H, slot % H
-    start = chunk * CHUNK
-    stop = tl.minimum(start + CHUNK, time)
-    center, _ = _center(total, batch, head, start, stop, time, H, R, BLOCK_R)
-    tokens = start + block * BLOCK + tl.arange(0, BLOCK)
-    rows, valid = (batch * time + tokens) * H + head, tokens < stop
-    q = _load(query, rows, valid, 0, K, BLOCK_K).to(dtype)
-    gradient = _load(grad_sums, rows, valid, 0, V, BLOCK_V)
-    extra = tl.load(grad_denominator + rows, mask=valid, other=0.0)
-    gates = _load_total(total, batch, head, tokens, stop, time, H, R, BLOCK_R)
-    r = _load_gates(read, rows, valid, R, BLOCK_R)
-    from_center, from_start = tl.exp(gates - center[None, :]), tl.exp(gates)
-    read_inside, read_state = r * from_center, r * from_start
-    grad_q = tl.zeros([BLOCK, BLOCK_K], tl.float32)
-    grad_inside = tl.zeros([BLOCK, BLOCK_R], tl.float32)
-    for other in range(block + 1):
-        others = start + other * BLOCK + tl.arange(0, BLOCK)
-        other_rows, other_valid = (batch * time + others) * H + head, others < stop
-        k = _load(key, other_rows, other_valid, 0, K, BLOCK_K).to(dtype)
-        v = _load(value, other_rows, other_valid, 0, V, BLOCK_V).to(dtype)
-        w = _load_gates(write, other_rows, other_valid, R, BLOCK_R)
-        g = _load_total(total, batch, head, others, stop, time, H, R, BLOCK_R)
-        write_inside = w * tl.exp(center[None, :] - g)
-        causal = tokens[:, None] >= others[None, :]
-        grad_weights = tl.dot(gradient, tl.trans(v), input_precision=PRECISION) + extra[:, None]
-        inside = tl.dot(read_inside, tl.trans(write_inside), input_precision=PRECISION)
-        grad_scores = tl.where(causal, grad_weights * inside, 0.0)
-        grad_q = tl.dot(grad_scores.to(dtype), k, grad_q, input_precision=PRECISION)
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        grad_products = tl.where(causal, grad_weights * scores, 0.0)
-        grad_inside = tl.dot(grad_products, write_inside, grad_inside, input_precision=PRECISION)
-    keys, memories = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_R)
-    places = (slot * (chunks + 1) + chunk) * R * K + keys
-    grad_state = tl.zeros([BLOCK, BLOCK_R], tl.float32)
-    for memory in range(R):
-        lines = places + memory * K
-        tile = _load(states, lines, keys < K, 0, V, BLOCK_V)
-        line = tl.load(vectors + lines, mask=keys < K, other=0.0)
-        grad_query_m = tl.dot(gradient, tl.trans(tile), input_precision=PRECISION)
-        grad_query_m += extra[:, None] * line[None, :]
-        grad_q += grad_query_m * _column(read_state, memory)[:, None]
-        inner = tl.sum(grad_query_m * q.to(tl.float32), 1)
-        grad_state = tl.where(memories[None, :] == memory, inner[:, None], grad_state)
-    _store(grad_query, rows, valid, 0, grad_q, K, BLOCK_K)
-    _store(grad_read, rows, valid, 0, grad_inside * from_center + grad_state * from_start, R, BLOCK_R)
-
-
-@triton.jit
-def _grad_write_kernel(
-    query, key, value, read, write, total, grad_states, grad_vectors, grad_sums, grad_denominator,
-    grad_key, grad_value, grad_write, time, chunks, H: tl.constexpr, R: tl.constexpr, K: tl.constexpr,
-    V: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, BLOCK_R: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Gradients of key, value and write, for a block of tokens. Grid: blocks of tokens, B*H.
-
-    Products inside the chunk are transposed: rows are the tokens that are read, columns those that read.
-    """
-    PER_CHUNK: tl.constexpr = (CHUNK + BLOCK - 1) // BLOCK
-    dtype = grad_states.dtype.element_ty
-    chunk, block = tl.program_id(0) // PER_CHUNK, tl.program_id(0) % PER_CHUNK
-    slot = tl.program_id(1).to(tl.int64)
-    batch, head = slot // H, slot % H
-    start = chunk * CHUNK
-    stop = tl.minimum(start + CHUNK, time)
-    center, last = _center(total, batch, head, start, stop, time, H, R, BLOCK_R)
-    tokens = start + block * BLOCK + tl.arange(0, BLOCK)
-    rows, valid = (batch * time + tokens) * H + head, tokens < stop
-    k = _load(key, rows, valid, 0, K, BLOCK_K).to(dtype)
-    v = _load(value, rows, valid, 0, V, BLOCK_V).to(dtype)
-    gates = _load_total(total, batch, head, tokens, stop, time, H, R, BLOCK_R)
-    w = _load_gates(write, rows, valid, R, BLOCK_R)
-    to_center, to_end = tl.exp(center[None, :] - gates), tl.exp(last[None, :] - gates)
-    write_inside, write_state = w * to_center, w * to_end
-    grad_k = tl.zeros([BLOCK, BLOCK_K], tl.float32)
-    grad_v = tl.zeros([BLOCK, BLOCK_V], tl.float32)
-    grad_inside = tl.zeros([BLOCK, BLOCK_R], tl.float32)
-    for other in range(block, PER_CHUNK):
-        others = start + other * BLOCK + tl.arange(0, BLOCK)
-        other_rows, other_valid = (batch * time + others) * H + head, others < stop
-        q = _load(query, other_rows, other_valid, 0, K, BLOCK_K).to(dtype)
-        gradient = _load(grad_sums, other_rows, other_valid, 0, V, BLOCK_V)
-        extra = tl.load(grad_denominator + other_rows, mask=other_valid, other=0.0)
-        r = _load_gates(read, other_rows, other_valid, R, BLOCK_R)
-        g = _load_total(total, batch, head, others, stop, time, H, R, BLOCK_R)
-        read_inside = r * tl.exp(g - center[None, :])
-        causal = tokens[:, None] <= others[None, :]
-        scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)
-        inside = tl.dot(write_inside, tl.trans(read_inside), input_precision=PRECISION)
-        weights = tl.where(causal, scores * inside, 0.0)
-        grad_v = tl.dot(weights.to(dtype), gradient, grad_v, input_precision=PRECISION)
-        grad_weights = tl.dot(v, tl.trans(gradient), input_precision=PRECISION) + extra[None, :]
-        grad_scores = tl.where(causal, grad_weights * inside, 0.0)
-        grad_k = tl.dot(grad_scores.to(dtype), q, grad_k, input_precision=PRECISION)
-        grad_products = tl.where(causal, grad_weights * scores, 0.0)
-        grad_inside = tl.dot(grad_products, read_inside, grad_inside, input_precision=PRECISION)
-    keys, memories = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_R)
-    places = (slot * (chunks + 1) + chunk + 1) * R * K + keys
-    grad_state = tl.zeros([BLOCK, BLOCK_R], tl.float32)
-    for memory in range(R):
-        lines = places + memory * K
-        tile = _load(grad_states, lines, keys < K, 0, V, BLOCK_V)
-        line = tl.load(grad_vectors + lines, mask=keys < K, other=0.0)
-        weight = _column(write_state, memory)[:, None]
-        weighted = k.to(tl.float32) * weight
-        grad_v = tl.dot(weighted.to(dtype), tile, grad_v, input_precision=PRECISION)
-        grad_key_m = tl.dot(v, tl.trans(tile), input_precision=PRECISION) + line[None, :]
-        grad_k += grad_key_m * weight
-        inner = tl.sum(grad_key_m * k.to(tl.float32), 1)
-        grad_state = tl.where(memories[None, :] == memory, inner[:, None], grad_state)
-    _store(grad_key, rows, valid, 0, grad_k, K, BLOCK_K)
-    _store(grad_value, rows, valid, 0, grad_v, V, BLOCK_V)
-    _store(grad_write, rows, valid, 0, grad_inside * to_center + grad_state * to_end, R, BLOCK_R)
 
 
 @triton.jit
@@ -417,23 +381,21 @@ class _Plan:
         precision = "tf32x3" if exact else "tf32"
         self.gates = {"H": self.heads, "R": self.memories, "CHUNK": chunk, "BLOCK_R": _tile(self.memories)}
         self.sizes = {
-            **self.gates,
+            "H": self.heads,
+            "R": self.memories,
             "K": self.key_size,
             "V": self.value_size,
+            "CHUNK": chunk,
             "BLOCK": max(16, min(chunk, _MAX_BLOCK)),
-            "BLOCK_K": _tile(self.key_size),
-            "BLOCK_V": _tile(self.value_size),
+            "BLOCK_V": min(_tile(self.value_size), _MAX_BLOCK),
             "PRECISION": precision,
         }
-        self.launch = {"num_warps": 8 if max(self.sizes["BLOCK_K"], self.sizes["BLOCK_V"]) > 64 else 4}
+        self.token_sizes = {**self.sizes, "BLOCK_R": _tile(self.memories), "BLOCK_K": _tile(self.key_size)}
+        self.token_sizes |= {"num_warps": 8, "num_stages": 2}
 
     def per_chunk(self) -> tuple[int, int]:
         """The grid of the kernels that handle gates."""
         return self.chunks, self.slots
-
-    def per_block(self) -> tuple[int, int]:
-        """The grid of the kernels that handle tokens."""
-        return self.chunks * triton.cdiv(self.sizes["CHUNK"], self.sizes["BLOCK"]), self.slots
 
     def total(self, log_decay: Tensor) -> Tensor:
         total = torch.empty_like(log_decay, dtype=torch.float32)
@@ -443,9 +405,8 @@ class _Plan:
     def scan(self, features, columns, extra, weight, total, state, vector, others=None):
         """States and vectors at all boundaries, the ones handed on at the end, and inner products with
         `others`."""
-        sizes = {k: v for k, v in self.sizes.items() if k != "BLOCK_R"}
-        sizes["BLOCK_K"], sizes["BLOCK_V"] = min(64, sizes["BLOCK_K"]), min(64, sizes["BLOCK_V"])
-        blocks = (triton.cdiv(self.key_size, sizes["BLOCK_K"]), triton.cdiv(self.value_size, sizes["BLOCK_V"]))
+        block_k = min(_tile(self.key_size), _MAX_BLOCK)
+        blocks = (triton.cdiv(self.key_size, block_k), triton.cdiv(self.value_size, self.sizes["BLOCK_V"]))
         shape = (self.slots, self.chunks + 1, self.memories, self.key_size)
         states = state.new_empty(*shape, self.value_size, dtype=self.dtype)
         vectors = vector.new_empty(shape)
@@ -454,9 +415,20 @@ class _Plan:
         _scan_kernel[self.slots * self.memories, *blocks](
             features, columns, extra, weight, total, state, vector, states, vectors, *final,
             *(others or (states, vectors)), inner, self.time, self.chunks, self.slots,
-            **sizes, REVERSE=others is not None,
+            **self.sizes, BLOCK_K=block_k, REVERSE=others is not None, num_stages=2,
         )  # fmt: skip
         return (states, vectors), final, inner
+
+    def sums(self, *tensors, eps: float = 0.0, reverse: bool = False) -> None:
+        grid = (*self._blocks(), triton.cdiv(self.value_size, self.sizes["BLOCK_V"]))
+        _sums_kernel[grid](*tensors, eps, self.time, self.chunks, **self.token_sizes, REVERSE=reverse)
+
+    def gradients(self, *tensors, reverse: bool = False) -> None:
+        _grad_kernel[self._blocks()](*tensors, self.time, self.chunks, **self.token_sizes, REVERSE=reverse)
+
+    def _blocks(self) -> tuple[int, int]:
+        """The grid of the kernels that handle tokens."""
+        return self.chunks * triton.cdiv(self.sizes["CHUNK"], self.sizes["BLOCK"]), self.slots
 
 
 def _tile(size: int) -> int:
@@ -491,10 +463,7 @@ def _forward(
     with torch.cuda.device_of(query):
         total = plan.total(log_decay)
         states, final, _ = plan.scan(key, value, total, write, total, memory, normalizer)
-        _output_kernel[plan.per_block()](
-            query, key, value, read, write, total, *states, output, denominator, eps, plan.time,
-            plan.chunks, **plan.sizes, **plan.launch,
-        )  # fmt: skip
+        plan.sums(query, read, key, value, write, total, *states, output, denominator, eps=eps)
     return output, *final, denominator
 
 
@@ -533,19 +502,21 @@ def _backward(
         block = plan.sizes["BLOCK"]
         _grad_sums_kernel[triton.cdiv(denominator.numel(), block),](
             grad_output, output, denominator, grad_sums, grad_denominator, denominator.numel(),
-            V=plan.value_size, BLOCK=block, BLOCK_V=plan.sizes["BLOCK_V"],
+            V=plan.value_size, BLOCK=block, BLOCK_V=_tile(plan.value_size),
         )  # fmt: skip
         grad_states, grad_initial, inner = plan.scan(
             query, grad_sums, grad_denominator, read, total, *grad_final, others=states
         )
-        _grad_read_kernel[plan.per_block()](
-            query, key, value, read, write, total, *states, grad_sums, grad_denominator, grad_query,
-            grad_read, plan.time, plan.chunks, **plan.sizes, **plan.launch,
+        plan.gradients(
+            query, grad_sums, read, key, value, write, grad_denominator, total, *states, grad_query, grad_read
+        )
+        plan.gradients(
+            key, value, write, query, grad_sums, read, grad_denominator, total, *grad_states, grad_key, grad_write,
+            reverse=True,
         )  # fmt: skip
-        _grad_write_kernel[plan.per_block()](
-            query, key, value, read, write, total, *grad_states, grad_sums, grad_denominator, grad_key,
-            grad_value, grad_write, plan.time, plan.chunks, **plan.sizes, **plan.launch,
-        )  # fmt: skip
+        plan.sums(
+            key, write, query, grad_sums, read, total, *grad_states, grad_value, denominator, reverse=True
+        )
         _grad_decay_kernel[plan.per_chunk()](
             read, write, grad_read, grad_write, inner, grad_decay, plan.time, plan.chunks, plan.slots,
             inner.shape[0], **plan.gates,
