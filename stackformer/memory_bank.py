@@ -62,8 +62,8 @@ def banked_linear_attention(
             memories on, since one state per chunk is kept for the backward pass.
         implementation: "recurrent" (the definition, one token after another), "chunk" (a few large matrix
             products per chunk, with a backward pass of its own), "cpp" (the same in C++, for CPUs, where it
-            was built) or "triton" (the same in kernels for a GPU). `None` takes the fastest: "cpp" or "triton"
-            if it can, else "recurrent" for one token and "chunk" for more.
+            was built) or "triton" (the same as kernels for a GPU). `None` takes the fastest: "cpp" if it can,
+            else "recurrent" for one token, and "triton" if it can or "chunk" for more.
         max_decay: a bound on `-log_decay`, if the caller knows one. `None` measures it, which costs a
             synchronisation on a GPU and a graph break under `torch.compile`. Chunks are shortened as far as
             the bound demands, so that no exponential overflows.

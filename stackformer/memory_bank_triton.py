@@ -1,26 +1,25 @@
 # Copyright 2026 The Stackformer authors. Licensed under the Apache License, Version 2.0.
 """Banked linear attention on a GPU: the chunk form of memory_bank.py as Triton kernels, and its gradients.
 
-The mathematics, the letters and the bounds on exponents are those of memory_bank.py. Time is cut into N chunks
-of C tokens, and chunks into blocks of at most 64. G is the cumulative sum of `log_decay` inside a chunk; the
-states at the N + 1 boundaries of chunks are M_0 .. M_N, and those of the normalizer z_0 .. z_N.
+The mathematics, the letters and the bounds on exponents are those of memory_bank.py. Time is cut into N
+chunks of C tokens, and chunks into blocks of at most 64. G is the cumulative sum of `log_decay` inside a
+chunk; the states at the N + 1 boundaries of chunks are M_0 .. M_N, those of the normalizer z_0 .. z_N.
 
-    forward     G; M by a scan over chunks, parallel over B, H, R and blocks of K and V;
-                outputs, parallel over blocks of tokens
-    backward    M again; dM by the same scan from the end, which also takes <M_n, dM_n>;
-                gradients of query and read, parallel over blocks of the tokens that read;
-                gradients of key, value and write, parallel over blocks of the tokens that are read;
-                gradients of the decay, from the others:
+    forward     G; M by a scan over chunks; outputs
+    backward    M again; their gradients dM by the same scan from the end, which also takes <M_n, dM_n>;
+                gradients of query and read, of key and write, of value; and from those, of the decay:
 
     sum over i >= t in the chunk of (read_im dread_im - write_im dwrite_im) + <M_nm, dM_nm> + <z_nm, dz_nm>
 
 with n the boundary at the chunk's end: a decay scales all that was there before it, so its gradient is what
-later reads take from it, less what was written later, and what the chunk leaves.
+later reads take from it, less what was written later, and what the chunk leaves. Reading with time and
+writing against it are the same computation, so the same three kernels, `_scan_kernel`, `_sums_kernel` and
+`_grad_kernel`, do both: a flag REVERSE swaps the roles of tokens that read and tokens that are read.
 
-Inside a chunk, the product of queries and keys is taken once for all memories; keys expanded to R*K and states
-per token exist nowhere. The normalizer is a vector beside each matrix, not one more column of it. Saved for
-the backward pass are the inputs, the outputs and the initial state; the states at the boundaries are work
-space of N R K V elements per head in each pass, twice that in the backward pass.
+Inside a chunk, the product of queries and keys is taken once for all memories; keys expanded to R*K and
+states per token exist nowhere. The normalizer is a vector beside each matrix, not one more column of it.
+Saved for the backward pass are inputs, outputs, denominators and the initial state; states at boundaries are
+work space of N R K V elements per head, twice that in the backward pass.
 
 Products take bfloat16 operands for bfloat16 inputs, and else float32 ones: as TF32 where torch allows it or
 the inputs are float16 (whose digits TF32 has, with float32's range), as three TF32 products where not.
@@ -56,19 +55,20 @@ def unsupported(query: Tensor, key: Tensor, value: Tensor, read: Tensor) -> str 
         if tensor.dtype not in _DTYPES:
             return f"`{name}` must be float32, bfloat16 or float16, not {tensor.dtype}"
     if max(query.shape[-1], value.shape[-1]) > _MAX_FEATURES:
-        return f"key and value sizes must be at most {_MAX_FEATURES}, not {query.shape[-1]}, {value.shape[-1]}"
+        sizes = f"{query.shape[-1]} and {value.shape[-1]}"
+        return f"key and value sizes must be at most {_MAX_FEATURES}, not {sizes}"
     if read.shape[-1] > _MAX_MEMORIES:
         return f"there must be at most {_MAX_MEMORIES} memories per head, not {read.shape[-1]}"
     return None
 
 
-# Kernels. A "row" is a token of a head in a contiguous [B, T, H, ...], or a line of a state in [..., K, V]; tiles
-# are padded to powers of two, with zeros that change no sum.
+# Kernels. A row is a token of a head in a contiguous [B, T, H, ...], or a line of a state in [..., K, V]; a
+# slot is one of B*H. Tiles are padded to powers of two, with zeros that change no sum.
 
 
 @triton.jit
 def _load(pointer, rows, valid, first, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """Columns `first` to `first + BLOCK` of rows of WIDTH elements [rows, BLOCK]; zeros where there are none."""
+    """Columns `first` to `first + BLOCK` of rows of WIDTH elements, zeros where there are none."""
     columns = first + tl.arange(0, BLOCK)
     mask = valid[:, None] & (columns < WIDTH)[None, :]
     return tl.load(pointer + rows[:, None] * WIDTH + columns[None, :], mask=mask, other=0.0)
@@ -124,7 +124,8 @@ def _scan_kernel(
     Forward, features and columns are keys and values, weighted with what was written and lasts to the end of
     the chunk; with REVERSE, they are queries and gradients of the sums, weighted with what is read of the
     chunk's beginning, `extra` are the gradients of the denominators, and `inner` [parts, B*H, N, R] becomes
-    parts of the inner products with `other_states` and `other_vectors`. Grid: B*H*R, blocks of K, blocks of V.
+    parts of the inner products with `other_states` and `other_vectors`.
+    Grid: B*H*R, blocks of K, blocks of V.
     """
     slot, memory = tl.program_id(0).to(tl.int64) // R, tl.program_id(0) % R
     batch, head = slot // H, slot % H
@@ -180,11 +181,11 @@ def _gates(
 ):  # fmt: skip
     """Weights of a block of tokens, and what they are multiplied with inside the chunk and beyond it.
 
-    Returns three tiles [BLOCK, BLOCK_R]: the weights; exp(G - c), or exp(c - G) if they are of what is written,
-    with c the chunk's midpoint of G; exp(G), or exp(G_last - G).
+    Returns three tiles [BLOCK, BLOCK_R]: the weights; exp(G - c), or exp(c - G) where the weights are of what
+    is written, with c the chunk's midpoint of G; exp(G), or exp(G_last - G).
     """
     weights = _load(weight, (batch * time + tokens) * H + head, valid, 0, R, BLOCK_R).to(tl.float32)
-    # After the chunk's last token G is what it is there, which keeps exponents small for tokens that are none.
+    # After the chunk's last token G stays what it is there: exponents of tokens that are none are small, too.
     rows = (batch * time + tl.minimum(tokens, stop - 1)) * H + head
     gates = _load(total, rows, tokens >= 0, 0, R, BLOCK_R)
     first = _load_row(total, (batch * time + start) * H + head, R, BLOCK_R)
@@ -202,11 +203,12 @@ def _sums_kernel(
     CHUNK: tl.constexpr, BLOCK: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr, REVERSE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Outputs and denominators, of tokens that read; with REVERSE, gradients of value, of tokens that are read.
+    """Outputs and denominators of tokens that read; with REVERSE, gradients of value of tokens that are read.
 
-    Forward, features and weight are query and read, the other ones key, value and write, and states are those at
-    the chunk's beginning; with REVERSE, features and weight are key and write, the other ones query, gradients
-    of the sums and read, and states are gradients at the chunk's end. Grid: blocks of tokens, B*H, blocks of V.
+    Forward, features and weight are query and read, the other ones key, value and write, and states are those
+    at the chunk's beginning; with REVERSE, features and weight are key and write, the other ones query,
+    gradients of the sums and read, and states are gradients at the chunk's end.
+    Grid: blocks of tokens, B*H, blocks of V.
     """
     PER_CHUNK: tl.constexpr = (CHUNK + BLOCK - 1) // BLOCK
     dtype = states.dtype.element_ty
@@ -230,8 +232,9 @@ def _sums_kernel(
         theirs = _load(other_features, other_rows, other_valid, 0, K, BLOCK_K).to(dtype)
         columns = _load(other_columns, other_rows, other_valid, first_v, V, BLOCK_V).to(dtype)
         other_weights, from_center, _ = _gates(
-            other_weight, total, batch, head, others, other_valid, start, stop, time, H, R, BLOCK_R, not REVERSE
-        )
+            other_weight, total, batch, head, others, other_valid, start, stop, time, H, R, BLOCK_R,
+            not REVERSE,
+        )  # fmt: skip
         products = tl.dot(own, tl.trans(theirs), input_precision=PRECISION)
         products *= tl.dot(inside, tl.trans(other_weights * from_center), input_precision=PRECISION)
         if REVERSE:
@@ -263,7 +266,7 @@ def _grad_kernel(
     V: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, REVERSE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of query and read, of tokens that read; with REVERSE, of key and write, of those that are read.
+    """Gradients of query and read of tokens that read; with REVERSE, of key and write of those that are read.
 
     Features, weight and states are those of `_sums_kernel`, columns the gradients of the sums (with REVERSE
     values), other columns values (gradients of the sums). `extra`, the gradients of the denominators, are the
@@ -290,8 +293,9 @@ def _grad_kernel(
         other_rows, other_valid = (batch * time + others) * H + head, others < stop
         theirs = _load(other_features, other_rows, other_valid, 0, K, BLOCK_K).to(dtype)
         other_weights, from_center, _ = _gates(
-            other_weight, total, batch, head, others, other_valid, start, stop, time, H, R, BLOCK_R, not REVERSE
-        )
+            other_weight, total, batch, head, others, other_valid, start, stop, time, H, R, BLOCK_R,
+            not REVERSE,
+        )  # fmt: skip
         other_inside = other_weights * from_center
         if REVERSE:
             causal = others[None, :] >= tokens[:, None]
@@ -391,7 +395,9 @@ class _Plan:
             "PRECISION": precision,
         }
         self.token_sizes = {**self.sizes, "BLOCK_R": _tile(self.memories), "BLOCK_K": _tile(self.key_size)}
-        self.token_sizes |= {"num_warps": 8, "num_stages": 2}
+        # The fewest warps among which tiles can be shared out without spilling registers.
+        small = self.dtype == torch.bfloat16 and max(self.key_size, self.value_size) <= 64
+        self.token_sizes |= {"num_warps": 4 if small else 8, "num_stages": 2}
 
     def per_chunk(self) -> tuple[int, int]:
         """The grid of the kernels that handle gates."""
@@ -412,7 +418,7 @@ class _Plan:
         vectors = vector.new_empty(shape)
         final = torch.empty_like(state), torch.empty_like(vector)
         inner = state.new_empty(blocks[0] * blocks[1], self.slots, self.chunks, self.memories)
-        _scan_kernel[self.slots * self.memories, *blocks](
+        _scan_kernel[(self.slots * self.memories, *blocks)](
             features, columns, extra, weight, total, state, vector, states, vectors, *final,
             *(others or (states, vectors)), inner, self.time, self.chunks, self.slots,
             **self.sizes, BLOCK_K=block_k, REVERSE=others is not None, num_stages=2,
@@ -436,8 +442,8 @@ def _tile(size: int) -> int:
     return max(16, triton.next_power_of_2(size))
 
 
-# Operators of torch, so that torch.compile takes them as they are and torch knows their gradients. Named after
-# this module: code that came with a model from the Hub registers its own beside the package's.
+# Operators of torch, so that torch.compile takes them as they are and torch knows their gradients. Named
+# after this module: code that came with a model from the Hub registers its own beside the package's.
 _NAMESPACE = re.sub(r"\W", "_", __name__)
 
 
@@ -488,7 +494,7 @@ def _backward(
     query, key, value, read, write, log_decay, memory, normalizer = (
         x.contiguous() for x in (query, key, value, read, write, log_decay, memory, normalizer)
     )
-    grad_output, grad_final = grad_output.contiguous(), (grad_memory.contiguous(), grad_normalizer.contiguous())
+    grad_output, *grad_final = (x.contiguous() for x in (grad_output, grad_memory, grad_normalizer))
     plan = _Plan(query, key, value, read, chunk_size)
     grad_sums = torch.empty_like(value, dtype=plan.dtype)
     grad_denominator = torch.empty_like(denominator)
@@ -511,8 +517,8 @@ def _backward(
             query, grad_sums, read, key, value, write, grad_denominator, total, *states, grad_query, grad_read
         )
         plan.gradients(
-            key, value, write, query, grad_sums, read, grad_denominator, total, *grad_states, grad_key, grad_write,
-            reverse=True,
+            key, value, write, query, grad_sums, read, grad_denominator, total, *grad_states, grad_key,
+            grad_write, reverse=True,
         )  # fmt: skip
         plan.sums(
             key, write, query, grad_sums, read, total, *grad_states, grad_value, denominator, reverse=True

@@ -4,6 +4,6 @@ import os
 
 import torch
 
-# Without a GPU, kernels run in Triton's interpreter. Triton decides so when it is imported, which torch may do.
+# Without a GPU, kernels run in Triton's interpreter. That is decided when Triton is imported, by torch or us.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")

@@ -1,4 +1,4 @@
-"""The kernels against the definition, on a GPU or in Triton's interpreter: outputs, states, every gradient."""
+"""The kernels against the definition, on a GPU or in Triton's interpreter: outputs, states, all gradients."""
 
 import json
 import os
@@ -118,7 +118,7 @@ def test_zero_writes_leave_the_state_alone():
 
 def test_strides_change_nothing():
     """Query, key and value as parts of one projection, and gates with heads first."""
-    inputs = {name: tensor.detach().float().to(DEVICE) for name, tensor in make_inputs(time=20, batch=1).items()}
+    inputs = {name: x.detach().float().to(DEVICE) for name, x in make_inputs(time=20, batch=1).items()}
     expected, _ = run(inputs, "triton")
     for name in ("query", "key", "value"):
         inputs[name] = torch.cat([inputs[name]] * 2, dim=-1)[..., : inputs[name].shape[-1]]
@@ -192,11 +192,8 @@ def test_tensors_on_the_cpu_need_no_triton():
 
 @pytest.mark.slow
 def test_kernels_compile_for_a_gpu():
-    """To machine code of compute capability 9.0, which needs no GPU: every kernel that sizes like these launch.
-
-    The larger tiles fit one multiprocessor's 227 KiB, and all but the smallest part of what they compute with
-    stays in registers.
-    """
+    """To machine code of compute capability 9.0: all tiles fit a multiprocessor's 227 KiB, and in bfloat16 no
+    register is spilled."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     worker = Path(__file__).parent / "triton_compile_worker.py"
     result = subprocess.run(
@@ -205,7 +202,8 @@ def test_kernels_compile_for_a_gpu():
     assert result.returncode == 0, result.stderr
     kernels = [json.loads(line) for line in result.stdout.splitlines()]
     assert {kernel["name"] for kernel in kernels} == {
-        "_total_kernel", "_scan_kernel", "_sums_kernel", "_grad_sums_kernel", "_grad_kernel", "_grad_decay_kernel"
+        "_total_kernel", "_scan_kernel", "_sums_kernel", "_grad_sums_kernel", "_grad_kernel",
+        "_grad_decay_kernel",
     }  # fmt: skip
     for kernel in kernels:
         assert kernel["shared_bytes"] <= 227 * 1024, kernel

@@ -1,4 +1,4 @@
-"""Compiles for compute capability 9.0 what the operator launches, without a GPU; prints a line for every kernel.
+"""Compiles what the operator launches for compute capability 9.0, without a GPU; prints a line per kernel.
 
 A process of its own: kernels that are compiled cannot be interpreted, and the other way round.
 """
