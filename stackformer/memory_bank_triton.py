@@ -63,7 +63,11 @@ def unsupported(query: Tensor, key: Tensor, value: Tensor, read: Tensor) -> str 
 
 
 # Kernels. A row is a token of a head in a contiguous [B, T, H, ...], or a line of a state in [..., K, V]; a
-# slot is one of B*H. Tiles are padded to powers of two, with zeros that change no sum.
+# slot is one of B*H. Tiles are padded to powers of two, with zeros that change no sum. Only the first
+# dimension of a grid may be large.
+
+# Of these sizes it does not matter which they are: a new one is no reason to compile again.
+_kernel = triton.jit(do_not_specialize=("time", "chunks", "slots", "parts", "tokens"))
 
 
 @triton.jit
@@ -100,22 +104,24 @@ def _column(tile, index):
     return tl.sum(tl.where(columns[None, :] == index, tile, 0.0), 1)
 
 
-@triton.jit
+@_kernel
 def _total_kernel(
-    log_decay, total, time, H: tl.constexpr, R: tl.constexpr, CHUNK: tl.constexpr, BLOCK_R: tl.constexpr
+    log_decay, total, time, chunks, H: tl.constexpr, R: tl.constexpr, CHUNK: tl.constexpr,
+    BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """G. Grid: chunks, B*H."""
-    batch, head = tl.program_id(1).to(tl.int64) // H, tl.program_id(1) % H
-    tokens = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
+    """G. Grid: B*H*N."""
+    slot, chunk = tl.program_id(0).to(tl.int64) // chunks, tl.program_id(0) % chunks
+    batch, head = slot // H, slot % H
+    tokens = chunk * CHUNK + tl.arange(0, CHUNK)
     rows, valid = (batch * time + tokens) * H + head, tokens < time
     gates = _load_gates(log_decay, rows, valid, R, BLOCK_R)
     _store(total, rows, valid, 0, tl.cumsum(gates, 0), R, BLOCK_R)
 
 
-@triton.jit
+@_kernel
 def _scan_kernel(
     features, columns, extra, weight, total, state, vector, states, vectors, final_state, final_vector,
-    other_states, other_vectors, inner, time, chunks, heads, H: tl.constexpr, R: tl.constexpr,
+    other_states, other_vectors, inner, time, chunks, slots, H: tl.constexpr, R: tl.constexpr,
     K: tl.constexpr, V: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr, REVERSE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -147,7 +153,7 @@ def _scan_kernel(
             other_tile = _load(other_states, places, is_key, first_v, V, BLOCK_V).to(tl.float32)
             other_line = tl.load(other_vectors + places, mask=has_vector, other=0.0)
             product = tl.sum(tl.sum(tile * other_tile, 1) + line * other_line, 0)
-            tl.store(inner + ((part * heads + slot) * chunks + chunk) * R + memory, product)
+            tl.store(inner + ((part * slots + slot) * chunks + chunk) * R + memory, product)
         start = chunk * CHUNK
         stop = tl.minimum(start + CHUNK, time)
         last = tl.load(total + ((batch * time + stop - 1) * H + head) * R + memory)
@@ -196,7 +202,7 @@ def _gates(
     return weights, tl.exp(centered), tl.exp(gates)
 
 
-@triton.jit
+@_kernel
 def _sums_kernel(
     features, weight, other_features, other_columns, other_weight, total, states, vectors, output,
     denominator, eps, time, chunks, H: tl.constexpr, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
@@ -208,12 +214,13 @@ def _sums_kernel(
     Forward, features and weight are query and read, the other ones key, value and write, and states are those
     at the chunk's beginning; with REVERSE, features and weight are key and write, the other ones query,
     gradients of the sums and read, and states are gradients at the chunk's end.
-    Grid: blocks of tokens, B*H, blocks of V.
+    Grid: B*H times blocks of tokens, blocks of V.
     """
     PER_CHUNK: tl.constexpr = (CHUNK + BLOCK - 1) // BLOCK
     dtype = states.dtype.element_ty
-    chunk, block = tl.program_id(0) // PER_CHUNK, tl.program_id(0) % PER_CHUNK
-    slot, first_v = tl.program_id(1).to(tl.int64), tl.program_id(2) * BLOCK_V
+    place, block = tl.program_id(0) // PER_CHUNK, tl.program_id(0) % PER_CHUNK
+    slot, chunk = place.to(tl.int64) // chunks, place % chunks
+    first_v = tl.program_id(1) * BLOCK_V
     batch, head = slot // H, slot % H
     start = chunk * CHUNK
     stop = tl.minimum(start + CHUNK, time)
@@ -259,7 +266,7 @@ def _sums_kernel(
     _store(output, rows, valid, first_v, sums, V, BLOCK_V)
 
 
-@triton.jit
+@_kernel
 def _grad_kernel(
     features, columns, weight, other_features, other_columns, other_weight, extra, total, states, vectors,
     grad_features, grad_weight, time, chunks, H: tl.constexpr, R: tl.constexpr, K: tl.constexpr,
@@ -270,12 +277,12 @@ def _grad_kernel(
 
     Features, weight and states are those of `_sums_kernel`, columns the gradients of the sums (with REVERSE
     values), other columns values (gradients of the sums). `extra`, the gradients of the denominators, are the
-    column to a column of ones beside the values. Grid: blocks of tokens, B*H.
+    column to a column of ones beside the values. Grid: B*H times blocks of tokens.
     """
     PER_CHUNK: tl.constexpr = (CHUNK + BLOCK - 1) // BLOCK
     dtype = states.dtype.element_ty
-    chunk, block = tl.program_id(0) // PER_CHUNK, tl.program_id(0) % PER_CHUNK
-    slot = tl.program_id(1).to(tl.int64)
+    place, block = tl.program_id(0) // PER_CHUNK, tl.program_id(0) % PER_CHUNK
+    slot, chunk = place.to(tl.int64) // chunks, place % chunks
     batch, head = slot // H, slot % H
     start = chunk * CHUNK
     stop = tl.minimum(start + CHUNK, time)
@@ -333,7 +340,7 @@ def _grad_kernel(
     _store(grad_weight, rows, valid, 0, grad_inside * to_center + grad_beyond * to_edge, R, BLOCK_R)
 
 
-@triton.jit
+@_kernel
 def _grad_sums_kernel(
     grad_output, output, denominator, grad_sums, grad_denominator, tokens, V: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_V: tl.constexpr,
@@ -348,13 +355,13 @@ def _grad_sums_kernel(
     tl.store(grad_denominator + rows, -tl.sum(gradient * outputs, 1), mask=valid)
 
 
-@triton.jit
+@_kernel
 def _grad_decay_kernel(
-    read, write, grad_read, grad_write, inner, grad_decay, time, chunks, heads, parts, H: tl.constexpr,
+    read, write, grad_read, grad_write, inner, grad_decay, time, chunks, slots, parts, H: tl.constexpr,
     R: tl.constexpr, CHUNK: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of log_decay, as in the module's docstring. Grid: chunks, B*H."""
-    chunk, slot = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    """Gradients of log_decay, as in the module's docstring. Grid: B*H*N."""
+    slot, chunk = tl.program_id(0).to(tl.int64) // chunks, tl.program_id(0) % chunks
     batch, head = slot // H, slot % H
     tokens = chunk * CHUNK + tl.arange(0, CHUNK)
     rows, valid = (batch * time + tokens) * H + head, tokens < time
@@ -362,7 +369,7 @@ def _grad_decay_kernel(
     writes = _load_gates(write, rows, valid, R, BLOCK_R) * _load_gates(grad_write, rows, valid, R, BLOCK_R)
     gradient = tl.cumsum(reads - writes, 0, reverse=True)
     for part in range(parts):
-        gradient += _load_row(inner, (part * heads + slot) * chunks + chunk, R, BLOCK_R)[None, :]
+        gradient += _load_row(inner, (part * slots + slot) * chunks + chunk, R, BLOCK_R)[None, :]
     _store(grad_decay, rows, valid, 0, gradient, R, BLOCK_R)
 
 
@@ -395,17 +402,15 @@ class _Plan:
             "PRECISION": precision,
         }
         self.token_sizes = {**self.sizes, "BLOCK_R": _tile(self.memories), "BLOCK_K": _tile(self.key_size)}
+        self.per_chunk = (self.slots * self.chunks,)
+        self.per_block = (self.slots * self.chunks * triton.cdiv(chunk, self.sizes["BLOCK"]),)
         # The fewest warps among which tiles can be shared out without spilling registers.
         small = self.dtype == torch.bfloat16 and max(self.key_size, self.value_size) <= 64
         self.token_sizes |= {"num_warps": 4 if small else 8, "num_stages": 2}
 
-    def per_chunk(self) -> tuple[int, int]:
-        """The grid of the kernels that handle gates."""
-        return self.chunks, self.slots
-
     def total(self, log_decay: Tensor) -> Tensor:
         total = torch.empty_like(log_decay, dtype=torch.float32)
-        _total_kernel[self.per_chunk()](log_decay, total, self.time, **self.gates)
+        _total_kernel[self.per_chunk](log_decay, total, self.time, self.chunks, **self.gates)
         return total
 
     def scan(self, features, columns, extra, weight, total, state, vector, others=None):
@@ -426,15 +431,11 @@ class _Plan:
         return (states, vectors), final, inner
 
     def sums(self, *tensors, eps: float = 0.0, reverse: bool = False) -> None:
-        grid = (*self._blocks(), triton.cdiv(self.value_size, self.sizes["BLOCK_V"]))
+        grid = (*self.per_block, triton.cdiv(self.value_size, self.sizes["BLOCK_V"]))
         _sums_kernel[grid](*tensors, eps, self.time, self.chunks, **self.token_sizes, REVERSE=reverse)
 
     def gradients(self, *tensors, reverse: bool = False) -> None:
-        _grad_kernel[self._blocks()](*tensors, self.time, self.chunks, **self.token_sizes, REVERSE=reverse)
-
-    def _blocks(self) -> tuple[int, int]:
-        """The grid of the kernels that handle tokens."""
-        return self.chunks * triton.cdiv(self.sizes["CHUNK"], self.sizes["BLOCK"]), self.slots
+        _grad_kernel[self.per_block](*tensors, self.time, self.chunks, **self.token_sizes, REVERSE=reverse)
 
 
 def _tile(size: int) -> int:
@@ -523,7 +524,7 @@ def _backward(
         plan.sums(
             key, write, query, grad_sums, read, total, *grad_states, grad_value, denominator, reverse=True
         )
-        _grad_decay_kernel[plan.per_chunk()](
+        _grad_decay_kernel[plan.per_chunk](
             read, write, grad_read, grad_write, inner, grad_decay, plan.time, plan.chunks, plan.slots,
             inner.shape[0], **plan.gates,
         )  # fmt: skip
