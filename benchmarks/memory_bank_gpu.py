@@ -136,7 +136,7 @@ def errors(side: Side, inputs: list[Tensor], reference: Side) -> dict[str, float
     actual = [output, *torch.autograd.grad(output, inputs, gradient.to(output))]
     wanted = [expected, *torch.autograd.grad(expected, exact, gradient)]
     return {
-        name: float((a.float() - w).norm() / w.norm())
+        name: float((a.detach().float() - w.detach()).norm() / w.detach().norm())
         for name, a, w in zip(("output", *NAMES), actual, wanted, strict=True)
     }
 

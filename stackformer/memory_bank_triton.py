@@ -413,18 +413,18 @@ class _Plan:
         _total_kernel[self.per_chunk](log_decay, total, self.time, self.chunks, **self.gates)
         return total
 
-    def scan(self, features, columns, extra, weight, total, state, vector, others=None):
+    def scan(self, features, columns, extra, weight, total, state, others=None):
         """States and vectors at all boundaries, the ones handed on at the end, and inner products with
         `others`."""
         block_k = min(_tile(self.key_size), _MAX_BLOCK)
         blocks = (triton.cdiv(self.key_size, block_k), triton.cdiv(self.value_size, self.sizes["BLOCK_V"]))
         shape = (self.slots, self.chunks + 1, self.memories, self.key_size)
-        states = state.new_empty(*shape, self.value_size, dtype=self.dtype)
-        vectors = vector.new_empty(shape)
-        final = torch.empty_like(state), torch.empty_like(vector)
-        inner = state.new_empty(blocks[0] * blocks[1], self.slots, self.chunks, self.memories)
+        states = total.new_empty(*shape, self.value_size, dtype=self.dtype)
+        vectors = total.new_empty(shape)
+        final = tuple(torch.empty_like(x) for x in state)
+        inner = total.new_empty(blocks[0] * blocks[1], self.slots, self.chunks, self.memories)
         _scan_kernel[(self.slots * self.memories, *blocks)](
-            features, columns, extra, weight, total, state, vector, states, vectors, *final,
+            features, columns, extra, weight, total, *state, states, vectors, *final,
             *(others or (states, vectors)), inner, self.time, self.chunks, self.slots,
             **self.sizes, BLOCK_K=block_k, REVERSE=others is not None, num_stages=2,
         )  # fmt: skip
@@ -469,7 +469,7 @@ def _forward(
     output, denominator = torch.empty_like(value), query.new_empty(query.shape[:-1], dtype=torch.float32)
     with torch.cuda.device_of(query):
         total = plan.total(log_decay)
-        states, final, _ = plan.scan(key, value, total, write, total, memory, normalizer)
+        states, final, _ = plan.scan(key, value, total, write, total, (memory, normalizer))
         plan.sums(query, read, key, value, write, total, *states, output, denominator, eps=eps)
     return output, *final, denominator
 
@@ -505,14 +505,14 @@ def _backward(
     grad_decay = torch.empty_like(log_decay)
     with torch.cuda.device_of(query):
         total = plan.total(log_decay)
-        states, _, _ = plan.scan(key, value, total, write, total, memory, normalizer)
+        states, _, _ = plan.scan(key, value, total, write, total, (memory, normalizer))
         block = plan.sizes["BLOCK"]
         _grad_sums_kernel[triton.cdiv(denominator.numel(), block),](
             grad_output, output, denominator, grad_sums, grad_denominator, denominator.numel(),
             V=plan.value_size, BLOCK=block, BLOCK_V=_tile(plan.value_size),
         )  # fmt: skip
         grad_states, grad_initial, inner = plan.scan(
-            query, grad_sums, grad_denominator, read, total, *grad_final, others=states
+            query, grad_sums, grad_denominator, read, total, grad_final, others=states
         )
         plan.gradients(
             query, grad_sums, read, key, value, write, grad_denominator, total, *states, grad_query, grad_read
