@@ -42,7 +42,7 @@ except ImportError:  # memory_bank.py does not import this module then
 INTERPRETED = triton.knobs.runtime.interpret
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MAX_FEATURES = 128  # K and V: tiles of [64, K], [64, V] and [K, V] share one multiprocessor's memory
-_MAX_MEMORIES = 128
+_MAX_MEMORIES = 64
 _MAX_BLOCK = 64  # tokens per tile
 _MAX_CHUNK = 256  # gates [C, R] are one tile of the cumulative sums
 

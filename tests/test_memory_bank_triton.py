@@ -169,8 +169,8 @@ def test_what_the_kernels_cannot_do_is_said(monkeypatch):
         attempt(dtype=torch.float64)
     with pytest.raises(ValueError, match="'triton'.*at most 128.*200"):
         attempt(value_size=200)
-    with pytest.raises(ValueError, match="'triton'.*at most 128 memories.*129"):
-        attempt(memories=129)
+    with pytest.raises(ValueError, match="'triton'.*at most 64 memories.*65"):
+        attempt(memories=65)
     monkeypatch.setattr("stackformer.memory_bank_triton.INTERPRETED", False)
     if DEVICE == "cpu":
         with pytest.raises(ValueError, match="'triton'.*CUDA device, not on cpu"):

@@ -75,4 +75,4 @@ if __name__ == "__main__":
     compile_all(128, 128, 4, torch.float16, 64)
     compile_all(64, 64, 4, torch.float32, 64, allow_tf32=True)
     compile_all(64, 64, 4, torch.float32, 64)
-    compile_all(128, 128, 128, torch.float32, 256)
+    compile_all(128, 128, 64, torch.float32, 256)
