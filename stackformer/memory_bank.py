@@ -15,6 +15,7 @@ Plain tensors in, plain tensors out: nothing here knows of a configuration or a 
 """
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
@@ -23,7 +24,8 @@ from torch.autograd.function import once_differentiable
 
 from .memory_bank_cpu import CompiledAttention, is_available
 
-IMPLEMENTATIONS = ("recurrent", "chunk", "cpp")
+IMPLEMENTATIONS = ("recurrent", "chunk", "cpp", "triton")
+_HAS_TRITON = find_spec("triton") is not None
 
 # The centred exponents of a chunk stay within +-_MAX_EXPONENT: exp(80) squared still is no float32 infinity
 # in the products that are kept (their sum of exponents is at most 0), and exp(-80) is no denormal.
@@ -59,9 +61,9 @@ def banked_linear_attention(
         chunk_size: tokens per chunk; changes speed and memory, not the result. `None` takes 64, or 128 from 4
             memories on, since one state per chunk is kept for the backward pass.
         implementation: "recurrent" (the definition, one token after another), "chunk" (a few large matrix
-            products per chunk, with a backward pass of its own) or "cpp" (the same in C++, for CPUs, where it
-            was built). `None` takes the fastest: "cpp" if it can, else "recurrent" for one token and "chunk"
-            for more.
+            products per chunk, with a backward pass of its own), "cpp" (the same in C++, for CPUs, where it
+            was built) or "triton" (the same as kernels for a GPU). `None` takes the fastest: "cpp" if it can,
+            else "recurrent" for one token, and "triton" if it can or "chunk" for more.
         max_decay: a bound on `-log_decay`, if the caller knows one. `None` measures it, which costs a
             synchronisation on a GPU and a graph break under `torch.compile`. Chunks are shortened as far as
             the bound demands, so that no exponential overflows.
@@ -72,14 +74,14 @@ def banked_linear_attention(
         inputs).
 
     Raises:
-        ValueError: if shapes do not agree, or for an unknown `implementation`.
+        ValueError: if shapes do not agree, or for an `implementation` that is unknown or not possible here.
     """
     _check_shapes(query, key, value, read, write, log_decay, initial_state)
     if chunk_size is None:
         chunk_size = 64 if read.shape[-1] < 4 else 128
     if chunk_size < 1:
         raise ValueError(f"`chunk_size` must be at least 1, got {chunk_size}")
-    implementation = _choose_implementation(implementation, query)
+    implementation = _choose_implementation(implementation, query, key, value, read)
 
     dtype = at_least_float32(query)
     if initial_state is None:
@@ -98,6 +100,10 @@ def banked_linear_attention(
         if implementation == "cpp":
             keep_states = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
             output, memory, normalizer = CompiledAttention.apply(*tensors, length, eps, keep_states)
+        elif implementation == "triton":
+            from .memory_bank_triton import chunked_attention
+
+            output, memory, normalizer = chunked_attention(*tensors, length, eps)
         else:
             output, memory, normalizer = _ChunkedAttention.apply(*tensors, length, eps)
         return output, (memory, normalizer)
@@ -214,11 +220,18 @@ def _check_shapes(query, key, value, read, write, log_decay, initial_state) -> N
             )
 
 
-def _choose_implementation(implementation: str | None, query: Tensor) -> str:
-    """The implementation to take for `query` [B, T, H, K], as asked for or the fastest."""
+def _choose_implementation(
+    implementation: str | None, query: Tensor, key: Tensor, value: Tensor, read: Tensor
+) -> str:
+    """The implementation to take for `query` [B, T, H, K] and the others, as asked for or the fastest."""
     compiled = is_available() and query.device.type == "cpu"
     if implementation is None:
-        return "cpp" if compiled else "recurrent" if query.shape[1] == 1 else "chunk"
+        if compiled:
+            return "cpp"
+        if query.shape[1] == 1:
+            return "recurrent"
+        on_gpu = query.is_cuda and _triton_obstacle(query, key, value, read) is None
+        return "triton" if on_gpu else "chunk"
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"`implementation` must be one of {IMPLEMENTATIONS} or None, got {implementation!r}")
     if implementation == "cpp" and not compiled:
@@ -226,7 +239,20 @@ def _choose_implementation(implementation: str | None, query: Tensor) -> str:
             "`implementation` must be another than 'cpp' where the C++ library was not built (it is with "
             f"the package, if there is a compiler) or for tensors on {query.device.type!r}"
         )
+    if implementation == "triton":
+        obstacle = _triton_obstacle(query, key, value, read)
+        if obstacle is not None:
+            raise ValueError(f"`implementation` must be another than 'triton' here: {obstacle}")
     return implementation
+
+
+def _triton_obstacle(query: Tensor, key: Tensor, value: Tensor, read: Tensor) -> str | None:
+    """Why the Triton kernels cannot take these inputs; `None` if they can."""
+    if not _HAS_TRITON:
+        return "Triton is not installed"
+    from .memory_bank_triton import unsupported
+
+    return unsupported(query, key, value, read)
 
 
 def _recurrent(tokens: list[Tensor], state: State, eps: float) -> tuple[Tensor, State]:

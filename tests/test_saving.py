@@ -17,8 +17,8 @@ SOURCES = {path.name for path in Path(stackformer.__file__).parent.glob("*.py")}
 
 
 def run_without_the_package(script: str, folder: Path) -> str:
-    """Run a script in a process that cannot import stackformer, with module and hub caches of its own."""
-    blocker = "import sys; sys.modules['stackformer'] = None\n"
+    """Run a script in a process that can import neither stackformer nor Triton, with caches of its own."""
+    blocker = "import sys; sys.modules['stackformer'] = sys.modules['triton'] = None\n"
     environment = {**os.environ, "HF_HOME": str(folder / "hf_home"), "HF_HUB_OFFLINE": "1"}
     result = subprocess.run(
         [sys.executable, "-c", blocker + script], env=environment, cwd=folder, capture_output=True, text=True
@@ -76,7 +76,8 @@ def test_remote_code_without_the_package(tmp_path):
     model, ids = tiny_model(torch.float32, **SHAPES["hybrid stack"]), random_ids(2, 9)
     model.save_pretrained(tmp_path / "model")
     build_byte_tokenizer().save_pretrained(tmp_path / "model")
-    assert {path.name for path in (tmp_path / "model").glob("*.py")} <= SOURCES
+    saved = {path.name for path in (tmp_path / "model").glob("*.py")}
+    assert "memory_bank_triton.py" in saved and saved <= SOURCES
     torch.save({"ids": ids, "logits": model(ids).logits}, tmp_path / "expected.pt")
     output = run_without_the_package(
         """
