@@ -14,7 +14,9 @@ Letters: B batch, T time, H heads, K key size, V value size, R memories per head
 Plain tensors in, plain tensors out: nothing here knows of a configuration or a cache.
 """
 
+import warnings
 from collections.abc import Callable
+from functools import cache
 from importlib.util import find_spec
 from typing import NamedTuple
 
@@ -230,8 +232,8 @@ def _choose_implementation(
             return "cpp"
         if query.shape[1] == 1:
             return "recurrent"
-        on_gpu = query.is_cuda and _triton_obstacle(query, key, value, read) is None
-        return "triton" if on_gpu else "chunk"
+        possible = query.is_cuda and _triton_obstacle(query, key, value, read) is None
+        return "triton" if possible and _triton_works(query.device) else "chunk"
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"`implementation` must be one of {IMPLEMENTATIONS} or None, got {implementation!r}")
     if implementation == "cpp" and not compiled:
@@ -253,6 +255,27 @@ def _triton_obstacle(query: Tensor, key: Tensor, value: Tensor, read: Tensor) ->
     from .memory_bank_triton import unsupported
 
     return unsupported(query, key, value, read)
+
+
+@torch.compiler.assume_constant_result
+@cache
+def _triton_works(device: torch.device) -> bool:
+    """Whether the kernels compile on a device and agree there with the definition; tried once, on little."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.rand(1, 40, 2, size, generator=generator) + 0.1 for size in (16, 16, 16, 2, 2, 2)]
+    inputs[-1] = -inputs[-1]
+    inputs = [tensor.to(device).requires_grad_() for tensor in inputs]
+    try:
+        with torch.enable_grad():
+            results = []
+            for implementation in ("recurrent", "triton"):
+                output, _ = banked_linear_attention(*inputs, implementation=implementation, max_decay=2.0)
+                results.append([output, *torch.autograd.grad(output.square().sum(), inputs)])
+        torch.testing.assert_close(*results, rtol=1e-2, atol=1e-2)
+    except Exception as error:  # whatever a compiler or a driver may raise
+        warnings.warn(f"Triton's kernels do not work on {device}, torch's are used: {error}", stacklevel=2)
+        return False
+    return True
 
 
 def _recurrent(tokens: list[Tensor], state: State, eps: float) -> tuple[Tensor, State]:

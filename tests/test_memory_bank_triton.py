@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -208,3 +209,25 @@ def test_kernels_compile_for_a_gpu():
     for kernel in kernels:
         assert kernel["shared_bytes"] <= 227 * 1024, kernel
         assert kernel["stack_bytes"] <= (64 if kernel["dtype"] == "bfloat16" else 2048), kernel
+
+
+@pytest.mark.parametrize("failure", [None, "raises", "wrong"])
+def test_kernels_are_tried_before_they_are_relied_on(monkeypatch, failure):
+    from stackformer import memory_bank_triton
+
+    chunked_attention = memory_bank_triton.chunked_attention
+
+    def broken(*args):
+        if failure == "raises":
+            raise RuntimeError("no such instruction")
+        output, *state = chunked_attention(*args)
+        return 2 * output, *state
+
+    if failure is not None:
+        monkeypatch.setattr(memory_bank_triton, "chunked_attention", broken)
+    memory_bank._triton_works.cache_clear()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert memory_bank._triton_works(torch.device(DEVICE)) == (failure is None)
+    memory_bank._triton_works.cache_clear()
+    assert any("torch's are used" in str(warning.message) for warning in caught) == (failure is not None)
