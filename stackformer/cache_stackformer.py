@@ -187,7 +187,9 @@ class StackformerCacheLayer(CacheLayerMixin):
         self._recorded_tokens -= stop
 
     def _restart_window(self) -> None:
-        self._anchor, self._calls, self._recorded_tokens = dict(self.slices), {}, 0
+        # Without a past to go back to, an anchor would only keep old tensors alive.
+        self._anchor = dict(self.slices) if self.record_past else {}
+        self._calls, self._recorded_tokens = {}, 0
 
     def load(self, slices: dict[int, State], seen_tokens: int, device: torch.device) -> None:
         """Take over a state that was saved."""
@@ -207,7 +209,8 @@ class StackformerCacheLayer(CacheLayerMixin):
 
     def __getstate__(self) -> dict:
         """Copies and pickles hold the state, not the layers that computed it."""
-        state = {"_anchor": self.slices, "_private": set(), "_calls": {}, "_recorded_tokens": 0}
+        anchor = dict(self.slices) if self.record_past else {}
+        state = {"_anchor": anchor, "_private": set(), "_calls": {}, "_recorded_tokens": 0}
         return {**self.__dict__, **state}
 
     @property

@@ -126,8 +126,7 @@ def _last_of_rows(slots: Tensor, count: int, layout: TokenLayout) -> Tensor:
     missing = count - slots.shape[1]
     if missing > 0:
         slots = nn.functional.pad(slots, (0, 0, 0, 0, missing, 0))
-    last = layout.last_of_rows(slots, count)
-    return last.clone() if missing < 0 else last  # a view would keep alive what is out of sight
+    return layout.last_of_rows(slots, count)
 
 
 __all__ = ["Attention"]

@@ -319,7 +319,8 @@ class TokenLayout:
         """
         start = window.shape[1] - count
         if self.row_lengths is None:
-            return window[:, start:]
+            # A view would keep alive all that it is a view of.
+            return window[:, start:].clone() if start > 0 else window
         index = self.row_lengths.unsqueeze(1) + torch.arange(count, device=window.device)
         index = (index + (start - self.row_length)) % window.shape[1]  # what wraps around are empty slots
         index = index.view(*index.shape, *[1] * (window.dim() - 2)).expand(-1, -1, *window.shape[2:])

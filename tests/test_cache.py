@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 
 from stackformer import StackformerCache
 from tests.models import random_ids, tiny_config, tiny_model
@@ -227,3 +228,14 @@ def test_a_recording_cache_can_be_copied(model):
     assert len(stored) < 2 * cache.num_bytes + 10_000
     assert_same_state(pickle.loads(stored), cache)
     assert_same_state(copy.deepcopy(cache), cache)
+
+
+def test_nothing_but_the_state_is_kept_alive():
+    """After a prefill, and after a copy was continued: no views of longer tensors, no older states."""
+    model = tiny_model(torch.float32, halting_threshold=0.0)
+    with torch.no_grad():
+        memory = model(random_ids(2, 40), use_cache=True).past_key_values.clone()
+        model(random_ids(2, 1), past_key_values=memory)
+    held = [x for layer in memory.layers for value in vars(layer).values() for x in tree_leaves(value)]
+    storages = {x.data_ptr(): x.untyped_storage().nbytes() for x in held if torch.is_tensor(x)}
+    assert sum(storages.values()) == memory.num_bytes
