@@ -171,6 +171,23 @@ class StackformerBottleneck(nn.Module):
         return self.norm(embedding + self.up_proj(core) + self.mlp(joint))
 
 
+class StepGate(nn.Module):
+    """How far a ponder step after the first moves each channel towards the new thought [n, D].
+
+    The core is the same at every step. Where later steps start small, a deep model first learns what a single
+    step learns, and depth joins in as it is of use (docs/experiments.md).
+    """
+
+    INITIAL = 0.1
+
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(hidden_size))
+
+    def forward(self, old: Tensor, new: Tensor) -> Tensor:
+        return old + self.weight * (new - old)
+
+
 class ActionProjection(nn.Linear):
     """Logits of enqueue, no-op and dequeue [n, 3] from thoughts [n, D].
 
@@ -224,6 +241,7 @@ class StackformerPreTrainedModel(PreTrainedModel):
         | residual projections | 0: every block starts as the identity                              |
         | slice projections    | identity on the channels that embedding and core both have         |
         | normalisations       | 1                                                                  |
+        | step gate            | 0.1: steps after the first start small                             |
         | convolutions         | uniform within kernel_size ** -0.5                                 |
         | actions              | weights 0, bias -3 for dequeue: see `ActionProjection`             |
         """
@@ -235,6 +253,8 @@ class StackformerPreTrainedModel(PreTrainedModel):
         elif isinstance(module, ActionProjection):
             init.zeros_(module.weight)
             init.copy_(module.bias, module.initial_bias())
+        elif isinstance(module, StepGate):
+            init.constant_(module.weight, StepGate.INITIAL)
         elif isinstance(module, nn.Linear):
             init.normal_(module.weight, std=module.in_features**-0.5)
         elif isinstance(module, ShortConvolution):
@@ -253,12 +273,13 @@ class StackformerModel(StackformerPreTrainedModel):
         )
         # What a plain core, or a single ponder step, has no use for is not there.
         self.down_proj: nn.Module = nn.Identity()
-        self.bottleneck = self.action_proj = None
+        self.bottleneck = self.step_gate = self.action_proj = None
         self.return_norm: nn.Module = nn.Identity()
         if config.bottleneck_size is not None:
             self.down_proj = SliceProjection(config.hidden_size, config.core_size)
             self.bottleneck = StackformerBottleneck(config)
         if config.max_ponder_steps > 1:
+            self.step_gate = StepGate(config.hidden_size)
             self.action_proj = ActionProjection(config.hidden_size)
             if config.stack_depth > 1:
                 self.return_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -414,7 +435,7 @@ class StackformerModel(StackformerPreTrainedModel):
         embedding = outputs[:1, 0] + embeds[:1, 0]
         start = stack = init_stack(embedding, self.config.stack_depth, steps)
         for step in range(1, steps + 1):
-            thought, _ = self._think(stack, TokenLayout.full(1, 1), step - 1, None)
+            thought, _ = self._think(stack, TokenLayout.full(1, 1), step, None)
             stack = step_stack(stack, self._actions(thought), thought, embedding, step, self.return_norm)
             stack = stack._replace(pointer=start.pointer)  # no pointer runs empty
         return outputs + 0 * (thought.sum() + stack.frames.sum())
@@ -435,7 +456,10 @@ class StackformerModel(StackformerPreTrainedModel):
             bank_weights.append(weights)
             if cache_layer is not None:
                 cache_layer.write(index, state, layout)
-        return hidden if self.bottleneck is None else self.bottleneck(hidden, superposition), bank_weights
+        thought = hidden if self.bottleneck is None else self.bottleneck(hidden, superposition)
+        if self.step_gate is not None and index > 0:
+            thought = self.step_gate(superposition, thought)
+        return thought, bank_weights
 
     def _prepare_cache(self, cache: Cache | None, use_cache: bool | None, packed: bool) -> Cache | None:
         if packed:

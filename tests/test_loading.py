@@ -83,6 +83,7 @@ SPLITS = {
             "model.embed_tokens": "cpu",
             "model.down_proj": "cpu",
             "model.bottleneck": "cpu",
+            "model.step_gate": "cpu",
             "model.action_proj": "cpu",
             "model.return_norm": "cpu",
             "model.norm": "cpu",

@@ -198,6 +198,30 @@ def test_trace_of_layers_without_banks():
         assert not weights[:, :, :, 1].any()
 
 
+@torch.no_grad()
+def test_later_steps_move_by_the_gate():
+    """None of the way: a token goes on thinking what the first step thought. All the way: the new thought."""
+    model, ids = tiny_model(stack_depth=1, halting_threshold=0.0), random_ids(2, 9)
+    model.model.action_proj.weight.zero_()
+    model.model.action_proj.bias.copy_(torch.tensor([-1e4, 0, -1e4]))  # no-ops only
+    thoughts = []
+    model.model.bottleneck.register_forward_hook(lambda module, args, output: thoughts.append(output))
+
+    def moves(gate):
+        thoughts.clear()
+        model.model.step_gate.weight.fill_(gate)
+        steps = torch.stack(model(ids, output_hidden_states=True).hidden_states[1:])
+        return steps.flatten(1, 2), torch.stack(thoughts)
+
+    steps, new = moves(0.0)
+    torch.testing.assert_close(steps, steps[:1].expand_as(steps), **CLOSE)
+    assert not torch.allclose(new[1], new[0])
+    steps, new = moves(1.0)
+    torch.testing.assert_close(steps, new, **CLOSE)
+    steps, new = moves(0.3)
+    torch.testing.assert_close(steps[1:], 0.7 * steps[:-1] + 0.3 * new[1:], **CLOSE)
+
+
 @every_shape
 def test_every_parameter_learns(shape):
     model = tiny_model(**shape).train()
@@ -323,6 +347,7 @@ def test_initialisation(tie):
     model = StackformerForCausalLM(config)
     assert model.model.action_proj.bias.tolist() == [0, 0, -3]
     assert not model.model.action_proj.weight.any()
+    assert torch.equal(model.model.step_gate.weight, torch.full((24,), 0.1))
     mixer = model.model.layers[0].mixer
     assert mixer.conv.weight.abs().max() <= 0.5
     assert mixer.conv.weight.abs().max() > 0.4
