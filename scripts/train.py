@@ -30,6 +30,7 @@ of the run in training.png. The evaluation here predicts each block from its own
 import json
 import re
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -235,12 +236,31 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
         trainer.add_callback(TrainingPlot())
 
+    return train_and_save(
+        trainer, lambda: trainer.evaluate()["eval_bits_per_byte"], checkpoint, texts, data_args
+    )
+
+
+def train_and_save(
+    trainer: Trainer,
+    measure: Callable[[], float],
+    checkpoint: str | None,
+    texts: tuple[bytes, bytes],
+    data_args: DataArguments,
+) -> dict[str, Any]:
+    """Train, save the model, and write metrics.json, which is returned.
+
+    Args:
+        measure: the bits per byte of the evaluation text.
+        checkpoint: where to go on, or `None`.
+    """
+    args, model = trainer.args, trainer.model
     # The weights of a checkpoint are read when training starts, so before that there is nothing to measure.
-    before = None if checkpoint else trainer.evaluate()["eval_bits_per_byte"]
+    before = None if checkpoint else measure()
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=checkpoint)
     wall_time = time.perf_counter() - started
-    after = trainer.evaluate()["eval_bits_per_byte"]
+    after = measure()
     save(trainer)
 
     metrics = {
@@ -309,10 +329,12 @@ __all__ = [
     "build_config",
     "build_model",
     "build_trainer",
+    "find_checkpoint",
     "main",
     "parse_overrides",
     "read_preset",
     "save",
+    "train_and_save",
 ]
 
 

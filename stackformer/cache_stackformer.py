@@ -41,8 +41,8 @@ class _Call(NamedTuple):
         layout = self.layout.select(keep)
         if layout.num_tokens == 0:
             return state
-        new = self.advance(self.hidden[keep], self.pointer[keep], layout, _take_rows(state, layout.rows))
-        return _put_rows(state, new, layout)
+        new = self.advance(self.hidden[keep], self.pointer[keep], layout, take_rows(state, layout.rows))
+        return put_rows(state, new, layout)
 
     def after(self, stop: int) -> "_Call":
         """What is left of this call from token `stop` on, counted from there."""
@@ -91,7 +91,7 @@ class StackformerCacheLayer(CacheLayerMixin):
 
     def read(self, index: int, layout: TokenLayout) -> State | None:
         """The state of slice `index` for the rows of `layout`; `None` before the first write."""
-        return _take_rows(self._slices.get(index), layout.rows)
+        return take_rows(self._slices.get(index), layout.rows)
 
     def write(self, index: int, state: State, layout: TokenLayout) -> None:
         """Replace the state of slice `index` for the rows of `layout`."""
@@ -100,7 +100,7 @@ class StackformerCacheLayer(CacheLayerMixin):
             for past, tensor in zip(old, state, strict=True):  # type: ignore[arg-type]  # it is there
                 past.index_copy_(0, layout.rows, tensor)
             return
-        self._slices[index] = _put_rows(old, state, layout)
+        self._slices[index] = put_rows(old, state, layout)
         self.is_initialized = True
         if layout.rows is None or torch.is_grad_enabled():
             self._private.discard(index)
@@ -350,14 +350,14 @@ class StackformerStaticCacheLayer(StackformerCacheLayer):
             self._seen.zero_()
 
 
-def _take_rows(state: State | None, rows: Tensor | None) -> State | None:
+def take_rows(state: State | None, rows: Tensor | None) -> State | None:
     """The batch rows `rows` [B'] of a state, all if `None`."""
     if state is None or rows is None:
         return state
     return tuple(tensor.index_select(0, rows) for tensor in state)
 
 
-def _put_rows(old: State | None, new: State, layout: TokenLayout) -> State:
+def put_rows(old: State | None, new: State, layout: TokenLayout) -> State:
     """`old`, zeros if `None`, with the rows of `layout` replaced by `new`.
 
     A state may grow along dimension 1: then what is new comes last, and shorter rows get zeros in front.

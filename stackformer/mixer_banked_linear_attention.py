@@ -5,6 +5,17 @@ A mixer is a module with one contract: `forward(hidden, pointer, layout, state)`
 d], their stack pointer [n, S], the `TokenLayout` and the state of its slice of the recurrence (`None` at the
 beginning), and returns the mixed tokens [n, d], the new state (a tuple of tensors, rows first), and what it
 wants the stack trace to show, or `None`.
+
+A mixer can be run backwards (long_context.py) if it also has
+
+- `num_reversible`: so many tensors of the state, the first ones, can be computed from what they became; the
+  others are small, and kept,
+- `total_decay(hidden, pointer, layout)`: the nats by which each memory decays over the tokens [B', ...],
+  which are the leading dimensions of the reversible tensors,
+- `reverse(hidden, pointer, layout, state, kept)`: the reversible tensors before the tokens, from the state
+  after them and from those that were kept of the state before them.
+
+What decays by a nats comes back with its rounding errors amplified by exp(a).
 """
 
 import torch
@@ -12,12 +23,19 @@ from torch import Tensor, nn
 
 from .configuration_stackformer import StackformerConfig
 from .layers_stackformer import ResidualProjection, ShortConvolution
-from .memory_bank import FEATURE_MAPS, at_least_float32, banked_linear_attention
+from .memory_bank import (
+    FEATURE_MAPS,
+    at_least_float32,
+    banked_linear_attention,
+    reverse_banked_linear_attention,
+)
 from .processing_stack import TokenLayout, address_memories
 
 
 class BankedLinearAttention(nn.Module):
     """Linear attention to S*N memories per head, picked from by stack pointer and softmax over banks."""
+
+    num_reversible = 2  # memory and normalizer; the past of the convolution is kept
 
     def __init__(self, config: StackformerConfig):
         super().__init__()
@@ -55,34 +73,59 @@ class BankedLinearAttention(nn.Module):
             The mixed tokens [n, d], the new state, and what each bank is read by, written by and decayed by
             (read, write, log decay), each [n, H, N].
         """
-        rows = layout.to_rows(self.qkv_proj(hidden))
         past = None if state is None else state[2]
-        rows, past = self._convolve(rows, past, layout)
-        query, key, value = rows.unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(2)
-        query, key = self.feature_map(query), self.feature_map(key)
-
-        read, write, log_decay = self._gates(hidden)
+        inputs, weights, past = self._inputs(hidden, pointer, layout, past)
         mixed, (memory, normalizer) = banked_linear_attention(
-            query,
-            key,
-            value,
-            layout.to_rows(address_memories(pointer, read)),
-            layout.to_rows(address_memories(pointer, write)),
-            layout.to_rows(address_memories(pointer, log_decay)),
+            *inputs,
             initial_state=None if state is None else (state[0], state[1]),
             chunk_size=self.chunk_size,
             max_decay=self.max_decay_rate,
         )
         mixed = self.norm(layout.to_tokens(mixed)).flatten(1)
         output = self.o_proj(nn.functional.silu(self.gate_proj(hidden)) * mixed)
-        return output, (memory, normalizer, past), (read, write, log_decay)
+        return output, (memory, normalizer, past), weights
+
+    def total_decay(self, hidden: Tensor, pointer: Tensor, layout: TokenLayout) -> Tensor:
+        """Nats by which each memory decays over the tokens [B', H, R]."""
+        return -layout.to_rows(address_memories(pointer, self._gates(hidden)[2])).sum(1)
+
+    def reverse(
+        self,
+        hidden: Tensor,
+        pointer: Tensor,
+        layout: TokenLayout,
+        state: tuple[Tensor, ...],
+        kept: tuple[Tensor, ...],
+    ) -> tuple[Tensor, ...]:
+        """Memory and normalizer before the tokens.
+
+        Args:
+            hidden, pointer, layout: as in `forward`.
+            state: after the tokens.
+            kept: the last inputs of the convolution before them.
+        """
+        (_, key, value, _, write, log_decay), _, _ = self._inputs(hidden, pointer, layout, kept[0])
+        memories = state[0], state[1]
+        return reverse_banked_linear_attention(key, value, write, log_decay, memories)
+
+    def _inputs(
+        self, hidden: Tensor, pointer: Tensor, layout: TokenLayout, past: Tensor | None
+    ) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor], Tensor]:
+        """The inputs of the operator as rows, from query to log decay; the bank weights; the new past."""
+        rows, past = self._convolve(layout.to_rows(self.qkv_proj(hidden)), past, layout)
+        query, key, value = rows.unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(2)
+        query, key = self.feature_map(query), self.feature_map(key)
+        weights = self._gates(hidden)
+        read, write, log_decay = (layout.to_rows(address_memories(pointer, weight)) for weight in weights)
+        return (query, key, value, read, write, log_decay), weights, past
 
     def _convolve(self, rows: Tensor, past: Tensor | None, layout: TokenLayout) -> tuple[Tensor, Tensor]:
         """Convolve rows [B', T', 3 d] that follow `past` [B', kernel - 1, 3 d]; also the past of the next."""
         if past is None:
             past = rows.new_zeros(rows.shape[0], self.conv_history, rows.shape[2])
         window = torch.cat([past.to(rows.dtype), rows], dim=1)
-        past = layout.last_of_rows(window, self.conv_history).to(at_least_float32(rows))
+        # Copied, because a view would keep the whole window.
+        past = layout.last_of_rows(window, self.conv_history).to(at_least_float32(rows), copy=True)
         return self.conv(window), past
 
     def _gates(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -9,6 +9,7 @@
 Letters: B batch, T time, D hidden size, d core width, n active tokens, S stack levels, P ponder steps.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -27,7 +28,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import ModelOutput, can_return_tuple
 
-from .cache_stackformer import StackformerCache, StackformerCacheLayer
+from .cache_stackformer import StackformerCache, StackformerCacheLayer, State
 from .configuration_stackformer import StackformerConfig
 from .layers_stackformer import GatedMLP, ResidualProjection, ShortConvolution, SliceProjection
 from .memory_bank import at_least_float32
@@ -139,16 +140,21 @@ class StackformerCoreLayer(GradientCheckpointingLayer):
         self.mlp = GatedMLP(size, config.intermediate_size, size, config.hidden_act)
 
     def forward(
-        self, hidden: Tensor, pointer: Tensor, layout: TokenLayout, state: tuple[Tensor, ...] | None
-    ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, Tensor, Tensor] | None]:
-        """Active tokens [n, d] to active tokens [n, d], the mixer's new state, and its bank weights."""
-        mixed, state, bank_weights = self.mixer(self.input_layernorm(hidden), pointer, layout, state)
-        hidden = hidden + mixed
-        return hidden + self.mlp(self.post_attention_layernorm(hidden)), state, bank_weights
+        self, hidden: Tensor, pointer: Tensor, layout: TokenLayout, state: State | Callable[..., State] | None
+    ) -> tuple[Tensor, State, tuple[Tensor, Tensor, Tensor] | None]:
+        """Active tokens [n, d] to active tokens [n, d], the mixer's new state, and its bank weights.
 
-    def advance(
-        self, hidden: Tensor, pointer: Tensor, layout: TokenLayout, state: tuple[Tensor, ...] | None
-    ) -> tuple[Tensor, ...]:
+        A cache that has to know what is read before it can say what the state was (long_context.py) hands
+        over a function instead of a state.
+        """
+        normed = self.input_layernorm(hidden)
+        if callable(state):
+            state = state(self.mixer, normed, pointer, layout)
+        mixed, new_state, bank_weights = self.mixer(normed, pointer, layout, state)
+        hidden = hidden + mixed
+        return hidden + self.mlp(self.post_attention_layernorm(hidden)), new_state, bank_weights
+
+    def advance(self, hidden: Tensor, pointer: Tensor, layout: TokenLayout, state: State | None) -> State:
         """Only the mixer's new state: for rolling back."""
         return self.mixer(self.input_layernorm(hidden), pointer, layout, state)[1]
 
@@ -298,6 +304,7 @@ class StackformerModel(StackformerPreTrainedModel):
         output_hidden_states: bool | None = None,
         output_stack_trace: bool = False,
         halting_threshold: float | None = None,
+        ponder_depths: Tensor | None = None,
         **kwargs,
     ) -> StackformerModelOutputWithPast:
         """Read T tokens, going on from `past_key_values`.
@@ -311,20 +318,27 @@ class StackformerModel(StackformerPreTrainedModel):
             output_stack_trace: whether to return the [`StackTrace`].
             halting_threshold: in place of `config.halting_threshold`. Every call that shares a cache should
                 have the same, or tokens are read to other depths than those before them.
+            ponder_depths: [B, T], the ponder steps after which each token is done, instead of when its mass
+                falls below `config.halting_threshold`.
             kwargs: Documents packed into one row are read as if each stood alone. Where they begin is told by
                 `seq_idx` [B, T], `cu_seq_lens_q` (for B = 1), or `position_ids` [B, T] that start again
                 from 0: whatever [`DataCollatorWithFlattening`] returns.
 
         Raises:
             ValueError: without exactly one of `input_ids` and `inputs_embeds`, for an attention mask that is
-                no padding mask, for a threshold out of range, for a cache made for another model, or for
-                packed documents with a cache.
+                no padding mask, for a threshold out of range, for `ponder_depths` of another shape, for a
+                cache made for another model, or for packed documents with a cache.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of `input_ids` and `inputs_embeds`")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         _check_padding_mask(inputs_embeds, attention_mask)
+        if ponder_depths is not None and ponder_depths.shape != inputs_embeds.shape[:2]:
+            raise ValueError(
+                f"`ponder_depths` must have shape {tuple(inputs_embeds.shape[:2])}, got "
+                f"{tuple(ponder_depths.shape)}"
+            )
         documents = _packed_documents(inputs_embeds, attention_mask, **kwargs)
         past_key_values = self._prepare_cache(past_key_values, use_cache, packed=documents is not None)
         if output_hidden_states is None:
@@ -344,6 +358,7 @@ class StackformerModel(StackformerPreTrainedModel):
             halting_threshold,
             output_hidden_states,
             output_stack_trace,
+            ponder_depths,
         )
         if past_key_values is not None:
             for cache_layer in past_key_values.layers:
@@ -366,6 +381,7 @@ class StackformerModel(StackformerPreTrainedModel):
         threshold: float,
         all_thoughts: bool,
         with_trace: bool,
+        depths: Tensor | None,
     ) -> tuple[Tensor, Tensor, tuple[Tensor, ...] | None, StackTrace | None]:
         """Ponder until every token's stack is empty: outputs [B, T, D], distribution over steps [B, T, P]."""
         config = self.config
@@ -394,9 +410,12 @@ class StackformerModel(StackformerPreTrainedModel):
                 stack = flush_stack(stack, all_tokens, thought, step)
                 break
             stack = step_stack(stack, actions, thought, embedding, step, self.return_norm)
-            if threshold == 0:
+            if depths is not None:
+                done = layout.gather(depths) <= step
+            elif threshold > 0:
+                done = stack.pointer.sum(-1) < threshold
+            else:
                 continue
-            done = stack.pointer.sum(-1) < threshold
             stack = flush_stack(stack, done, thought, step)
             if masked:
                 layout = layout.masked(~done)

@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import stackformer  # noqa: F401  (importing it registers the Auto classes)
+from stackformer.long_context_trainer import LongContextArguments, LongContextTrainer
 
 
 def train(folder: Path, strategy: str, batch_size: int, **arguments) -> dict[str, Any]:
@@ -37,7 +38,10 @@ def train(folder: Path, strategy: str, batch_size: int, **arguments) -> dict[str
         "disable_tqdm": True,
     }
     resume = arguments.pop("resume_from_checkpoint", None)
-    args = TrainingArguments(**(defaults | {"per_device_train_batch_size": batch_size} | arguments))
+    trainer_class, arguments_class = Trainer, TrainingArguments
+    if "context_length" in arguments:
+        trainer_class, arguments_class = LongContextTrainer, LongContextArguments
+    args = arguments_class(**(defaults | {"per_device_train_batch_size": batch_size} | arguments))
     options = {}
     if strategy == "fsdp2":
         # Accelerate shards only where it found GPUs (AcceleratorState.__init__), though the code behind that
@@ -48,7 +52,7 @@ def train(folder: Path, strategy: str, batch_size: int, **arguments) -> dict[str
 
         options["distributed_config"] = DistributedConfig(fsdp_size=2)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", **options)
-    trainer = Trainer(model, args, train_dataset=torch.load(folder / "rows.pt"))
+    trainer = trainer_class(model, args, train_dataset=torch.load(folder / "rows.pt"))
     trainer.train(resume_from_checkpoint=resume)
     if strategy == "native":
         trainer.save_model(str(folder / "saved"))

@@ -127,3 +127,17 @@ def test_sharded_checkpoints(folder):
     merge_fsdp_weights(str(shards), str(folder / "merged"))
     merged = load_file(folder / "merged" / "model.safetensors")
     torch.testing.assert_close(merged, expected["weights"], rtol=0, atol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "native"])
+def test_long_contexts_in_two_processes(folder, strategy):
+    """Documents on four streams: those of one process halt at once, and end before those of the other."""
+    rows = torch.load(folder / "rows.pt")
+    ids = [row["input_ids"] for row in rows]
+    shallow, deep = torch.cat([ids[0], ids[4]]), torch.cat([ids[2], ids[6], ids[3], ids[7], ids[2]])
+    torch.save([shallow, shallow[:9], deep, deep[:31]], folder / "rows.pt")
+    more = {"context_length": 16, "piece_size": 5, "num_train_epochs": 2, "max_steps": -1}
+    expected = train(folder, "single", batch_size=2 * BATCH, **more)
+    assert len(expected["losses"]) == 8
+    assert_same_training(launch(folder, strategy, **more), expected)

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import stackformer  # noqa: F401  (importing it registers the Auto classes)
-from scripts import evaluate, generate, train
+from scripts import evaluate, generate, train, train_long
 from scripts.data import Blocks, DataArguments, encode, load_splits, load_tokenizer, parse_range, read_bytes
 from scripts.report import bits_per_byte, write_json
 from stackformer.tokenization_stackformer import build_byte_tokenizer, train_bpe_tokenizer
@@ -393,6 +393,20 @@ def test_train_with_a_bpe(tmp_path, text_file):
     # Bits are per byte and not per token: a hardly trained model takes about log2(300) for a token.
     assert num_tokens < 900
     assert metrics["bits_per_byte"] == pytest.approx(math.log2(300) * num_tokens / 1000, rel=0.3)
+
+
+def test_train_long(tmp_path, text_file):
+    """The bits per byte are those of the evaluation text read in one go."""
+    config = ["--config", _preset(tmp_path), "--config_overrides", "initializer_range=0.02"]
+    argv = _train_argv(tmp_path, text_file, "long", *config, "--max_steps", "3")
+    options = ["--context_length", "50", "--piece_size", "20", "--num_documents", "9"]
+    metrics = train_long.main([*argv, *options])
+    assert (metrics["steps"], metrics["tokens"]) == (3, 3 * 8 * 50)
+    assert metrics["bits_per_byte"] < metrics["bits_per_byte_before"] - 0.05
+    ids = torch.tensor([list(TEXT[6000:7000])])
+    with torch.no_grad():
+        nll = AutoModelForCausalLM.from_pretrained(tmp_path / "long").eval()(ids, labels=ids).loss.item()
+    assert metrics["bits_per_byte"] == pytest.approx(bits_per_byte(nll, 1000, 1000), rel=1e-3)
 
 
 def test_nothing_to_resume(tmp_path, text_file):

@@ -1,0 +1,101 @@
+# Copyright 2026 The Stackformer authors. Licensed under the Apache License, Version 2.0.
+"""Train on a text of any length with full backpropagation, and with the state carried all the way through it.
+
+The text is cut into documents, as many as there are rows in a batch if not said otherwise, which are read
+side by side. At each step every one of them goes on by `context_length` tokens, through all of which
+gradients flow:
+
+    python -m scripts.train_long --config configs/long-tiny.json --dataset enwik8 --data_path enwik8 \
+        --train_range 0:3600000 --eval_range 3600000:3800000 --context_length 16384 --piece_size 512 \
+        --per_device_train_batch_size 4 --max_steps 100 --output_dir runs/long
+
+With states stored in files instead of computed backwards; with truncated backpropagation, to compare:
+
+    python -m scripts.train_long ... --backpropagation stored --state_storage /tmp
+    python -m scripts.train_long ... --backpropagation truncated
+
+Otherwise the options, and what is written, are those of scripts.train; `--block_size` says nothing here.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import HfArgumentParser, PreTrainedModel, PreTrainedTokenizerFast, set_seed
+
+from scripts.data import DataArguments, encode, load_splits, load_tokenizer
+from scripts.report import bits_per_byte
+from scripts.train import ModelArguments, build_model, find_checkpoint, train_and_save
+from stackformer.long_context_trainer import LongContextArguments, LongContextTrainer
+
+
+@dataclass
+class LongDataArguments(DataArguments):
+    num_documents: int | None = field(
+        default=None, metadata={"help": "Documents to cut the training text into; the rows of a batch."}
+    )
+
+
+def make_parser() -> HfArgumentParser:
+    """The command line: model, data and LongContextArguments, with defaults for a small model."""
+    parser = HfArgumentParser(
+        (ModelArguments, LongDataArguments, LongContextArguments), description=__doc__.split("\n")[0]
+    )
+    parser.set_defaults(
+        output_dir="runs/train-long",
+        per_device_train_batch_size=4,
+        per_device_eval_batch_size=1,
+        learning_rate=2e-3,
+        lr_scheduler_type="cosine",
+        warmup_steps=0.05,  # below one it is a share of the steps
+        logging_steps=1,
+        save_steps=100,
+        save_total_limit=2,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        report_to="none",
+    )
+    return parser
+
+
+def build_trainer(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    texts: tuple[bytes, bytes],
+    num_documents: int | None,
+    args: LongContextArguments,
+) -> LongContextTrainer:
+    """A trainer on the training text in parts of the same length, evaluated on the other text in one."""
+    train_ids, eval_ids = (encode(text, tokenizer) for text in texts)
+    parts = num_documents or args.train_batch_size * args.world_size
+    if not 1 <= parts <= len(train_ids) // 2:
+        raise ValueError(f"num_documents={parts}: expected 1 to {len(train_ids) // 2}, half of the tokens.")
+    return LongContextTrainer(
+        model,
+        args,
+        train_dataset=np.array_split(train_ids, parts),
+        eval_dataset=[eval_ids],
+        processing_class=tokenizer,
+    )
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    """Train as `argv` says (default: the command line) and return what metrics.json holds."""
+    model_args, data_args, args = make_parser().parse_args_into_dataclasses(argv)
+    checkpoint = find_checkpoint(args)
+    set_seed(args.seed)
+    texts = load_splits(data_args)
+    tokenizer_source = checkpoint or model_args.tokenizer or model_args.model_name_or_path or "byte"
+    tokenizer = load_tokenizer(tokenizer_source, texts[0])
+    model = build_model(model_args, tokenizer)
+    trainer = build_trainer(model, tokenizer, texts, data_args.num_documents, args)
+    num_eval_tokens = len(trainer.eval_dataset[0])
+
+    def measure() -> float:
+        return bits_per_byte(trainer.evaluate()["eval_loss"], num_eval_tokens, len(texts[1]))
+
+    return train_and_save(trainer, measure, checkpoint, texts, data_args)
+
+
+if __name__ == "__main__":
+    main()

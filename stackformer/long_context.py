@@ -1,0 +1,540 @@
+# Copyright 2026 The Stackformer authors. Licensed under the Apache License, Version 2.0.
+"""Full backpropagation through any number of tokens, in activation memory that does not grow with them.
+
+The tokens are read in pieces, without a graph. Then, from the last piece to the first, each is run again with
+a graph, from the state at its start, and backwards, with the gradient of its end state that the piece after
+it gave. The losses and gradients are those of one forward and backward pass over all tokens. Three methods
+differ in how a piece gets its initial state:
+
+- "reverse" computes it from the state at the piece's end. Ponder step k and layer l have a slice of the state
+  of their own, and what is written to it depends on lower slices only, so that one pass upward through the
+  model inverts each slice as it comes to it and runs it with a graph at once. What has decayed by a nats
+  comes back with its rounding errors amplified by exp(a) (MacKay et al. 2018, "Reversible Recurrent Neural
+  Networks", section 3: finite precision cannot forget and reverse). So a memory that would decay by more
+  than `max_log_decay` since it was last copied is copied instead: it is anchored.
+- "stored" copies all of the state at the start of every piece: exact, for any mixer and any decay.
+- "truncated" cuts the graph between pieces: truncated backpropagation through time, for comparison.
+
+Besides states, a piece keeps the past of the convolutions, and the number of ponder steps of each token.
+
+Letters: B batch, T time, H heads, R memories per head, K key size, V value size; B' rows with active tokens.
+"""
+
+import copy
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, cast, runtime_checkable
+
+import torch
+from accelerate.utils import extract_model_from_parallel
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_leaves, tree_map_only
+from transformers.utils import logging
+
+from .cache_stackformer import StackformerCache, StackformerCacheLayer, State, put_rows, take_rows
+from .processing_stack import TokenLayout
+
+logger = logging.get_logger(__name__)
+
+METHODS = ("reverse", "stored", "truncated")
+
+# What a piece keeps of one slice of a layer's state: which memories are anchored [B, H, R], their tensors
+# before the piece, and the tensors that are not reversible. Or `None`, all tensors, and none.
+Kept = tuple[Tensor | None, State, State]
+
+
+@runtime_checkable
+class ReversibleMixer(Protocol):
+    """What a mixer has if it can be run backwards; mixer_banked_linear_attention.py has the contract."""
+
+    num_reversible: int
+
+    def total_decay(self, hidden: Tensor, pointer: Tensor, layout: TokenLayout) -> Tensor: ...
+
+    def reverse(
+        self, hidden: Tensor, pointer: Tensor, layout: TokenLayout, state: State, kept: State
+    ) -> State: ...
+
+
+class DriftError(RuntimeError):
+    """States that were computed backwards are too far from what they were."""
+
+
+@dataclass
+class LongContextOutput:
+    """What `long_context_backward` returns; the gradients are in the parameters.
+
+    Args:
+        loss (`torch.FloatTensor`): mean over the labels of all pieces (or their sum by
+            `num_items_in_batch`), ponder loss included.
+        past_key_values ([`StackformerCache`]): the state after the last token, without a graph.
+        drift (`float`): largest error of a memory that was computed backwards, relative to the largest memory
+            of its head. It is measured where it is largest: at the end of the pieces that start from an
+            anchor, or from the first token.
+        num_anchors (`int`): memories (matrices, with their key sums) that were copied.
+        kept_bytes (`int`): bytes that were kept between the forward and the backward pass, besides the tokens
+            themselves.
+    """
+
+    loss: Tensor
+    past_key_values: StackformerCache
+    drift: float = 0.0
+    num_anchors: int = 0
+    kept_bytes: int = 0
+
+
+def long_context_backward(
+    model: nn.Module,
+    input_ids: Tensor,
+    labels: Tensor | None = None,
+    shift_labels: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    past_key_values: StackformerCache | None = None,
+    num_items_in_batch: Tensor | int | None = None,
+    piece_size: int = 1024,
+    method: str = "reverse",
+    max_log_decay: float = 6.0,
+    max_drift: float = 1e-2,
+    storage: str = "device",
+    scale_loss: Callable[[Tensor], Tensor] | None = None,
+) -> LongContextOutput:
+    """Add the gradients of the loss over T tokens to those of the parameters, piece by piece.
+
+    Args:
+        model: a causal language model with a recurrent state, possibly wrapped (DDP, FSDP2, PEFT).
+        input_ids: [B, T], on any device: pieces are moved to the model's.
+        labels: [B, T], shifted inside, -100 is ignored; or `shift_labels`: [B, T], the label of each token.
+        attention_mask: [B, T], 0 for padding.
+        past_key_values: a state to go on from. No gradient flows into it, and it is not changed.
+        num_items_in_batch: what the summed loss is divided by; the number of labels if `None`.
+        piece_size: tokens that are run at once. Activation memory is proportional to it.
+        method: "reverse", "stored" or "truncated".
+        max_log_decay: nats by which a memory may decay before it is anchored (method "reverse"): rounding
+            errors are amplified by up to exp(max_log_decay).
+        max_drift: relative error of a memory computed backwards that is an error.
+        storage: where anchors and stored states are kept: "device", "cpu", or a folder for files, which are
+            removed again.
+        scale_loss: applied to the loss of each piece before its backward pass (gradient scaling); not to the
+            loss that is returned.
+
+    Raises:
+        ValueError: for an argument out of range.
+        DriftError: where memories computed backwards are off by more than `max_drift`; do not step the
+            optimizer then.
+    """
+    _check_options(piece_size, method, max_log_decay, max_drift, storage)
+    shift_labels = _shifted(input_ids, labels, shift_labels)
+    if num_items_in_batch is None:
+        num_items_in_batch = shift_labels.ne(-100).sum().clamp(min=1)
+
+    pieces = _Pieces(model, input_ids, shift_labels, attention_mask, piece_size)
+    cache = pieces.initial(past_key_values)
+    run = {"num_items_in_batch": num_items_in_batch, "scale_loss": scale_loss or nn.Identity()}
+    if method == "truncated":
+        return _truncated(pieces, cache, **run)
+    with _Storage(storage, pieces.device) as kept:
+        recorder = _with_layers(cache, lambda layer: _RecordingLayer(layer, method, max_log_decay))
+        _read(pieces, recorder, kept)
+        output = _rewind(pieces, recorder, kept, max_drift, **run)
+        output.kept_bytes = kept.num_bytes
+        return output
+
+
+@torch.no_grad()
+def long_context_loss(
+    model: nn.Module,
+    input_ids: Tensor,
+    labels: Tensor | None = None,
+    shift_labels: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    past_key_values: StackformerCache | None = None,
+    num_items_in_batch: Tensor | int | None = None,
+    piece_size: int = 1024,
+) -> LongContextOutput:
+    """The loss of `long_context_backward`, and the state after the last token, without any gradient."""
+    shift_labels = _shifted(input_ids, labels, shift_labels)
+    if num_items_in_batch is None:
+        num_items_in_batch = shift_labels.ne(-100).sum().clamp(min=1)
+    pieces = _Pieces(model, input_ids, shift_labels, attention_mask, piece_size)
+    cache = pieces.initial(past_key_values)
+    loss = torch.zeros((), device=pieces.device)
+    for number in range(len(pieces)):
+        loss = loss + pieces.loss(number, cache, num_items_in_batch)
+    return LongContextOutput(loss=loss, past_key_values=cache)
+
+
+class _Pieces:
+    """The tokens in pieces, on the model's device, and one call of the model for each.
+
+    Both calls of a piece, without and with a graph, draw the same random numbers (dropout).
+    """
+
+    def __init__(
+        self, model: Any, input_ids: Tensor, shift_labels: Tensor, attention_mask: Tensor | None, size: int
+    ):
+        unwrapped = extract_model_from_parallel(model)
+        self.model, self.device, self.config = model, unwrapped.device, unwrapped.config
+        self.input_ids, self.shift_labels, self.attention_mask = input_ids, shift_labels, attention_mask
+        self.size = size
+        self.seed = int(torch.randint(2**32, ()))
+
+    def __len__(self) -> int:
+        return -(-self.input_ids.shape[1] // self.size)
+
+    def initial(self, past: StackformerCache | None) -> StackformerCache:
+        """A state of one's own to begin with."""
+        return StackformerCache(self.config) if past is None else past.detach()
+
+    def read(self, number: int, cache: StackformerCache) -> None:
+        """Advance the state, without a graph."""
+        with torch.no_grad(), self._randomness(number):
+            self.model(**self._inputs(number), past_key_values=cache, logits_to_keep=1)
+
+    def loss(
+        self, number: int, cache: StackformerCache, num_items_in_batch: Tensor | int, **kwargs: Any
+    ) -> Tensor:
+        """Advance the state; the loss."""
+        labels = self._piece(self.shift_labels, number).contiguous()
+        targets = {"labels": labels, "shift_labels": labels, "num_items_in_batch": num_items_in_batch}
+        return self.model(**self._inputs(number), **targets, past_key_values=cache, **kwargs).loss
+
+    def backward(
+        self,
+        number: int,
+        cache: StackformerCache,
+        ends: Callable[[], list[tuple[Tensor, Tensor]]],
+        last: bool,
+        num_items_in_batch: Tensor | int,
+        scale_loss: Callable[[Tensor], Tensor],
+        **kwargs: Any,
+    ) -> Tensor:
+        """Run a piece forward and backward; its loss.
+
+        Args:
+            ends: gives the piece's end states and their gradients, after the forward pass.
+            last: whether this is the last backward pass: DDP exchanges gradients after that one only. FSDP2
+                does after each, because gradients that it did not reduce would not be sharded.
+        """
+        wait = not last and isinstance(self.model, DistributedDataParallel)
+        with self.model.no_sync() if wait else nullcontext(), self._randomness(number):
+            loss = self.loss(number, cache, num_items_in_batch, **kwargs)
+            states = [(state, grad) for state, grad in ends() if state.requires_grad]
+            torch.autograd.backward(
+                [scale_loss(loss), *(state for state, _ in states)], [None, *(grad for _, grad in states)]
+            )
+        return loss.detach()
+
+    def _inputs(self, number: int) -> dict[str, Tensor]:
+        inputs = {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
+        return {name: self._piece(x, number) for name, x in inputs.items() if x is not None}
+
+    def _piece(self, tensor: Tensor, number: int) -> Tensor:
+        return tensor[:, number * self.size : (number + 1) * self.size].to(self.device)
+
+    @contextmanager
+    def _randomness(self, number: int) -> Iterator[None]:
+        with _forked_randomness(self.device):
+            torch.manual_seed(self.seed + number)
+            yield
+
+
+def _truncated(pieces: _Pieces, cache: StackformerCache, **run: Any) -> LongContextOutput:
+    loss = torch.zeros((), device=pieces.device)
+    for number in range(len(pieces)):
+        loss = loss + pieces.backward(number, cache, list, number == len(pieces) - 1, **run)
+        cache = cache.detach()
+    return LongContextOutput(loss=loss, past_key_values=cache)
+
+
+def _read(pieces: _Pieces, recorder: StackformerCache, kept: "_Storage") -> None:
+    """The forward pass: `recorder` ends in the state after all tokens, `kept` with what each piece needs."""
+    halts = pieces.config.halting_threshold > 0 and pieces.config.max_ponder_steps > 1
+    for number in range(len(pieces)):
+        pieces.read(number, recorder)
+        depths, states = zip(*(layer.take() for layer in recorder.layers), strict=True)
+        kept.push((depths[0] if halts else None, states))
+
+
+def _rewind(
+    pieces: _Pieces, recorder: StackformerCache, kept: "_Storage", max_drift: float, **run: Any
+) -> LongContextOutput:
+    """The backward pass, from the last piece to the first."""
+    rewinder = _with_layers(recorder, _RewindingLayer)
+    loss, drift = torch.zeros((), device=pieces.device), 0.0
+
+    def ends() -> list[tuple[Tensor, Tensor]]:
+        return [pair for layer in rewinder.layers for pair in layer.end_gradients()]
+
+    for number in reversed(range(len(pieces))):
+        depths, states = kept.pop()
+        for layer, state in zip(rewinder.layers, states, strict=True):
+            layer.begin(state)
+        loss = loss + pieces.backward(number, rewinder, ends, number == 0, ponder_depths=depths, **run)
+        errors = [error for layer in rewinder.layers for error in layer.finish()]
+        if errors:
+            worst = float(torch.stack(errors).max())
+            if not worst <= max_drift:  # nor is what is not a number
+                raise DriftError(
+                    f"A memory computed backwards is off by {worst:.1e} of its size at the end of piece "
+                    f"{number} of {len(pieces)}, `max_drift` is {max_drift:.1e}: lower `max_log_decay`, "
+                    "compute in float32 if it was less, or use the method 'stored'"
+                )
+            drift = max(drift, worst)
+    cache = StackformerCache(pieces.config)
+    for plain, layer in zip(cache.layers, recorder.layers, strict=True):
+        plain.load(layer.slices, layer.seen_tokens, pieces.device)
+    anchors = sum(layer.num_anchors for layer in recorder.layers)
+    return LongContextOutput(loss=loss, past_key_values=cache, drift=drift, num_anchors=anchors)
+
+
+def _with_layers(cache: StackformerCache, make: Callable[[Any], StackformerCacheLayer]) -> StackformerCache:
+    """A cache whose layers are made of those of `cache`."""
+    result = copy.copy(cache)
+    result.layers = [make(layer) for layer in cache.layers]
+    return result
+
+
+class _RecordingLayer(StackformerCacheLayer):
+    """A layer of the forward pass: it notes what the backward pass will need to have each piece's start."""
+
+    def __init__(self, layer: StackformerCacheLayer, method: str, max_log_decay: float):
+        super().__init__()
+        self.slices, self.seen_tokens = dict(layer.slices), layer.seen_tokens
+        self.num_anchors = 0
+        self._reverse, self._max_log_decay = method == "reverse", max_log_decay
+        self._depths: Tensor | None = None  # [B, T], ponder steps of the piece's tokens
+        self._kept: dict[int, Kept] = {}
+        # By slice, the nats by which each memory decayed in the pieces that will be undone down to its
+        # anchor. The piece that begins with the anchor need not be undone, so what decays in it is not
+        # counted.
+        self._decayed: dict[int, Tensor | float] = {}
+
+    def read(self, index: int, layout: TokenLayout) -> Any:
+        """The state of slice `index`, as soon as it is known what is read there."""
+
+        def start(mixer: Any, hidden: Tensor, pointer: Tensor, layout: TokenLayout) -> State | None:
+            self._count_step(layout, hidden.device)
+            state = self.slices.get(index)
+            if state is not None:
+                self._kept[index] = self._keep(index, state, mixer, hidden, pointer, layout)
+            return take_rows(state, layout.rows)
+
+        return start
+
+    def write(self, index: int, state: State, layout: TokenLayout) -> None:
+        """Replace the state of slice `index` for the rows of `layout`."""
+        super().write(index, state, layout)
+        self._decayed.setdefault(index, 0.0)
+
+    def take(self) -> tuple[Tensor | None, dict[int, Kept]]:
+        """What has to be kept of the piece just read: the tokens' ponder steps, and for each slice that was
+        there before the piece, what it takes to know what it was."""
+        taken = self._depths, self._kept
+        self._depths, self._kept = None, {}
+        return taken
+
+    def _keep(
+        self,
+        index: int,
+        state: State,
+        mixer: Any,
+        hidden: Tensor,
+        pointer: Tensor,
+        layout: TokenLayout,
+    ) -> Kept:
+        if not (self._reverse and isinstance(mixer, ReversibleMixer)):
+            if self._reverse:
+                logger.warning_once(
+                    f"{type(mixer).__name__} cannot be run backwards: its state is stored for every piece"
+                )
+            return None, state, ()
+        with _forked_randomness(hidden.device):
+            (decay,) = put_rows(None, (mixer.total_decay(hidden, pointer, layout),), layout)
+        if index in self._decayed:
+            decay = decay + self._decayed[index]
+            anchored = decay > self._max_log_decay
+        else:  # a state from before the first piece: nothing else tells what it was
+            anchored = torch.ones_like(decay, dtype=torch.bool)
+        self._decayed[index] = decay.masked_fill(anchored, 0)
+        self.num_anchors += int(anchored.sum())
+        memories, rest = state[: mixer.num_reversible], state[mixer.num_reversible :]
+        return anchored, tuple(tensor[anchored] for tensor in memories), rest
+
+    def _count_step(self, layout: TokenLayout, device: torch.device) -> None:
+        if self._depths is None:
+            self._depths = torch.zeros(layout.batch_size, layout.length, dtype=torch.int16, device=device)
+        if layout.positions is None:
+            self._depths += 1
+        else:
+            self._depths.view(-1)[layout.positions] += 1
+
+
+class _RewindingLayer(StackformerCacheLayer):
+    """A layer of the backward pass: it holds the state, and its gradient, at the end of the piece at hand."""
+
+    def __init__(self, layer: StackformerCacheLayer):
+        super().__init__()
+        self._ends = dict(layer.slices)
+        self._grads: dict[int, State] = {}
+        self._kept: dict[int, Kept] = {}
+        self._starts: dict[int, State] = {}  # leaves of the piece's graph
+        self._recomputed: dict[int, State] = {}  # its end states, with the graph
+        self._reversible: dict[int, tuple[int, int]] = {}  # tensors, and their leading dimensions
+
+    def begin(self, kept: dict[int, Kept]) -> None:
+        """Go on with the piece that kept `kept`."""
+        self._kept, self._starts, self._recomputed = kept, {}, {}
+
+    def read(self, index: int, layout: TokenLayout) -> Any:
+        """The state of slice `index` at the piece's start, as soon as it is known what is read there."""
+
+        def start(mixer: Any, hidden: Tensor, pointer: Tensor, layout: TokenLayout) -> State | None:
+            if index in self._kept and index not in self._starts:  # it is there when a layer is checkpointed
+                self._starts[index] = self._rebuild(index, mixer, hidden, pointer, layout)
+            return take_rows(self._starts.get(index), layout.rows)
+
+        return start
+
+    def write(self, index: int, state: State, layout: TokenLayout) -> None:
+        """Take the end state of slice `index` for the rows of `layout`, with its graph."""
+        self._recomputed[index] = put_rows(self._starts.get(index), state, layout)
+
+    def end_gradients(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The piece's end states, with their graph, and the gradients that the pieces after it gave them."""
+        for index, grads in self._grads.items():
+            if index in self._recomputed:
+                yield from zip(self._recomputed[index], grads, strict=True)
+
+    def finish(self) -> list[Tensor]:
+        """Go over to the start of the piece, the end of the one before. Returns errors that can be told."""
+        errors = [error for index in self._recomputed for error in self._errors(index)]
+        for index in self._recomputed:
+            self._grads.pop(index, None)
+            del self._ends[index]
+            if index in self._starts:  # else the slice was not there before this piece
+                start = self._starts[index]
+                self._ends[index] = tuple(tensor.detach() for tensor in start)
+                self._grads[index] = tuple(
+                    torch.zeros_like(tensor) if tensor.grad is None else tensor.grad for tensor in start
+                )
+        return errors
+
+    @torch.no_grad()
+    def _rebuild(self, index: int, mixer: Any, hidden: Tensor, pointer: Tensor, layout: TokenLayout) -> State:
+        anchored, start, rest = self._kept[index]
+        if anchored is not None:
+            end, anchors = self._ends[index], start
+            start = end[: len(anchors)]
+            self._reversible[index] = len(anchors), anchored.dim()
+            if not anchored.all():
+                with _forked_randomness(hidden.device):
+                    rebuilt = mixer.reverse(
+                        hidden, pointer, layout, take_rows(end, layout.rows), take_rows(rest, layout.rows)
+                    )
+                start = put_rows(start, rebuilt, layout)
+            start = tuple(x.index_put((anchored,), y) for x, y in zip(start, anchors, strict=True)) + rest
+        return tuple(tensor.detach().requires_grad_() for tensor in start)
+
+    @torch.no_grad()
+    def _errors(self, index: int) -> list[Tensor]:
+        """Of the memories at the end of the piece that were computed backwards, those whose start is known,
+        because it was an anchor or there was none: how far they are from what comes of it, relative to the
+        largest memory of their head."""
+        anchored = self._kept[index][0] if index in self._kept else None
+        if index not in self._reversible or (index in self._kept and anchored is None):
+            return []
+        count, dims = self._reversible[index]
+        errors = []
+        for new, old in zip(self._recomputed[index][:count], self._ends[index][:count], strict=True):
+            size = new.flatten(dims).norm(dim=-1).amax(-1, keepdim=True)
+            error = (new - old).flatten(dims).norm(dim=-1) / size
+            known = size > 0 if anchored is None else anchored & (size > 0)
+            errors.append(error[known.expand_as(error)])
+        return [error.max() for error in errors if error.numel()]
+
+
+class _Storage:
+    """What the pieces keep: a stack of nested tuples, lists and dicts of tensors, on a device or in files."""
+
+    def __init__(self, place: str, device: torch.device):
+        self.num_bytes = 0
+        self._place, self._device = place, device
+        self._pieces: list[Any] = []
+        self._folder: tempfile.TemporaryDirectory | None = None
+
+    def __enter__(self) -> "_Storage":
+        if self._place not in ("device", "cpu"):
+            self._folder = tempfile.TemporaryDirectory(prefix="long-context-", dir=self._place)
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        if self._folder is not None:
+            self._folder.cleanup()
+
+    def push(self, piece: Any) -> None:
+        self.num_bytes += sum(leaf.nbytes for leaf in tree_leaves(piece) if isinstance(leaf, Tensor))
+        if self._folder is not None:
+            path = Path(self._folder.name) / f"{len(self._pieces)}.pt"
+            torch.save(
+                tree_map_only(Tensor, torch.clone, piece), path
+            )  # a view would bring all of its storage
+            piece = path
+        elif self._place == "cpu":
+            piece = tree_map_only(Tensor, Tensor.cpu, piece)
+        self._pieces.append(piece)
+
+    def pop(self) -> Any:
+        piece = self._pieces.pop()
+        if self._folder is not None:
+            path, piece = piece, torch.load(piece, map_location=self._device, weights_only=True)
+            path.unlink()
+        return tree_map_only(Tensor, lambda tensor: tensor.to(self._device), piece)
+
+
+@contextmanager
+def _forked_randomness(device: torch.device) -> Iterator[None]:
+    """What is drawn inside leaves the random state outside as it was."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        yield
+
+
+def _shifted(input_ids: Tensor, labels: Tensor | None, shift_labels: Tensor | None) -> Tensor:
+    if (labels is None) == (shift_labels is None):
+        raise ValueError("You must specify exactly one of `labels` and `shift_labels`")
+    if shift_labels is None:
+        shift_labels = nn.functional.pad(cast(Tensor, labels), (0, 1), value=-100)[:, 1:]
+    if shift_labels.shape != input_ids.shape:
+        raise ValueError(
+            f"`labels` or `shift_labels` must have the shape {tuple(input_ids.shape)} of `input_ids`, got "
+            f"{tuple(shift_labels.shape)}"
+        )
+    return shift_labels
+
+
+def _check_options(
+    piece_size: int, method: str, max_log_decay: float, max_drift: float, storage: str
+) -> None:
+    if piece_size < 1:
+        raise ValueError(f"`piece_size` must be at least 1, got {piece_size}")
+    if method not in METHODS:
+        raise ValueError(f"`method` must be one of {METHODS}, got {method!r}")
+    for name, value in (("max_log_decay", max_log_decay), ("max_drift", max_drift)):
+        if not value >= 0:
+            raise ValueError(f"`{name}` must be at least 0, got {value}")
+    if storage not in ("device", "cpu") and not os.path.isdir(storage):
+        raise ValueError(f"`storage` must be 'device', 'cpu' or an existing folder, got {storage!r}")
+
+
+__all__ = [
+    "METHODS",
+    "DriftError",
+    "LongContextOutput",
+    "ReversibleMixer",
+    "long_context_backward",
+    "long_context_loss",
+]

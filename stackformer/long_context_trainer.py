@@ -1,0 +1,293 @@
+# Copyright 2026 The Stackformer authors. Licensed under the Apache License, Version 2.0.
+"""transformers' Trainer on documents of any length: the state is carried, gradients go all the way.
+
+A batch is so many streams of documents, one after another. At every optimizer step each stream goes on by a
+segment of `context_length` tokens. Gradients flow through all of the segment; the state that it ends in is
+carried to the next step, until the document ends.
+"""
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainingArguments, default_data_collator
+
+from .cache_stackformer import StackformerCache
+from .long_context import METHODS, long_context_backward, long_context_loss
+
+
+@dataclass
+class LongContextArguments(TrainingArguments):
+    context_length: int | None = field(
+        default=65536,
+        metadata={"help": "Tokens of each stream per step, which gradients flow through; None: documents."},
+    )
+    piece_size: int = field(default=1024, metadata={"help": "Tokens that are run at once."})
+    backpropagation: str = field(
+        default="reverse", metadata={"help": f"How pieces get their states: one of {METHODS}."}
+    )
+    max_log_decay: float = field(
+        default=6.0, metadata={"help": "Nats that a memory may decay by before it is copied, with 'reverse'."}
+    )
+    max_drift: float = field(
+        default=1e-2, metadata={"help": "Error of a state computed backwards that stops the training."}
+    )
+    state_storage: str = field(
+        default="device", metadata={"help": "Where copied states are kept: device, cpu, or a folder."}
+    )
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Must be False: streams have columns the model does not take."}
+    )
+    train_sampling_strategy: str = field(
+        default="sequential", metadata={"help": "Must be sequential: streams have an order."}
+    )
+    include_num_input_tokens_seen: str = field(
+        default="non_padding", metadata={"help": "Progress is counted in tokens."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, expected in (
+            ("remove_unused_columns", False),
+            ("train_sampling_strategy", "sequential"),
+            ("auto_find_batch_size", False),
+            ("label_smoothing_factor", 0.0),
+        ):
+            if getattr(self, name) != expected:
+                raise ValueError(
+                    f"`{name}` must be {expected!r} to train on streams, got {getattr(self, name)!r}"
+                )
+
+
+class DocumentStreams(torch.utils.data.Dataset):
+    """Documents on `num_streams` streams, cut into segments. Item `step * num_streams + stream` is what the
+    stream reads at that step.
+
+    An item has `input_ids`, `attention_mask` and `shift_labels` (also called `labels`), each as long as the
+    longest segment of its step, and `continues`, whether it goes on where the stream's last one ended.
+
+    Args:
+        documents: token ids, each at least two, or dicts with `input_ids` and, optionally, `labels` (not
+            shifted). A list, a `datasets.Dataset`, anything that has a length and gives one by its number.
+        num_streams: streams that are read side by side. Documents are given to them in order, each to the
+            one that has least to read.
+        context_length: tokens of a segment; `None` for whole documents.
+    """
+
+    def __init__(self, documents: Sequence, num_streams: int, context_length: int | None = None):
+        if len(documents) == 0:
+            raise ValueError("`documents` must be at least one, got none")
+        if context_length is not None and context_length < 1:
+            raise ValueError(f"`context_length` must be at least 1 or None, got {context_length}")
+        self.documents, self.num_streams = documents, num_streams
+        # By stream, (document, start, stop) of each segment. The last token of a document predicts nothing.
+        self.segments: list[list[tuple[int, int, int]]] = [[] for _ in range(num_streams)]
+        shortest = [(0, stream) for stream in range(num_streams)]
+        for number in range(len(documents)):
+            length = len(_token_ids(documents[number])[0]) - 1
+            if length < 1:
+                raise ValueError(
+                    f"`documents` must have at least two tokens each, got {length + 1}: {number}"
+                )
+            size = context_length or length
+            tokens, stream = heapq.heappop(shortest)
+            self.segments[stream] += [
+                (number, start, min(start + size, length)) for start in range(0, length, size)
+            ]
+            heapq.heappush(shortest, (tokens + length, stream))
+        self.num_steps = max(map(len, self.segments))
+
+    def __len__(self) -> int:
+        return self.num_steps * self.num_streams
+
+    def __getitem__(self, item: int) -> dict[str, Tensor]:
+        if not 0 <= item < len(self):
+            raise IndexError(f"{item} is not among {len(self)} items")
+        step, stream = divmod(item, self.num_streams)
+        now = [segments[step] for segments in self.segments if step < len(segments)]
+        length = max(stop - start for _, start, stop in now)
+        input_ids = torch.zeros(length, dtype=torch.long)
+        labels, mask = torch.full_like(input_ids, -100), torch.zeros_like(input_ids)
+        start = 0
+        if step < len(self.segments[stream]):
+            number, start, stop = self.segments[stream][step]
+            ids, targets = _token_ids(self.documents[number])
+            size = stop - start
+            input_ids[:size] = torch.from_numpy(np.asarray(ids[start:stop], dtype=np.int64))
+            labels[:size] = torch.from_numpy(np.asarray(targets[start + 1 : stop + 1], dtype=np.int64))
+            mask[:size] = 1
+        return {
+            "input_ids": input_ids,
+            "attention_mask": mask,
+            "labels": labels,
+            "shift_labels": labels,
+            "continues": torch.tensor(start > 0),
+        }
+
+
+class LongContextTrainer(Trainer):
+    """A Trainer with [`LongContextArguments`], whose datasets are documents (see [`DocumentStreams`]).
+
+    Checkpoints have the states of the streams, so that a run goes on in the middle of its documents. Beside
+    what the Trainer logs, there are `drift`, and `kept_bytes_per_token` (see [`LongContextOutput`]). The
+    evaluation loss is the mean over steps; only the loss is evaluated.
+    """
+
+    args: LongContextArguments
+
+    def __init__(
+        self,
+        model: nn.Module | None = None,
+        args: LongContextArguments | None = None,
+        data_collator: Any = default_data_collator,
+        train_dataset: Sequence | None = None,
+        eval_dataset: Sequence | dict[str, Sequence] | None = None,
+        **kwargs: Any,
+    ):
+        if not isinstance(args, LongContextArguments):
+            raise ValueError(f"`args` must be LongContextArguments, got {type(args).__name__}")
+        if args.n_gpu > 1:
+            raise ValueError(f"A process must have one GPU: use `accelerate launch`, got {args.n_gpu} GPUs")
+        streams = None
+        if train_dataset is not None:
+            num_streams = args.train_batch_size * args.world_size
+            streams = DocumentStreams(train_dataset, num_streams, args.context_length)
+        self._carried: StackformerCache | None = None
+        self._carried_in_evaluation: StackformerCache | None = None
+        # Since the last log: the drift of each step, and its kept bytes per token.
+        self._drifts: list[float] = []
+        self._kept: list[float] = []
+        super().__init__(model, args, data_collator, streams, eval_dataset, **kwargs)
+        if self.is_deepspeed_enabled:
+            raise ValueError("DeepSpeed runs the backward pass itself: use DDP or FSDP2")
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> torch.utils.data.DataLoader:
+        """The streams of `eval_dataset`, or of the one by that name."""
+        documents = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(documents, str):
+            documents = self.eval_dataset[documents]
+        streams = self.args.eval_batch_size * self.args.world_size
+        return super().get_eval_dataloader(DocumentStreams(documents, streams, self.args.context_length))
+
+    def training_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        """Read a segment of each stream and add the gradients of its loss to the parameters'."""
+        model.train()
+        scale = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+        scaler = self.accelerator.scaler  # of float16
+
+        def scale_loss(loss: Tensor) -> Tensor:
+            return loss * scale if scaler is None else scaler.scale(loss * scale)
+
+        inputs = self._prepare_inputs(inputs)
+        output = long_context_backward(
+            model,
+            inputs["input_ids"],
+            shift_labels=inputs["shift_labels"],
+            attention_mask=inputs["attention_mask"],
+            past_key_values=_continued(self._carried, inputs["continues"]),
+            num_items_in_batch=num_items_in_batch,
+            piece_size=self.args.piece_size,
+            method=self.args.backpropagation,
+            max_log_decay=self.args.max_log_decay,
+            max_drift=self.args.max_drift,
+            storage=self.args.state_storage,
+            scale_loss=scale_loss,
+        )
+        self._carried = output.past_key_values
+        self._drifts.append(output.drift)
+        self._kept.append(output.kept_bytes / inputs["input_ids"].numel())
+        return output.loss * scale
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Read a segment of each stream: its loss, and no predictions."""
+        inputs = self._prepare_inputs(inputs)
+        num_items_in_batch = self._get_num_items_in_batch([inputs], self.args.device)
+        output = long_context_loss(
+            model,
+            inputs["input_ids"],
+            shift_labels=inputs["shift_labels"],
+            attention_mask=inputs["attention_mask"],
+            past_key_values=_continued(self._carried_in_evaluation, inputs["continues"]),
+            num_items_in_batch=num_items_in_batch,
+            piece_size=self.args.piece_size,
+        )
+        self._carried_in_evaluation = output.past_key_values
+        scale = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+        return output.loss * scale, None, None
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log, and with the training loss what the steps since the last log cost (of this process)."""
+        if "loss" in logs and self._drifts:
+            logs["drift"] = max(self._drifts)
+            logs["kept_bytes_per_token"] = round(sum(self._kept) / len(self._kept), 1)
+            self._drifts, self._kept = [], []
+        super().log(logs, start_time)
+
+    # What a process needs to go on as it was: its random state, and the states of its streams.
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        streams = None
+        if self._carried is not None:
+            streams = [layer.slices for layer in self._carried.layers], self._carried.get_seq_length()
+        path = self._streams_file(output_dir)
+        torch.save(streams, path.with_suffix(".partial"))
+        path.with_suffix(".partial").replace(path)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        super()._load_rng_state(checkpoint)
+        if checkpoint is None:
+            return
+        path = self._streams_file(checkpoint)
+        if not path.is_file():
+            raise ValueError(
+                f"`resume_from_checkpoint` must hold {path.name}, the states of this process' streams: a run "
+                f"is resumed with as many processes and streams as it had, got {checkpoint!r}"
+            )
+        streams = torch.load(path, map_location=self.args.device, weights_only=True)
+        if streams is not None:
+            self._carried = StackformerCache(self.model.config)
+            for layer, slices in zip(self._carried.layers, streams[0], strict=True):
+                layer.load(slices, streams[1], self.args.device)
+
+    def _streams_file(self, folder: str) -> Path:
+        return Path(folder) / f"streams_{self.args.process_index}_of_{self.args.world_size}.pt"
+
+
+def _token_ids(document: Any) -> tuple[Any, Any]:
+    """The token ids of a document, and its labels."""
+    if isinstance(document, dict):
+        return document["input_ids"], document.get("labels", document["input_ids"])
+    return document, document
+
+
+def _continued(cache: StackformerCache | None, continues: Tensor) -> StackformerCache | None:
+    """The state for a step in which only some rows continue their documents; the others start from zeros."""
+    if not continues.any():
+        return None
+    if cache is None or cache.batch_size != len(continues):
+        size = 0 if cache is None else cache.batch_size
+        raise ValueError(f"There must be the states of {len(continues)} streams to go on from, got {size}")
+    cache = cache.clone()
+    for layer in cache.layers:
+        layer.map_(lambda tensor: tensor * continues.view(-1, *[1] * (tensor.dim() - 1)).to(tensor.dtype))
+    return cache
+
+
+__all__ = ["DocumentStreams", "LongContextArguments", "LongContextTrainer"]
