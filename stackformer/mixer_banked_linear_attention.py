@@ -124,8 +124,7 @@ class BankedLinearAttention(nn.Module):
         if past is None:
             past = rows.new_zeros(rows.shape[0], self.conv_history, rows.shape[2])
         window = torch.cat([past.to(rows.dtype), rows], dim=1)
-        # Copied, because a view would keep the whole window.
-        past = layout.last_of_rows(window, self.conv_history).to(at_least_float32(rows), copy=True)
+        past = layout.last_of_rows(window, self.conv_history).to(at_least_float32(rows))
         return self.conv(window), past
 
     def _gates(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
