@@ -262,14 +262,16 @@ def _triton_obstacle(query: Tensor, key: Tensor, value: Tensor, read: Tensor) ->
 def _triton_works(device: torch.device) -> bool:
     """Whether the kernels compile on a device and agree there with the definition; tried once, on little."""
     generator = torch.Generator().manual_seed(0)
-    inputs = [torch.rand(1, 40, 2, size, generator=generator) + 0.1 for size in (16, 16, 16, 2, 2, 2)]
-    inputs[-1] = -inputs[-1]
-    inputs = [tensor.to(device).requires_grad_() for tensor in inputs]
+    tensors = [torch.rand(1, 40, 2, size, generator=generator) + 0.1 for size in (16, 16, 16, 2, 2, 2)]
+    query, key, value, read, write, decay = (tensor.to(device).requires_grad_() for tensor in tensors)
     try:
         with torch.enable_grad():
             results = []
             for implementation in ("recurrent", "triton"):
-                output, _ = banked_linear_attention(*inputs, implementation=implementation, max_decay=2.0)
+                output, _ = banked_linear_attention(
+                    query, key, value, read, write, -decay, implementation=implementation, max_decay=2.0
+                )
+                inputs = (query, key, value, read, write, decay)
                 results.append([output, *torch.autograd.grad(output.square().sum(), inputs)])
         torch.testing.assert_close(*results, rtol=1e-2, atol=1e-2)
     except Exception as error:  # whatever a compiler or a driver may raise
