@@ -117,6 +117,17 @@ def measure(
     return rows
 
 
+def measure_contexts(
+    name: str, model: PreTrainedModel, lengths: list[int], states: dict, args
+) -> list[harness.Row]:
+    """The rows of one of our models for one row of text, after contexts of all lengths in turn."""
+    sides = {
+        f"{length:,}": GreedyLoop(model, states[name, length].clone(), 1, args.tokens) for length in lengths
+    }
+    case = {"context": f"{name}, in turn", "batch": 1, "tokens": args.tokens}
+    return harness.measure(case, sides, args, base=f"{lengths[0]:,}")
+
+
 def measure_generate(built: dict[str, PreTrainedModel], args: argparse.Namespace) -> list[harness.Row]:
     """The rows of `generate`, on a prompt of one token."""
     options = {"do_sample": False, "max_new_tokens": args.tokens, "min_new_tokens": args.tokens}
@@ -164,7 +175,19 @@ def main(argv: list[str] | None = None) -> dict:
     rows += measure_generate(built, args)
     if args.plot:
         plot(rows, args.plot)
-    return harness.report(args, rows, tables(rows, built, args))
+    every_table = tables(rows, built, args)
+    if len(lengths) > 1:
+        in_turn = [
+            row
+            for name, model in built.items()
+            if name in models.OURS
+            for row in measure_contexts(name, model, lengths, states, args)
+        ]
+        rows += in_turn
+        every_table[
+            f"Decoding after contexts of each length in turn, tokens/s (in brackets: times {lengths[0]:,})"
+        ] = harness.table(in_turn, "context", harness.tokens_per_second)
+    return harness.report(args, rows, every_table)
 
 
 def tables(rows: list[harness.Row], built: dict, args: argparse.Namespace) -> dict[str, str]:
