@@ -1,4 +1,4 @@
-"""Titans' memory: the paper's recurrence, written naively, is the reference; nothing leaks; nothing explodes."""
+"""Titans' memory: the paper's recurrence, written naively, is the reference; nothing leaks or explodes."""
 
 import pytest
 import torch
@@ -152,23 +152,21 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(advance, (*memory, *tokens, *gates))
 
 
-@pytest.mark.parametrize("first", [1, 3, 4, 7])
+@pytest.mark.parametrize("first", [3, 5, 8])
 @torch.no_grad()
 def test_rows_need_not_be_at_the_same_place_of_a_chunk(first):
     """Every row as if it were alone and whole, wherever calls and paddings split it."""
     mixer, hidden = layer(), hidden_tokens(3)
     mask = torch.ones(3, LENGTH, dtype=torch.bool)
-    mask[0, :4], mask[1, 2:5], mask[2, first:] = False, False, False
-    left, state = (
-        read(mixer, hidden[:, :first], mask[:, :first]) if mask[:, :first].any(1).all() else (None, None)
-    )
-    if left is None:
-        pytest.skip("a row would not have begun: that is the cache's to say")
-    right, _ = read(mixer, hidden[:, first:], mask[:, first:], state)
+    mask[0, :2], mask[1, 1:3], mask[2, first + 2 :] = False, False, False
+    left, state = read(mixer, hidden[:, :first], mask[:, :first])
+    right, state = read(mixer, hidden[:, first:], mask[:, first:], state)
+    assert state[3].tolist() == [(count % 4) for count in mask.sum(1).tolist()]
     for row in range(3):
-        expected = read(mixer, hidden[row : row + 1, mask[row]])[0][0]
+        expected, alone = read(mixer, hidden[row : row + 1, mask[row]])
         actual = torch.cat([left[row], right[row]])[mask[row]]
-        torch.testing.assert_close(actual, expected, **CLOSE)
+        torch.testing.assert_close(actual, expected[0], **CLOSE)
+        torch.testing.assert_close(tuple(x[row : row + 1] for x in state), alone, **CLOSE)
 
 
 @torch.no_grad()
@@ -191,7 +189,7 @@ def test_no_token_sees_a_later_one(name):
         changed = ids.clone()
         changed[0, position:] = random_ids(1, 23 - position, seed=5)[0]
         difference = (model(changed).logits - expected).abs().amax(-1)[0]
-        assert difference[:position].max() == 0, f"{name} leaks from {position}"
+        assert difference[:position].max() < 1e-9, f"{name} leaks from {position}"
         assert difference[position:].min() > 1e-9
 
 
@@ -220,7 +218,7 @@ def test_the_chunk_is_part_of_the_model_and_the_split_is_not(name):
 @pytest.mark.parametrize("name", NAMES)
 @torch.no_grad()
 def test_the_state_does_not_grow(name):
-    model = tiny_model(**SHAPES[name])
+    model = tiny_model(**(SHAPES[name] | {"halting_threshold": 0.0}))
     sizes = {model(random_ids(1, n), use_cache=True).past_key_values.num_bytes for n in (1, 10, 60)}
     assert len(sizes) == 1
 
@@ -298,7 +296,7 @@ def test_nothing_explodes_in_a_hundred_thousand_tokens():
 
 @torch.no_grad()
 def test_persistent_tokens_stay_in_sight():
-    """A window of 1 sees the token itself, and the persistent ones however far behind; splits are no matter."""
+    """However far behind a window they are, and however the text is split."""
     fields = SHAPES["attention"] | {"sliding_window": 2, "num_persistent_tokens": 3}
     model, ids = tiny_model(**fields), random_ids(2, 15)
     expected = model(ids, use_cache=True)
@@ -310,4 +308,4 @@ def test_persistent_tokens_stay_in_sight():
     model.set_attn_implementation("eager")
     eager = model(ids).logits
     model.set_attn_implementation("sdpa")
-    torch.testing.assert_close(model(ids).logits, eager, **CLOSE)
+    torch.testing.assert_close(model(ids).logits, eager, rtol=1e-4, atol=1e-5)  # its softmax is float32
