@@ -97,7 +97,7 @@ class Attention(nn.Module):
         if past > 0:
             real = torch.arange(total, device=key.device) >= past - seen.unsqueeze(1)
         if self.persistent is not None:
-            key, value = self._with_persistent(key, value)
+            key, value = self._with_persistent(self.persistent.weight, key, value)
             added = key.shape[1] - total
             past, total = past + added, total + added
             if window is not None:
@@ -121,16 +121,16 @@ class Attention(nn.Module):
             self, query, key, value, mask, scaling=self.head_dim**-0.5, dropout=0.0, sliding_window=window
         )[0]
 
-    def _with_persistent(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values [B', T + T', H, K] with those of the persistent tokens in front, at position 0."""
+    def _with_persistent(self, tokens: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values [B', T + T', H, K] with those of `tokens` [M, d] in front, at position 0."""
         if self.config.sliding_window is not None and "flash" in str(self.config._attn_implementation):
             raise ValueError(
                 "`attn_implementation` must be able to see `num_persistent_tokens` outside of a "
                 f"`sliding_window`, as 'sdpa' is, got {self.config._attn_implementation!r}"
             )
-        tokens = self.qkv_proj(self.persistent.weight).unflatten(-1, (3, self.num_heads, self.head_dim))
-        _, *tokens = tokens.to(key.dtype).expand(len(key), -1, -1, -1, -1).unbind(2)
-        return torch.cat([tokens[0], key], dim=1), torch.cat([tokens[1], value], dim=1)
+        rows = self.qkv_proj(tokens).to(key.dtype).unflatten(-1, (3, self.num_heads, self.head_dim))
+        _, keys, values = rows.expand(len(key), -1, -1, -1, -1).unbind(2)
+        return torch.cat([keys, key], dim=1), torch.cat([values, value], dim=1)
 
 
 def rotary_embedding(positions: Tensor, size: int, theta: float) -> tuple[Tensor, Tensor]:
