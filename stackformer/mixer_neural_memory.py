@@ -87,8 +87,8 @@ def advance_memory(
 ) -> tuple[Tensor, Memory]:
     """Write C tokens of one chunk and read after each: [B', H, C, K] and the memory after the last.
 
-    With a = cumulated products of 1 - alpha and e of eta, W_t = a_t W + f_t S - sum_j G_tj theta_j g_j,
-    f_t = sum_i (a_t / a_i) e_i and G_tj = sum_(j<=i<=t) (a_t / a_i) (e_i / e_j), over tokens i of the chunk.
+    With cumulated products a of 1 - alpha and c of eta, W_t = a_t W + f_t S - sum_(j<=t) G_tj g_j, where
+    f_t = sum_(i<=t) (a_t / a_i) c_i and G_tj = theta_j sum_(j<=i<=t) (a_t / a_i) (c_i / c_j).
 
     Args:
         memory: before these tokens; its anchor is left as it is.
