@@ -46,11 +46,19 @@ class StackformerConfig(PreTrainedConfig):
             values.
         chunk_size (`int`, *optional*): Tokens per chunk in training and prefill; changes speed, not results.
             `None` takes what was measured to be fastest.
-        mixer_types (`list[str]`, *optional*): The mixer of each core layer, "banked_linear_attention" or
-            "attention" (softmax attention; docs/adding_a_mixer.md adds your own); all
-            "banked_linear_attention" if `None`.
+        mixer_types (`list[str]`, *optional*): The mixer of each core layer, "banked_linear_attention",
+            "attention" (softmax attention), "neural_memory" or "memory_as_gate" (Titans' memory, alone or
+            beside softmax attention); docs/adding_a_mixer.md adds your own. All "banked_linear_attention"
+            if `None`.
         sliding_window (`int`, *optional*): Tokens that softmax attention sees, the one itself included; all
             if `None`, with a state that grows.
+        num_persistent_tokens (`int`, defaults to 0): Learned tokens that softmax attention always sees, in
+            front of all others and outside of any window.
+        memory_depth (`int`, defaults to 2): Layers of the network that is a neural memory; 1 is linear.
+        memory_chunk_size (`int`, defaults to 16): Tokens whose surprise is measured at the same weights of a
+            neural memory, counted from each row's first. Unlike `chunk_size` a part of the model: 1 is the
+            exact gradient for every token, and slow.
+        memory_max_step_size (`float`, defaults to 0.2): Largest step of a neural memory along a gradient.
         rope_parameters (`dict`, *optional*): Rotary positions of softmax attention, as in transformers:
             `rope_theta`, 10000.0 if not given, and `rope_type`, which must be "default".
         hidden_act (`str`, defaults to `"silu"`): Activation of the (gated) feed-forwards.
@@ -98,6 +106,10 @@ class StackformerConfig(PreTrainedConfig):
     chunk_size: int | None = None
     mixer_types: list[str] = None  # type: ignore[assignment]
     sliding_window: int | None = None
+    num_persistent_tokens: int = 0
+    memory_depth: int = 2
+    memory_chunk_size: int = 16
+    memory_max_step_size: float = 0.2
     rope_parameters: dict = None  # type: ignore[assignment]
     hidden_act: str = "silu"
     rms_norm_eps: float = 1e-6
@@ -135,7 +147,7 @@ class StackformerConfig(PreTrainedConfig):
         """Check every field; also called before saving."""
         for name in (
             "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_memory_banks",
-            "stack_depth", "max_ponder_steps", "conv_kernel_size",
+            "stack_depth", "max_ponder_steps", "conv_kernel_size", "memory_depth", "memory_chunk_size",
         ):  # fmt: skip
             self._require(name, _is_integer(getattr(self, name), least=1), "an integer of at least 1")
         for name in (
@@ -146,7 +158,12 @@ class StackformerConfig(PreTrainedConfig):
             self._require(
                 name, value is None or _is_integer(value, least=1), "an integer of at least 1, or None"
             )
-        for name in ("ponder_loss_coef", "max_decay_rate", "initializer_range"):
+        self._require(
+            "num_persistent_tokens",
+            _is_integer(self.num_persistent_tokens, least=0),
+            "an integer of at least 0",
+        )
+        for name in ("ponder_loss_coef", "max_decay_rate", "initializer_range", "memory_max_step_size"):
             self._require(name, _is_number(getattr(self, name)), "a finite number of at least 0")
         self._require(
             "halting_threshold",

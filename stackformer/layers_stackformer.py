@@ -5,6 +5,9 @@ import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
+from .memory_bank import at_least_float32
+from .processing_stack import TokenLayout
+
 
 class ResidualProjection(nn.Linear):
     """A projection onto a residual stream. It starts at zero, so that every block starts as the identity
@@ -36,6 +39,15 @@ class ShortConvolution(nn.Conv1d):
         for offset, tap in enumerate(taps[1:], start=1):
             mixed = torch.addcmul(mixed, window[:, offset : offset + length], tap)
         return mixed
+
+    def slide(self, rows: Tensor, past: Tensor | None, layout: TokenLayout) -> tuple[Tensor, Tensor]:
+        """Convolve rows [B', T', channels] that follow `past` [B', kernel - 1, channels], zeros if `None`.
+        Also returns the past of what comes next, float32 at least."""
+        history = self.kernel_size[0] - 1
+        if past is None:
+            past = rows.new_zeros(rows.shape[0], history, rows.shape[2])
+        window = torch.cat([past.to(rows.dtype), rows], dim=1)
+        return self(window), layout.last_of_rows(window, history).to(at_least_float32(rows))
 
 
 class GatedMLP(nn.Module):

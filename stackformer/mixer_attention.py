@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers.masking_utils import (
     ALL_MASK_ATTENTION_FUNCTIONS,
     causal_mask_function,
+    or_masks,
     sliding_window_causal_mask_function,
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -44,6 +45,9 @@ class Attention(nn.Module):
             )
         size = config.core_size
         self.qkv_proj = nn.Linear(size, 3 * size, bias=False)
+        self.persistent = None
+        if config.num_persistent_tokens > 0:
+            self.persistent = nn.Embedding(config.num_persistent_tokens, size)
         self.o_proj = ResidualProjection(size, size)
 
     def forward(
@@ -92,6 +96,14 @@ class Attention(nn.Module):
             mask_function = sliding_window_causal_mask_function(window)
         if past > 0:
             real = torch.arange(total, device=key.device) >= past - seen.unsqueeze(1)
+        if self.persistent is not None:
+            key, value = self._with_persistent(self.persistent.weight, key, value)
+            added = key.shape[1] - total
+            past, total = past + added, total + added
+            if window is not None:
+                mask_function = or_masks(mask_function, lambda batch, head, q, kv: kv < added)
+            if real is not None:
+                real = nn.functional.pad(real, (added, 0), value=True)
         mask = ALL_MASK_ATTENTION_FUNCTIONS[name](
             batch_size=batch_size,
             q_length=length,
@@ -108,6 +120,17 @@ class Attention(nn.Module):
         return attend(
             self, query, key, value, mask, scaling=self.head_dim**-0.5, dropout=0.0, sliding_window=window
         )[0]
+
+    def _with_persistent(self, tokens: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values [B', T + T', H, K] with those of `tokens` [M, d] in front, at position 0."""
+        if self.config.sliding_window is not None and "flash" in str(self.config._attn_implementation):
+            raise ValueError(
+                "`attn_implementation` must be able to see `num_persistent_tokens` outside of a "
+                f"`sliding_window`, as 'sdpa' is, got {self.config._attn_implementation!r}"
+            )
+        rows = self.qkv_proj(tokens).to(key.dtype).unflatten(-1, (3, self.num_heads, self.head_dim))
+        _, keys, values = rows.expand(len(key), -1, -1, -1, -1).unbind(2)
+        return torch.cat([keys, key], dim=1), torch.cat([values, value], dim=1)
 
 
 def rotary_embedding(positions: Tensor, size: int, theta: float) -> tuple[Tensor, Tensor]:

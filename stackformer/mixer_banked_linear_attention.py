@@ -55,7 +55,6 @@ class BankedLinearAttention(nn.Module):
         self.head_dim = config.core_size // config.num_attention_heads
         self.max_decay_rate = config.max_decay_rate
         self.chunk_size = config.chunk_size
-        self.conv_history = config.conv_kernel_size - 1
         self.feature_map = FEATURE_MAPS[config.feature_map]
 
         size = config.core_size
@@ -144,20 +143,12 @@ class BankedLinearAttention(nn.Module):
         self, hidden: Tensor, pointer: Tensor, layout: TokenLayout, past: Tensor | None
     ) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor], Tensor]:
         """The inputs of the operator as rows, from query to log decay; the bank weights; the new past."""
-        rows, past = self._convolve(layout.to_rows(self.qkv_proj(hidden)), past, layout)
+        rows, past = self.conv.slide(layout.to_rows(self.qkv_proj(hidden)), past, layout)
         query, key, value = rows.unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(2)
         query, key = self.feature_map(query), self.feature_map(key)
         weights = self._gates(hidden)
         read, write, log_decay = (layout.to_rows(address_memories(pointer, weight)) for weight in weights)
         return (query, key, value, read, write, log_decay), weights, past
-
-    def _convolve(self, rows: Tensor, past: Tensor | None, layout: TokenLayout) -> tuple[Tensor, Tensor]:
-        """Convolve rows [B', T', 3 d] that follow `past` [B', kernel - 1, 3 d]; also the past of the next."""
-        if past is None:
-            past = rows.new_zeros(rows.shape[0], self.conv_history, rows.shape[2])
-        window = torch.cat([past.to(rows.dtype), rows], dim=1)
-        past = layout.last_of_rows(window, self.conv_history).to(at_least_float32(rows))
-        return self.conv(window), past
 
     def _gates(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Read weights, write weights and log decay by the write, each [n, H, N], float32 at least."""

@@ -34,6 +34,7 @@ from .layers_stackformer import GatedMLP, ResidualProjection, ShortConvolution, 
 from .memory_bank import at_least_float32
 from .mixer_attention import Attention
 from .mixer_banked_linear_attention import BankedLinearAttention
+from .mixer_neural_memory import MemoryAsGate, MemoryAsLayer, NeuralMemory
 from .processing_stack import (
     DEQUEUE,
     Stack,
@@ -51,6 +52,8 @@ from .stack_trace import TextTrace
 MIXERS: dict[str, type[nn.Module]] = {
     "attention": Attention,
     "banked_linear_attention": BankedLinearAttention,
+    "memory_as_gate": MemoryAsGate,
+    "neural_memory": MemoryAsLayer,
 }
 
 # Where a saved model's code finds the class of each auto class.
@@ -249,6 +252,7 @@ class StackformerPreTrainedModel(PreTrainedModel):
         | normalisations       | 1                                                                  |
         | step gate            | 0.1: steps after the first start small                             |
         | convolutions         | uniform within kernel_size ** -0.5                                 |
+        | neural memories      | normal, standard deviation fan_in ** -0.5                          |
         | actions              | weights 0, bias -3 for dequeue: see `ActionProjection`             |
         """
         super()._init_weights(module)
@@ -266,6 +270,8 @@ class StackformerPreTrainedModel(PreTrainedModel):
         elif isinstance(module, ShortConvolution):
             bound = module.kernel_size[0] ** -0.5
             init.uniform_(module.weight, -bound, bound)
+        elif isinstance(module, NeuralMemory):
+            init.normal_(module.initial_memory, std=module.head_dim**-0.5)
 
 
 class StackformerModel(StackformerPreTrainedModel):

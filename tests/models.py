@@ -23,6 +23,20 @@ SHAPES = {
     },
     "hybrid stack": {"mixer_types": ["banked_linear_attention", "attention"], "halting_threshold": 0.2},
     "sliding window": {"mixer_types": ["attention", "banked_linear_attention"], "sliding_window": 4},
+    "neural memory": {
+        "mixer_types": ["neural_memory", "attention"],
+        "sliding_window": 4,
+        "num_persistent_tokens": 2,
+        "memory_chunk_size": 4,
+    },
+    "memory as gate": {
+        "bottleneck_size": None,
+        "stack_depth": 1,
+        "max_ponder_steps": 1,
+        "mixer_types": ["memory_as_gate"] * 2,
+        "sliding_window": 4,
+        "memory_chunk_size": 8,
+    },
 }
 
 

@@ -48,6 +48,10 @@ PRESETS = sorted((Path(__file__).parent.parent / "configs").glob("*.json"))
         ("mixer_types", ["banked_linear_attention"]),
         ("mixer_types", [BankedLinearAttention] * 4),
         ("sliding_window", 0),
+        ("num_persistent_tokens", -1),
+        ("memory_depth", 0),
+        ("memory_chunk_size", 0),
+        ("memory_max_step_size", float("nan")),
         ("rope_parameters", {"rope_type": "yarn", "factor": 2.0}),
         ("rope_parameters", {"rope_theta": -1.0}),
         ("rope_parameters", [10000.0]),
@@ -125,11 +129,16 @@ def test_there_are_presets():
         "wrapper-tiny",
         "softmax-tiny",
         "linear-tiny",
+        "titans-mal-tiny",
+        "titans-mag-tiny",
     }
 
 
 def test_presets_that_are_compared_have_the_same_size():
-    names = ("stackformer-tiny", "wrapper-tiny", "softmax-tiny", "linear-tiny")
+    names = (
+        "stackformer-tiny", "wrapper-tiny", "softmax-tiny", "linear-tiny", "titans-mal-tiny",
+        "titans-mag-tiny",
+    )  # fmt: skip
     sizes = {
         path.stem: StackformerForCausalLM(StackformerConfig.from_json_file(path)).num_parameters()
         for path in PRESETS
