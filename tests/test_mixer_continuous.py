@@ -41,6 +41,7 @@ def mixer(sticky: bool = False, window: int = 6) -> ContinuousAttention:
         num_basis_functions=BASIS,
         basis_widths=list(WIDTHS),
         sticky_memories=sticky,
+        attn_implementation="sdpa",
     )
     torch.manual_seed(0)
     return spread_weights(ContinuousAttention(config), noise=0.3).double()
@@ -65,7 +66,7 @@ def test_expected_basis_is_the_integral():
     centres, widths = radial_basis(BASIS, WIDTHS, DOUBLE)
     mean = torch.tensor([0.0, 0.31, 0.9], dtype=torch.float64)
     variance = torch.tensor([0.001, 0.04, 0.6], dtype=torch.float64)
-    t = torch.linspace(-8, 9, 170_001, dtype=torch.float64)
+    t = torch.linspace(-8, 9, 17_001, dtype=torch.float64)
     density = gaussian(t[:, None], mean, variance)
     expected = integral(density[:, :, None] * basis_values(t, centres, widths)[:, None], t)
     torch.testing.assert_close(expected_basis(mean, variance, centres, widths), expected)
@@ -89,7 +90,7 @@ def test_ridge_regression_minimises_its_loss():
     centres, widths = radial_basis(BASIS, WIDTHS, DOUBLE)
     positions, signal = uniform_positions(10), torch.randn(10, 3, dtype=torch.float64)
     coefficients = (ridge_regression(positions, centres, widths, 0.7) @ signal).requires_grad_()
-    outside = torch.tensor([-0.45, -0.35, -0.25, -0.15, -0.05, 1.05, 1.15, 1.25, 1.35, 1.45]).double()
+    outside = torch.cat([torch.arange(-5, 0), torch.arange(10, 15)]).double() / 10 + 0.05
     error = (basis_values(positions, centres, widths) @ coefficients - signal).square().sum()
     beyond = (basis_values(outside, centres, widths) @ coefficients).square().sum()
     (error + beyond + 0.7 * coefficients.square().sum()).backward()
@@ -104,14 +105,14 @@ def test_contraction_is_a_refit_of_the_squeezed_signal():
     samples = basis_values((torch.arange(BASIS) + 0.5).double() / BASIS, *basis) @ old
     positions = [tau * (m + 0.5) / BASIS for m in range(BASIS)]
     positions += [tau + (1 - tau) * (n + 0.5) / BLOCK for n in range(BLOCK)]
-    refit = ridge_regression(torch.tensor(positions).double(), *basis, ridge)
+    refit = ridge_regression(torch.tensor(positions, dtype=torch.float64), *basis, ridge)
     expected = refit @ torch.cat([samples, block])
     torch.testing.assert_close(fit.contraction @ old + fit.later_block @ block, expected)
     torch.testing.assert_close(fit.samples @ samples, fit.contraction @ old)
 
 
 def test_a_memory_recalls_smooth_signals_and_old_ones_less():
-    """A slow wave over six blocks of 32, read where each block now is: the last three are there."""
+    """A slow wave over six blocks of 32, read where each block now is: all but the oldest are there."""
     fit = memory_fit(32, (1.5 / 32,), 32, 0.75, 0.1, torch.float64, torch.device("cpu"))
     basis = radial_basis(32, (1.5 / 32,), DOUBLE)
     blocks = torch.sin(torch.arange(192, dtype=torch.float64) / 15).unsqueeze(1).split(32)
@@ -123,7 +124,7 @@ def test_a_memory_recalls_smooth_signals_and_old_ones_less():
         positions = 0.75**age * (0.75 + 0.25 * uniform_positions(32))
         recalled = basis_values(positions, *basis) @ memory
         errors.append(((recalled - block).square().mean() / block.square().mean()).item())
-    assert max(errors[:3]) < 0.15 < errors[4]
+    assert max(errors[:5]) < 0.01 < 0.1 < errors[5]
 
 
 def test_quantiles_are_as_dense_as_the_histogram_is_high():
@@ -131,7 +132,7 @@ def test_quantiles_are_as_dense_as_the_histogram_is_high():
     assert torch.allclose(quantiles(torch.full((3,), 2.0), 6), uniform_positions(6).float())
     histogram = torch.tensor([0.0, 3.0, 0.0, 1.0])
     positions = quantiles(histogram, 400)
-    assert (positions.diff() > 0).all() and 0 < positions[0] and positions[-1] < 1
+    assert (positions.diff() > 0).all() and positions[0] > 0 and positions[-1] < 1
     counts = torch.histc(positions, 4, 0, 1) / 400
     torch.testing.assert_close(counts, 0.95 * histogram / 4 + 0.05 / 4, rtol=0, atol=0.01)
 
