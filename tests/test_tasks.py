@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.modeling_outputs import CausalLMOutput
 
-from benchmarks.tasks import IGNORED, TASKS, heat_map, run, seeded, sorting
+from benchmarks.tasks import IGNORED, TASKS, heat_map, naive_sorting, run, seeded
 from benchmarks.tasks.word_problem import group_elements, multiplication_table
 from scripts.train import read_preset
 from tests.models import tiny_model
@@ -140,7 +140,7 @@ def test_sorting_is_by_count_then_by_first_place(length):
 
 
 def test_sorted_symbols_drift_from_one_distribution_to_another():
-    tokens = _task("sorting", num_symbols=4)._draw(2000, 40, seeded(0))
+    tokens = _task("sorting", num_symbols=4).draw(2000, 40, seeded(0))
     ends = torch.randint(1, 10, (2, 2000, 4), generator=seeded(0)).double()
     for place, ratio in ((0, 1 / 40), (19, 0.5), (39, 1.0)):
         first, last = ends / ends.sum(-1, keepdim=True)
@@ -150,10 +150,10 @@ def test_sorted_symbols_drift_from_one_distribution_to_another():
 
 
 def test_naive_sorting_is_as_good_as_what_it_sees():
-    found = sorting.naive_accuracies(_task("sorting"), 600, window=150, num_test=50)
+    found = naive_sorting.naive_accuracies(_task("sorting"), 600, window=150, num_test=50)
     guess, last, some, decayed, exact = found.values()
     assert guess < 0.25 < last < some < exact and last < decayed < exact and exact > 0.8
-    everything = sorting.naive_accuracies(_task("sorting"), 100, window=100, num_test=50)
+    everything = naive_sorting.naive_accuracies(_task("sorting"), 100, window=100, num_test=50)
     assert len(set(list(everything.values())[1:])) == 1
 
 

@@ -1,19 +1,12 @@
 # Copyright 2026 The Stackformer authors. Licensed under the Apache License, Version 2.0.
-"""Sorting a long sequence's tokens by frequency (Martins et al. 2022, "infinity-former", section 4.1).
+"""Sorting a long sequence's tokens by frequency (Martins et al. 2022, "infinity-former", section 4.1)."""
 
-    python -m benchmarks.tasks.sorting --lengths 4000 8000 16000 --window 1024
-
-prints what is had without a model that remembers all: a result says something about a memory if it is clearly
-above what the last `window` tokens alone give.
-"""
-
-import argparse
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .task import IGNORED, Task, seeded
+from .task import IGNORED, Task
 
 
 @dataclass(frozen=True)
@@ -44,7 +37,7 @@ class Sorting(Task):
 
     def sample(self, batch_size: int, length: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """See [`Task.sample`]."""
-        tokens = self._draw(batch_size, length, generator)
+        tokens = self.draw(batch_size, length, generator)
         answers = sorted_by_count(tokens, self.num_symbols)
         separator = torch.full_like(answers[:, :1], self.num_symbols)
         input_ids = torch.cat([tokens, separator, answers[:, :-1]], dim=1)
@@ -54,7 +47,8 @@ class Sorting(Task):
     def train_lengths(self, longest: int) -> list[int]:
         return [longest]
 
-    def _draw(self, batch_size: int, length: int, generator: torch.Generator) -> Tensor:
+    def draw(self, batch_size: int, length: int, generator: torch.Generator) -> Tensor:
+        """The tokens [batch_size, length] to be sorted."""
         ends = torch.randint(1, 10, (2, batch_size, self.num_symbols), generator=generator).double()
         first, last = ends / ends.sum(-1, keepdim=True)
         ratio = self.blend * torch.arange(1, length + 1, dtype=torch.float64) / length
@@ -64,14 +58,18 @@ class Sorting(Task):
         return torch.where(of_last, draws[1], draws[0])
 
 
-def sorted_by_count(tokens: Tensor, num_symbols: int, weights: Tensor | None = None) -> Tensor:
-    """Symbols [B, num_symbols] by how often they are in `tokens` [B, L], or by the sum of `weights` [L].
+def symbol_counts(tokens: Tensor, num_symbols: int, weights: Tensor) -> Tensor:
+    """How often each symbol is in `tokens` [B, L], each place by its weight [L]: [B, num_symbols]."""
+    counts = torch.zeros(len(tokens), num_symbols, dtype=torch.float64)
+    return counts.scatter_add(1, tokens, weights.double().expand(tokens.shape))
+
+
+def sorted_by_count(tokens: Tensor, num_symbols: int) -> Tensor:
+    """Symbols [B, num_symbols] by how often they are in `tokens` [B, L].
 
     Of symbols with equal counts the one that was there first comes first.
     """
-    weights = torch.ones(tokens.shape[1], dtype=torch.float64) if weights is None else weights
-    counts = torch.zeros(len(tokens), num_symbols, dtype=torch.float64)
-    counts.scatter_add_(1, tokens, weights.expand(tokens.shape))
+    counts = symbol_counts(tokens, num_symbols, torch.ones(tokens.shape[1]))
     places = torch.arange(tokens.shape[1]).expand(tokens.shape)
     begins = torch.full(counts.shape, tokens.shape[1]).scatter_reduce(1, tokens, places, "amin")
     by_place = begins.argsort(dim=1, stable=True)
@@ -79,61 +77,4 @@ def sorted_by_count(tokens: Tensor, num_symbols: int, weights: Tensor | None = N
     return by_place.gather(1, by_count)
 
 
-def naive_accuracies(
-    task: Sorting, length: int, window: int, num_test: int = 200, tau: float = 0.75
-) -> dict[str, float]:
-    """What simple strategies have on `num_test` sequences, each told the answers before the one asked for.
-
-    A strategy guesses the first symbol of its own order that was no answer yet.
-
-    Returns:
-        Accuracies of: a random order; the counts of the last `window` tokens; those of a random `window` out
-        of all; all counts, by `tau` less for every later block of `window`; and all counts, ties at random.
-    """
-    generator = seeded(2, length)
-    tokens = task._draw(num_test, length, generator)
-    answers = sorted_by_count(tokens, task.num_symbols)
-    noise = torch.rand(num_test, task.num_symbols, generator=generator, dtype=torch.float64)
-    counts = torch.nn.functional.one_hot(tokens, task.num_symbols)
-    sampled = torch.rand(length, generator=generator).argsort()[:window]
-    age = (length - 1 - torch.arange(length)).div(window, rounding_mode="floor")
-    scores = {
-        "random order": torch.zeros_like(noise),
-        f"last {window} tokens": counts[:, -window:].sum(1),
-        f"random {window} tokens": counts[:, sampled].sum(1),
-        f"counts decayed by {tau} every {window}": torch.einsum("bls,l->bs", counts.double(), tau**age),
-        "exact counts, random ties": counts.sum(1),
-    }
-    return {name: _greedy_accuracy(score + 1e-6 * noise, answers) for name, score in scores.items()}
-
-
-def _greedy_accuracy(scores: Tensor, answers: Tensor) -> float:
-    """How often the best of `scores` [B, symbols] among those not yet answered is the answer."""
-    left, correct = scores.clone(), []
-    for answer in answers.unbind(1):
-        correct.append(left.argmax(1) == answer)
-        left = left.scatter(1, answer.unsqueeze(1), -torch.inf)
-    return torch.stack(correct).double().mean().item()
-
-
-def main(argv: list[str] | None = None) -> dict[int, dict[str, float]]:
-    """Print the naive accuracies at some lengths."""
-    parser = argparse.ArgumentParser(description="Sorting by frequency without a model.")
-    parser.add_argument("--lengths", type=int, nargs="+", default=[1000, 2000, 4000, 8000, 16000])
-    parser.add_argument("--window", type=int, default=1024, help="Tokens that a model without memory sees.")
-    parser.add_argument("--num_test", type=int, default=200, help="Sequences of each length.")
-    parser.add_argument("--blend", type=float, default=1.0, help="The task's option.")
-    args = parser.parse_args(argv)
-    task = Sorting(blend=args.blend)
-    results = {n: naive_accuracies(task, n, args.window, args.num_test) for n in args.lengths}
-    print(f"{'':34}" + "".join(f"{length:>8}" for length in results))
-    for name in next(iter(results.values())):
-        print(f"{name:34}" + "".join(f"{row[name]:8.3f}" for row in results.values()))
-    return results
-
-
-__all__ = ["Sorting", "naive_accuracies", "sorted_by_count"]
-
-
-if __name__ == "__main__":
-    main()
+__all__ = ["Sorting", "sorted_by_count", "symbol_counts"]
