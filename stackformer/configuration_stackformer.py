@@ -48,8 +48,8 @@ class StackformerConfig(PreTrainedConfig):
             `None` takes what was measured to be fastest.
         mixer_types (`list[str]`, *optional*): The mixer of each core layer, "banked_linear_attention",
             "attention" (softmax attention), "neural_memory" or "memory_as_gate" (Titans' memory, alone or
-            beside softmax attention); docs/adding_a_mixer.md adds your own. All "banked_linear_attention"
-            if `None`.
+            beside softmax attention) or "continuous_attention" (infinity-former); docs/adding_a_mixer.md adds
+            your own. All "banked_linear_attention" if `None`.
         sliding_window (`int`, *optional*): Tokens that softmax attention sees, the one itself included; all
             if `None`, with a state that grows.
         num_persistent_tokens (`int`, defaults to 0): Learned tokens that softmax attention always sees, in
@@ -61,6 +61,17 @@ class StackformerConfig(PreTrainedConfig):
         memory_max_step_size (`float`, defaults to 0.2): Largest step of a neural memory along a gradient.
         rope_parameters (`dict`, *optional*): Rotary positions of softmax attention, as in transformers:
             `rope_theta`, 10000.0 if not given, and `rope_type`, which must be "default".
+        memory_block (`int`, defaults to 64): Tokens after which continuous attention takes them into its
+            long-term memory; `sliding_window` must be at least as long.
+        num_basis_functions (`int`, defaults to 64): Radial basis functions N of that memory, as many as it
+            has samples when it is contracted.
+        basis_widths (`list[float]`, *optional*): Standard deviations of the basis functions on [0, 1], each
+            with as many centres; 1.5 / N alone if `None`.
+        memory_contraction (`float`, defaults to 0.75): The part tau of that memory that is left to the old
+            signal when a block is taken in.
+        memory_ridge (`float`, defaults to 0.1): Penalty of the regression that the memory is fitted by.
+        sticky_memories (`bool`, defaults to `False`): Whether the old signal is sampled where tokens looked,
+            rather than uniformly.
         hidden_act (`str`, defaults to `"silu"`): Activation of the (gated) feed-forwards.
         rms_norm_eps (`float`, defaults to 1e-6): Epsilon of the normalisations.
         initializer_range (`float`, defaults to 0.02): Standard deviation of the initial embeddings.
@@ -111,6 +122,12 @@ class StackformerConfig(PreTrainedConfig):
     memory_chunk_size: int = 16
     memory_max_step_size: float = 0.2
     rope_parameters: dict = None  # type: ignore[assignment]
+    memory_block: int = 64
+    num_basis_functions: int = 64
+    basis_widths: list[float] = None  # type: ignore[assignment]
+    memory_contraction: float = 0.75
+    memory_ridge: float = 0.1
+    sticky_memories: bool = False
     hidden_act: str = "silu"
     rms_norm_eps: float = 1e-6
     initializer_range: float = 0.02
@@ -128,6 +145,8 @@ class StackformerConfig(PreTrainedConfig):
             self.intermediate_size = 3 * self.core_size
         if self.bottleneck_intermediate_size is None:
             self.bottleneck_intermediate_size = self.hidden_size
+        if self.basis_widths is None:
+            self.basis_widths = [1.5 / self.num_basis_functions]
         super().__post_init__(**kwargs)
 
     @property
@@ -148,6 +167,7 @@ class StackformerConfig(PreTrainedConfig):
         for name in (
             "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_memory_banks",
             "stack_depth", "max_ponder_steps", "conv_kernel_size", "memory_depth", "memory_chunk_size",
+            "memory_block", "num_basis_functions",
         ):  # fmt: skip
             self._require(name, _is_integer(getattr(self, name), least=1), "an integer of at least 1")
         for name in (
@@ -169,6 +189,23 @@ class StackformerConfig(PreTrainedConfig):
             "halting_threshold",
             _is_number(self.halting_threshold) and self.halting_threshold < 1,
             "a number of at least 0 and less than 1",
+        )
+        self._require(
+            "memory_contraction",
+            _is_number(self.memory_contraction) and 0 < self.memory_contraction < 1,
+            "a number above 0 and less than 1",
+        )
+        self._require(
+            "memory_ridge", _is_number(self.memory_ridge) and self.memory_ridge > 0, "a number above 0"
+        )
+        self._require(
+            "basis_widths",
+            self.basis_widths is None
+            or isinstance(self.basis_widths, (list, tuple))
+            and len(self.basis_widths) > 0
+            and all(_is_number(width) and width > 0 for width in self.basis_widths)
+            and self.num_basis_functions % len(self.basis_widths) == 0,
+            f"numbers above 0, as many as divide num_basis_functions={self.num_basis_functions}, or None",
         )
         self._require(
             "ponder_loss_type", self.ponder_loss_type in PONDER_LOSS_TYPES, f"one of {PONDER_LOSS_TYPES}"

@@ -34,6 +34,7 @@ from .layers_stackformer import GatedMLP, ResidualProjection, ShortConvolution, 
 from .memory_bank import at_least_float32
 from .mixer_attention import Attention
 from .mixer_banked_linear_attention import BankedLinearAttention
+from .mixer_continuous import ContinuousAttention
 from .mixer_neural_memory import MemoryAsGate, MemoryAsLayer, NeuralMemory
 from .processing_stack import (
     DEQUEUE,
@@ -52,6 +53,7 @@ from .stack_trace import TextTrace
 MIXERS: dict[str, type[nn.Module]] = {
     "attention": Attention,
     "banked_linear_attention": BankedLinearAttention,
+    "continuous_attention": ContinuousAttention,
     "memory_as_gate": MemoryAsGate,
     "neural_memory": MemoryAsLayer,
 }

@@ -36,6 +36,23 @@ SHAPES = {
         "mixer_types": ["memory_as_gate"] * 2,
         "sliding_window": 4,
         "memory_chunk_size": 8,
+    "infinity-former": {
+        "bottleneck_size": None,
+        "stack_depth": 1,
+        "max_ponder_steps": 1,
+        "mixer_types": ["continuous_attention"] * 2,
+        "sliding_window": 7,
+        "memory_block": 5,
+        "num_basis_functions": 8,
+    },
+    "sticky memories on a stack": {
+        "mixer_types": ["continuous_attention", "banked_linear_attention"],
+        "sliding_window": 3,
+        "memory_block": 3,
+        "num_basis_functions": 6,
+        "basis_widths": [0.2, 0.5],
+        "sticky_memories": True,
+        "halting_threshold": 0.2,
     },
 }
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections import Counter
 from itertools import product
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.modeling_outputs import CausalLMOutput
 
-from benchmarks.tasks import IGNORED, TASKS, heat_map, run, seeded
+from benchmarks.tasks import IGNORED, TASKS, heat_map, naive_sorting, run, seeded
 from benchmarks.tasks.word_problem import group_elements, multiplication_table
 from scripts.train import read_preset
 from tests.models import tiny_model
@@ -128,6 +129,34 @@ def test_recall_is_answerable_from_its_context(length, pairs):
         assert not any(token for t, token in enumerate(tokens[2 * count :], 2 * count) if t not in answers)
 
 
+@pytest.mark.parametrize("length", [3, 60])
+def test_sorting_is_by_count_then_by_first_place(length):
+    for tokens, answers in _sequences("sorting", length):
+        symbols = tokens[:length]
+        expected = [symbol for symbol, _ in Counter(symbols).most_common()]  # ties: the first one first
+        expected += sorted(set(range(20)) - set(symbols))
+        assert list(answers.values()) == expected and list(answers) == list(range(length, length + 20))
+        assert tokens[length:] == [20, *expected[:-1]] and 20 not in symbols
+
+
+def test_sorted_symbols_drift_from_one_distribution_to_another():
+    tokens = _task("sorting", num_symbols=4).draw(2000, 40, seeded(0))
+    ends = torch.randint(1, 10, (2, 2000, 4), generator=seeded(0)).double()
+    for place, ratio in ((0, 1 / 40), (19, 0.5), (39, 1.0)):
+        first, last = ends / ends.sum(-1, keepdim=True)
+        expected = ((1 - ratio) * first + ratio * last).mean(0)
+        observed = torch.bincount(tokens[:, place], minlength=4) / 2000
+        assert torch.allclose(observed.double(), expected, atol=0.04)
+
+
+def test_naive_sorting_is_as_good_as_what_it_sees():
+    found = naive_sorting.naive_accuracies(_task("sorting"), 600, window=150, num_test=50)
+    guess, last, some, decayed, exact = found.values()
+    assert guess < 0.25 < last < some < exact and last < decayed < exact and exact > 0.8
+    everything = naive_sorting.naive_accuracies(_task("sorting"), 100, window=100, num_test=50)
+    assert len(set(list(everything.values())[1:])) == 1
+
+
 def test_recall_gaps_follow_the_power_law():
     task = _task("mqar", num_kv_pairs=1, vocab_size=8)
     _, labels = task.sample(20000, 34, seeded(0))
@@ -172,7 +201,7 @@ def test_training_draws_all_lengths_and_other_sequences_than_the_test():
 @pytest.mark.parametrize(
     "name, options, length, message",
     [
-        ("sort", {}, 8, "task='sort': expected one of .*parity"),
+        ("sorted", {}, 8, "task='sorted': expected one of .*parity"),
         ("parity", {"bits": 2}, 8, r"unknown \['bits'\] for parity"),
         ("word_problem", {"group": "B5"}, 8, "group='B5': expected S, A or Z"),
         ("mqar", {"num_kv_pairs": 4}, 15, "length=15"),

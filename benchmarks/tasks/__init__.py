@@ -8,6 +8,7 @@ row here.
 
 from .chomsky import CycleNavigation, DuplicateString, Parity, ReverseString, StackManipulation
 from .recall import Recall
+from .sorting import Sorting
 from .task import IGNORED, Task, seeded
 from .word_problem import WordProblem
 
@@ -19,6 +20,7 @@ TASKS = {
     "duplicate_string": DuplicateString,
     "word_problem": WordProblem,
     "mqar": Recall,
+    "sorting": Sorting,
 }
 
 __all__ = ["IGNORED", "TASKS", "Task", "seeded"]

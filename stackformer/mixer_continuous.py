@@ -1,0 +1,336 @@
+# Copyright 2026 The Stackformer authors. Licensed under the Apache License, Version 2.0.
+"""Softmax attention to what is near, and continuous attention to all that was: the infinity-former's mixer.
+
+Martins et al. 2022, "infinity-former: Infinite Memory Transformer". The long-term memory of a row is a signal
+on [0, 1], the past on the left, written in Gaussian radial basis functions: x(t) = B^T psi(t), with
+psi_j(t) = N(t; c_j, s_j^2) (equation 3). Its coefficients are a ridge regression (equation 4), tokens attend
+to it with Gaussian densities (equations 7 to 11), and it never grows: what is new takes [tau, 1], and the old
+signal is sampled, squeezed into [0, tau] and fitted again (section 3.2). Where it is sampled is either
+uniform, or follows where tokens looked ("sticky memories", section 3.3).
+
+Letters beside the others' (T' tokens of a row in one call): N basis functions, C tokens of a block, after
+each of which the memory takes them in.
+"""
+
+import math
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .configuration_stackformer import StackformerConfig
+from .layers_stackformer import ResidualProjection
+from .memory_bank import at_least_float32
+from .mixer_attention import Attention
+from .processing_stack import TokenLayout
+
+# Part of the sticky samples that is uniform whatever tokens looked at. It bounds how far a sample moves when
+# the histogram changes by a rounding error (20 times that), which the splits of a text differ in.
+UNIFORM_SHARE = 0.05
+
+
+class ContinuousAttention(nn.Module):
+    """Sliding-window attention plus continuous attention to a long-term memory, in a state that is constant.
+
+    The memory takes in whole blocks of `memory_block` tokens, counted from the beginning of the row: a token
+    sees the memory of the blocks before its own, and through the window all of its own and more. Gradients
+    flow through the memory, other than in the paper, and the penalty on wide densities is left out.
+    """
+
+    def __init__(self, config: StackformerConfig):
+        super().__init__()
+        if config.sliding_window is None or config.sliding_window < config.memory_block:
+            raise ValueError(
+                "`sliding_window` must be at least the `memory_block` of continuous attention, "
+                f"{config.memory_block}, so that no token is out of sight before the memory has it, got "
+                f"{config.sliding_window}"
+            )
+        self.num_heads = config.num_attention_heads
+        self.head_dim = config.core_size // config.num_attention_heads
+        self.block = config.memory_block
+        self.sticky = config.sticky_memories
+        self.num_basis = config.num_basis_functions
+        self.fit = (
+            config.num_basis_functions,
+            tuple(config.basis_widths),
+            config.memory_block,
+            config.memory_contraction,
+            config.memory_ridge,
+        )
+
+        size = config.core_size
+        self.short_term = Attention(config)
+        self.smooth = nn.Conv1d(size, size, kernel_size=3, padding=1)
+        self.q_proj = nn.Linear(size, size, bias=False)
+        self.kv_proj = nn.Linear(size, 2 * size, bias=False)
+        self.density_proj = nn.Linear(self.num_basis, 2)
+        self.o_proj = ResidualProjection(size, size)
+
+    def forward(
+        self, hidden: Tensor, pointer: Tensor, layout: TokenLayout, state: tuple[Tensor, ...] | None
+    ) -> tuple[Tensor, tuple[Tensor, ...], None]:
+        """Mix the active tokens along time.
+
+        Args:
+            hidden: [n, d], normalised; pointer: [n, S], not used; layout: of the n tokens.
+            state: the three tensors of [`Attention`], the last one the number of tokens seen [B'];
+                coefficients of the memory [B', N, d]; the tokens of a block that is not full yet, in their
+                places and zeros behind them [B', C - 1, d]; and, for sticky memories, how much of [0, 1]'s N
+                bins these looked at [B', N]; float32. `None` for the beginning, when all are zeros.
+
+        Returns:
+            The mixed tokens [n, d], the new state, and no bank weights.
+        """
+        short, recent, _ = self.short_term(hidden, pointer, layout, None if state is None else state[:3])
+        seen = torch.zeros_like(recent[2]) if state is None else state[2]
+        grid = _BlockGrid.of(seen, recent[2], layout.row_length, self.block, fresh=state is None)
+
+        dtype = at_least_float32(hidden)
+        rows = layout.to_rows(hidden).to(dtype)
+        if state is None:
+            memory, pending = rows.new_zeros(len(rows), self.num_basis, rows.shape[2]), None
+        else:
+            memory, pending = state[3].to(dtype), state[4].to(dtype)
+        looked = rows.new_zeros(len(rows), self.num_basis) if state is None or not self.sticky else state[5]
+        tokens = grid.place(rows, pending)
+        query = grid.to_blocks(layout.to_rows(self.q_proj(hidden)))  # [B', blocks, width, d]
+
+        read = []
+        for number in range(grid.count):
+            mixed, mean, variance = self._look(query[:, number], memory)
+            read.append(mixed)
+            if self.sticky:
+                masses = bin_masses(mean.detach(), variance.detach(), self.num_basis).sum(1)
+                looked = looked + (masses * grid.real[:, number].unsqueeze(-1)).sum(1)
+            if number < grid.updates:
+                full = grid.full[:, number].view(-1, 1, 1)
+                block = tokens[:, number * self.block : (number + 1) * self.block]
+                first = (seen < self.block).view(-1, 1, 1) if number == 0 else None
+                memory = torch.where(full, self._absorb(memory, block, looked, first), memory)
+                looked = looked.masked_fill(full.squeeze(-1), 0)
+        mixed = layout.to_tokens(grid.to_rows(torch.stack(read, dim=1)))
+        state = (*recent, memory, grid.pending(tokens), *([looked] if self.sticky else []))
+        return short + self.o_proj(mixed), state, None
+
+    def densities(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        """Where in [0, 1] queries [..., T', K] look for keys [..., N, K]: means and variances [..., T']."""
+        scores = query @ key.mT * self.head_dim**-0.5
+        mean, variance = self.density_proj(scores).to(at_least_float32(scores)).unbind(-1)
+        return mean.sigmoid(), nn.functional.softplus(variance)
+
+    def _look(self, query: Tensor, memory: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Read the memory [B', N, d] with queries [B', T', d]: values [B', T', d], and the densities'
+        means and variances [B', H, T']."""
+        heads = (-1, self.num_heads, self.head_dim)
+        key, value = (
+            x.unflatten(-1, heads[1:]).transpose(1, 2)
+            for x in self.kv_proj(memory.to(self.kv_proj.weight.dtype)).chunk(2, dim=-1)
+        )
+        mean, variance = self.densities(query.unflatten(-1, heads[1:]).transpose(1, 2), key)
+        centres, widths = radial_basis(self.num_basis, self.fit[1], mean)
+        weights = expected_basis(mean, variance, centres, widths)
+        return (weights.to(value.dtype) @ value).transpose(1, 2).flatten(2), mean, variance
+
+    def _absorb(self, memory: Tensor, block: Tensor, looked: Tensor, first: Tensor | None) -> Tensor:
+        """The memory [B', N, d] after a block [B', C, d] of tokens.
+
+        Args:
+            looked: [B', N], for sticky memories, the histogram that says where the old signal is sampled.
+            first: [B', 1, 1], for which rows there is no old signal; `None` if there is for all.
+        """
+        smoothed = block.to(self.smooth.weight.dtype).mT
+        smoothed = (self.smooth(smoothed).sigmoid() * smoothed).mT.to(memory.dtype)
+        with torch.autocast(memory.device.type, enabled=False):
+            fit = memory_fit(*self.fit, memory.dtype, memory.device)
+            if self.sticky:
+                centres, widths = radial_basis(self.num_basis, self.fit[1], memory)
+                samples = basis_values(quantiles(looked, self.num_basis), centres, widths) @ memory
+                old = fit.samples @ samples
+            else:
+                old = fit.contraction @ memory
+            taken_in = old + fit.later_block @ smoothed
+            return taken_in if first is None else torch.where(first, fit.first_block @ smoothed, taken_in)
+
+
+class _BlockGrid(NamedTuple):
+    """Where the tokens of rows [B', T', ...] are in blocks of C, the first of which the past has begun.
+
+    A row's blocks are counted from its beginning, so rows with different pasts are shifted by different
+    amounts. Of a block no more than `width` = min(C, T') tokens are in the call.
+    """
+
+    count: int  # blocks that any row may have tokens in
+    updates: int  # the first so many may be full in some row
+    block: int  # C
+    begun: Tensor  # [B'], tokens of the first block that the past has
+    ended: Tensor  # [B'], tokens after this call, counted from the first block's beginning
+    full: Tensor  # [B', count], which blocks are full after this call
+    index: Tensor  # [B', count, width], which token of the row each one of a block is
+    real: Tensor  # [B', count, width], where there is one
+    places: Tensor  # [B', T'], where in [count * width] the tokens of the row are
+
+    @classmethod
+    def of(cls, seen: Tensor, seen_after: Tensor, length: int, block: int, fresh: bool) -> "_BlockGrid":
+        """The grid of rows of `length` that have `seen` [B'] tokens in the past; none have if `fresh`."""
+        begun = seen % block
+        ended = begun + seen_after - seen
+        count = -(-(length if fresh else length + block - 1) // block)
+        # Shapes of a compiled graph depend on no values; elsewhere, most calls need not update anything.
+        updates = count if torch.compiler.is_compiling() else int(ended.max()) // block
+        number, width = torch.arange(count, device=seen.device), min(block, length)
+        first = (number * block - begun.unsqueeze(1)).clamp(min=0)  # [B', count]
+        last = torch.minimum((number + 1) * block, ended.unsqueeze(1)) - begun.unsqueeze(1)
+        index = first.unsqueeze(2) + torch.arange(width, device=seen.device)
+        token = torch.arange(length, device=seen.device)
+        of_token = (begun.unsqueeze(1) + token).div(block, rounding_mode="floor")
+        return cls(
+            count=count,
+            updates=updates,
+            block=block,
+            begun=begun,
+            ended=ended,
+            full=(number + 1) * block <= ended.unsqueeze(1),
+            index=index.clamp(max=length - 1),
+            real=index < last.unsqueeze(2),
+            places=of_token * width + token - first.gather(1, of_token),
+        )
+
+    def to_blocks(self, rows: Tensor) -> Tensor:
+        """Rows [B', T', d] to blocks [B', count, width, d], with anything where there is no token."""
+        index = self.index.flatten(1).unsqueeze(-1).expand(-1, -1, rows.shape[2])
+        return rows.gather(1, index).unflatten(1, self.index.shape[1:])
+
+    def to_rows(self, blocks: Tensor) -> Tensor:
+        """Blocks [B', count, width, d] to rows [B', T', d]."""
+        return blocks.flatten(1, 2).gather(1, self.places.unsqueeze(-1).expand(-1, -1, blocks.shape[3]))
+
+    def place(self, rows: Tensor, pending: Tensor | None) -> Tensor:
+        """Rows [B', T', d] behind the `pending` [B', C - 1, d]: [B', (count + 1) C, d], zeros elsewhere."""
+        offset = torch.arange(rows.shape[1], device=rows.device)
+        real = offset < (self.ended - self.begun).unsqueeze(1)
+        index = (self.begun.unsqueeze(1) + offset).unsqueeze(-1).expand_as(rows)
+        total = (self.count + 1) * self.block
+        if pending is None:
+            placed = rows.new_zeros(len(rows), total, rows.shape[2])
+        else:
+            placed = nn.functional.pad(pending, (0, 0, 0, total - pending.shape[1]))
+        return placed.scatter(1, index, rows * real.unsqueeze(-1))
+
+    def pending(self, placed: Tensor) -> Tensor:
+        """The tokens [B', C - 1, d] of the last block, if it is not full, of what `place` returned."""
+        first = self.ended.div(self.block, rounding_mode="floor") * self.block
+        index = first.unsqueeze(1) + torch.arange(self.block - 1, device=placed.device)
+        return placed.gather(1, index.unsqueeze(-1).expand(-1, -1, placed.shape[2]))
+
+
+class MemoryFit(NamedTuple):
+    """The matrices by which a memory's coefficients are made; each is a part of a ridge regression."""
+
+    first_block: Tensor  # [N, C], of a block that has [0, 1] to itself
+    later_block: Tensor  # [N, C], of a block in [tau, 1]
+    samples: Tensor  # [N, N], of the old signal's samples, in [0, tau]
+    contraction: Tensor  # [N, N], `samples` of uniform samples: old coefficients to new ones
+
+
+@torch.compiler.assume_constant_result
+def memory_fit(
+    num_basis: int,
+    widths: tuple[float, ...],
+    block: int,
+    contraction: float,
+    ridge: float,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> MemoryFit:
+    """What a memory of these sizes is fitted with; computed once, in float64, and kept.
+
+    Not a buffer, which would be rounded together with the weights.
+    """
+    return _memory_fit(num_basis, widths, block, contraction, ridge, dtype, device)
+
+
+@lru_cache(maxsize=32)
+def _memory_fit(num_basis, widths, block, contraction, ridge, dtype, device) -> MemoryFit:
+    with torch.inference_mode(False), torch.no_grad():
+        basis = radial_basis(num_basis, widths, torch.zeros((), dtype=torch.float64))
+        samples, tokens = uniform_positions(num_basis), uniform_positions(block)
+        squeezed = torch.cat([contraction * samples, contraction + (1 - contraction) * tokens])
+        of_samples, later_block = ridge_regression(squeezed, *basis, ridge).split([num_basis, block], dim=1)
+        matrices = (
+            ridge_regression(tokens, *basis, ridge),
+            later_block,
+            of_samples,
+            of_samples @ basis_values(samples, *basis),
+        )
+        return MemoryFit(*(matrix.contiguous().to(device, dtype) for matrix in matrices))
+
+
+def uniform_positions(count: int) -> Tensor:
+    """The middles of `count` equal parts of [0, 1], float64 [count]."""
+    return (torch.arange(count, dtype=torch.float64) + 0.5) / count
+
+
+def radial_basis(num_basis: int, widths: tuple[float, ...], like: Tensor) -> tuple[Tensor, Tensor]:
+    """Centres and widths [N] of basis functions: each width at the same N / len(widths) centres in [0, 1]."""
+    centres = torch.linspace(0, 1, num_basis // len(widths), dtype=like.dtype, device=like.device)
+    of_each = torch.tensor(widths, dtype=like.dtype, device=like.device)
+    return centres.repeat_interleave(len(widths)), of_each.repeat(num_basis // len(widths))
+
+
+def gaussian(x: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
+    """The normal density at x."""
+    return torch.exp(-((x - mean) ** 2) / (2 * variance)) / (2 * math.pi * variance).sqrt()
+
+
+def basis_values(positions: Tensor, centres: Tensor, widths: Tensor) -> Tensor:
+    """psi_j(t) at positions [...]: [..., N]."""
+    return gaussian(positions.unsqueeze(-1), centres, widths**2)
+
+
+def expected_basis(mean: Tensor, variance: Tensor, centres: Tensor, widths: Tensor) -> Tensor:
+    """E[psi_j(t)] under normal densities of `mean` and `variance` [...]: [..., N].
+
+    The product of two Gaussians integrates to a third: N(mean; c_j, variance + s_j^2) (equation 10).
+    """
+    return gaussian(mean.unsqueeze(-1), centres, variance.unsqueeze(-1) + widths**2)
+
+
+def ridge_regression(positions: Tensor, centres: Tensor, widths: Tensor, ridge: float) -> Tensor:
+    """The matrix G [N, T] that makes coefficients of a signal's values [T, d] at `positions` [T].
+
+    G = (F F^T + ridge I)^-1 F with F = psi(positions) (equation 4). On either side of [0, 1] the signal is
+    fitted to be 0, at as many positions as there are in half of it, as in the authors' code.
+    """
+    outside = uniform_positions(len(positions)).to(positions) - 0.5
+    outside = torch.where(outside < 0, outside, outside + 1)
+    values = basis_values(torch.cat([positions, outside]), centres, widths).mT
+    gram = values @ values.mT + ridge * torch.eye(len(values), dtype=values.dtype, device=values.device)
+    return torch.linalg.solve(gram, values[:, : len(positions)])
+
+
+def bin_masses(mean: Tensor, variance: Tensor, num_bins: int) -> Tensor:
+    """How much of normal densities [...] is in each of `num_bins` equal parts of [0, 1]: [..., num_bins]."""
+    edges = torch.linspace(0, 1, num_bins + 1, dtype=mean.dtype, device=mean.device)
+    deviation = variance.clamp(min=torch.finfo(variance.dtype).tiny).sqrt().unsqueeze(-1)
+    return torch.special.ndtr((edges - mean.unsqueeze(-1)) / deviation).diff(dim=-1)
+
+
+def quantiles(histogram: Tensor, count: int) -> Tensor:
+    """`count` positions in [0, 1] [..., count], as dense as the bins of a histogram [..., bins] are high.
+
+    They are the histogram's quantiles at `uniform_positions`: what random samples of it would be on average,
+    and the same in every call. A small part of them is uniform (`UNIFORM_SHARE`), all are if it is empty.
+    """
+    bins = histogram.shape[-1]
+    total = histogram.sum(-1, keepdim=True).clamp(min=torch.finfo(histogram.dtype).tiny)
+    density = (1 - UNIFORM_SHARE) * histogram / total + UNIFORM_SHARE / bins
+    density = density / density.sum(-1, keepdim=True)
+    after = density.cumsum(-1)
+    levels = uniform_positions(count).to(histogram).expand(*histogram.shape[:-1], count).contiguous()
+    number = torch.searchsorted(after, levels).clamp(max=bins - 1)
+    begins, mass = (after - density).gather(-1, number), density.gather(-1, number)
+    return (number + (levels - begins) / mass) / bins
+
+
+__all__ = ["ContinuousAttention"]
