@@ -44,6 +44,9 @@ class StackformerConfig(PreTrainedConfig):
             One of "elu_plus_one", "relu", "softplus", "softmax", "exp".
         conv_kernel_size (`int`, defaults to 4): Tokens seen by the causal convolution over queries, keys and
             values.
+        feedback (`bool`, defaults to `False`): Whether a token is read with what all ponder steps of the
+            tokens before it have come to: the steps share one state, and tokens are read one after the
+            other, which is slow. The model can then track state that one parallel over time cannot.
         chunk_size (`int`, *optional*): Tokens per chunk in training and prefill; changes speed, not results.
             `None` takes what was measured to be fastest.
         mixer_types (`list[str]`, *optional*): The mixer of each core layer, "banked_linear_attention" or
@@ -95,6 +98,7 @@ class StackformerConfig(PreTrainedConfig):
     max_decay_rate: float = 1.0
     feature_map: str = "elu_plus_one"
     conv_kernel_size: int = 4
+    feedback: bool = False
     chunk_size: int | None = None
     mixer_types: list[str] = None  # type: ignore[assignment]
     sliding_window: int | None = None
@@ -124,6 +128,11 @@ class StackformerConfig(PreTrainedConfig):
         return self.hidden_size if self.bottleneck_size is None else self.bottleneck_size
 
     @property
+    def num_slices(self) -> int:
+        """Slices of recurrent state in each core layer: one for every ponder step, or one for all."""
+        return 1 if self.feedback else self.max_ponder_steps
+
+    @property
     def layer_types(self) -> list[str]:
         """The kind of cache of each layer, for transformers' caches.
 
@@ -146,6 +155,7 @@ class StackformerConfig(PreTrainedConfig):
             self._require(
                 name, value is None or _is_integer(value, least=1), "an integer of at least 1, or None"
             )
+        self._require("feedback", isinstance(self.feedback, bool), "True or False")
         for name in ("ponder_loss_coef", "max_decay_rate", "initializer_range"):
             self._require(name, _is_number(getattr(self, name)), "a finite number of at least 0")
         self._require(
