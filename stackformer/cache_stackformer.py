@@ -409,7 +409,7 @@ class StackformerCache(Cache):
 
     Returned as `past_key_values`, taken back by `forward` and `generate`. It has one layer per core layer,
     each with one slice of state per ponder step, or a single one with `config.feedback`. States are float32
-    (float64 in a float64 model), keys and values of softmax attention as they were
+    (float64 in a float64 model, and in coupled cells), keys and values of softmax attention as they were
     computed.
 
     Args:

@@ -49,9 +49,11 @@ class StackformerConfig(PreTrainedConfig):
             other, which is slow. The model can then track state that one parallel over time cannot.
         chunk_size (`int`, *optional*): Tokens per chunk in training and prefill; changes speed, not results.
             `None` takes what was measured to be fastest.
-        mixer_types (`list[str]`, *optional*): The mixer of each core layer, "banked_linear_attention" or
-            "attention" (softmax attention; docs/adding_a_mixer.md adds your own); all
-            "banked_linear_attention" if `None`.
+        mixer_types (`list[str]`, *optional*): The mixer of each core layer, "banked_linear_attention",
+            "attention" (softmax attention) or "coupled" (a reversible recurrent cell);
+            docs/adding_a_mixer.md adds your own. All "banked_linear_attention" if `None`.
+        coupled_state_size (`int`, *optional*): Size of each of the two states of the coupled cell; half the
+            core's width, rounded up, if `None`.
         sliding_window (`int`, *optional*): Tokens that softmax attention sees, the one itself included; all
             if `None`, with a state that grows.
         rope_parameters (`dict`, *optional*): Rotary positions of softmax attention, as in transformers:
@@ -101,6 +103,7 @@ class StackformerConfig(PreTrainedConfig):
     feedback: bool = False
     chunk_size: int | None = None
     mixer_types: list[str] = None  # type: ignore[assignment]
+    coupled_state_size: int = None  # type: ignore[assignment]
     sliding_window: int | None = None
     rope_parameters: dict = None  # type: ignore[assignment]
     hidden_act: str = "silu"
@@ -120,6 +123,8 @@ class StackformerConfig(PreTrainedConfig):
             self.intermediate_size = 3 * self.core_size
         if self.bottleneck_intermediate_size is None:
             self.bottleneck_intermediate_size = self.hidden_size
+        if self.coupled_state_size is None:
+            self.coupled_state_size = (self.core_size + 1) // 2
         super().__post_init__(**kwargs)
 
     @property
@@ -149,7 +154,7 @@ class StackformerConfig(PreTrainedConfig):
             self._require(name, _is_integer(getattr(self, name), least=1), "an integer of at least 1")
         for name in (
             "bottleneck_size", "intermediate_size", "bottleneck_intermediate_size", "chunk_size",
-            "sliding_window",
+            "sliding_window", "coupled_state_size",
         ):  # fmt: skip
             value = getattr(self, name)
             self._require(

@@ -36,6 +36,7 @@ from .layers_stackformer import GatedMLP, ResidualProjection, ShortConvolution, 
 from .memory_bank import at_least_float32
 from .mixer_attention import Attention
 from .mixer_banked_linear_attention import BankedLinearAttention
+from .mixer_coupled import Coupled
 from .processing_stack import (
     DEQUEUE,
     Stack,
@@ -53,6 +54,7 @@ from .stack_trace import TextTrace
 MIXERS: dict[str, type[nn.Module]] = {
     "attention": Attention,
     "banked_linear_attention": BankedLinearAttention,
+    "coupled": Coupled,
 }
 
 # Where a saved model's code finds the class of each auto class.
