@@ -144,8 +144,5 @@ def test_states_are_fixed_point_numbers_in_any_model():
             assert torch.equal((state * 2.0**20).round(), state * 2.0**20)
 
 
-def test_initialisation():
-    config = StackformerConfig(hidden_size=SIZE, bottleneck_size=None, num_attention_heads=2)
-    assert config.coupled_state_size == SIZE // 2
-    with pytest.raises(ValueError, match="`coupled_state_size` must be an integer of at least 1"):
-        StackformerConfig(coupled_state_size=0)
+def test_states_are_half_as_wide_as_the_core():
+    assert StackformerConfig(bottleneck_size=36).coupled_state_size == 18
