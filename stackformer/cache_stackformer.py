@@ -52,7 +52,8 @@ class _Call(NamedTuple):
 
 
 class StackformerCacheLayer(CacheLayerMixin):
-    """The state of one core layer: for every slice (ponder step), its mixer's tuple of tensors, batch first.
+    """The state of one core layer: for every slice (ponder step; one in all with feedback), its mixer's tuple
+    of tensors, batch first.
 
     Tensors are replaced, so gradients flow through the cache, and a state that is kept for a rollback costs
     no copy. Written in place are only tensors that the layer itself made, without a gradient, to replace some
@@ -408,8 +409,9 @@ class StackformerCache(Cache):
     """The memory of a Stackformer: what it kept of everything it has read.
 
     Returned as `past_key_values`, taken back by `forward` and `generate`. It has one layer per core layer,
-    each with one slice of state per ponder step. States are float32 (float64 in a float64 model), keys and
-    values of softmax attention as they were computed.
+    each with one slice of state per ponder step, or a single one with `config.feedback`. States are float32
+    (float64 in a float64 model, and in coupled cells), keys and values of softmax attention as they were
+    computed.
 
     Args:
         config ([`StackformerConfig`]): of the model that it is for.
@@ -432,7 +434,7 @@ class StackformerCache(Cache):
         if rollback_window < 0:
             raise ValueError(f"`rollback_window` must be at least 0, got {rollback_window}")
         layer_class = StackformerStaticCacheLayer if static else StackformerCacheLayer
-        options = {"rollback_window": rollback_window, "num_slices": config.max_ponder_steps}
+        options = {"rollback_window": rollback_window, "num_slices": config.num_slices}
         super().__init__(layers=[layer_class(**options) for _ in range(config.num_hidden_layers)])
         self._model: weakref.ref | None = None
 

@@ -44,12 +44,17 @@ class StackformerConfig(PreTrainedConfig):
             One of "elu_plus_one", "relu", "softplus", "softmax", "exp".
         conv_kernel_size (`int`, defaults to 4): Tokens seen by the causal convolution over queries, keys and
             values.
+        feedback (`bool`, defaults to `False`): Whether a token is read with what all ponder steps of the
+            tokens before it have come to: the steps share one state, and tokens are read one after the
+            other, which is slow. The model can then track state that one parallel over time cannot.
         chunk_size (`int`, *optional*): Tokens per chunk in training and prefill; changes speed, not results.
             `None` takes what was measured to be fastest.
         mixer_types (`list[str]`, *optional*): The mixer of each core layer, "banked_linear_attention",
-            "attention" (softmax attention), "neural_memory" or "memory_as_gate" (Titans' memory, alone or
-            beside softmax attention) or "continuous_attention" (infinity-former); docs/adding_a_mixer.md adds
-            your own. All "banked_linear_attention" if `None`.
+            "attention" (softmax attention), "coupled" (a reversible recurrent cell), "neural_memory" or
+            "memory_as_gate" (Titans' memory, alone or beside softmax attention) or "continuous_attention"
+            (infinity-former); docs/adding_a_mixer.md adds your own. All "banked_linear_attention" if `None`.
+        coupled_state_size (`int`, *optional*): Size of each of the two states of the coupled cell; half the
+            core's width, rounded up, if `None`.
         sliding_window (`int`, *optional*): Tokens that softmax attention sees, the one itself included; all
             if `None`, with a state that grows.
         num_persistent_tokens (`int`, defaults to 0): Learned tokens that softmax attention always sees, in
@@ -114,8 +119,10 @@ class StackformerConfig(PreTrainedConfig):
     max_decay_rate: float = 1.0
     feature_map: str = "elu_plus_one"
     conv_kernel_size: int = 4
+    feedback: bool = False
     chunk_size: int | None = None
     mixer_types: list[str] = None  # type: ignore[assignment]
+    coupled_state_size: int = None  # type: ignore[assignment]
     sliding_window: int | None = None
     num_persistent_tokens: int = 0
     memory_depth: int = 2
@@ -147,12 +154,19 @@ class StackformerConfig(PreTrainedConfig):
             self.bottleneck_intermediate_size = self.hidden_size
         if self.basis_widths is None:
             self.basis_widths = [1.5 / self.num_basis_functions]
+        if self.coupled_state_size is None:
+            self.coupled_state_size = (self.core_size + 1) // 2
         super().__post_init__(**kwargs)
 
     @property
     def core_size(self) -> int:
         """Width d of the recurrent core."""
         return self.hidden_size if self.bottleneck_size is None else self.bottleneck_size
+
+    @property
+    def num_slices(self) -> int:
+        """Slices of recurrent state in each core layer: one for every ponder step, or one for all."""
+        return 1 if self.feedback else self.max_ponder_steps
 
     @property
     def layer_types(self) -> list[str]:
@@ -172,12 +186,13 @@ class StackformerConfig(PreTrainedConfig):
             self._require(name, _is_integer(getattr(self, name), least=1), "an integer of at least 1")
         for name in (
             "bottleneck_size", "intermediate_size", "bottleneck_intermediate_size", "chunk_size",
-            "sliding_window",
+            "sliding_window", "coupled_state_size",
         ):  # fmt: skip
             value = getattr(self, name)
             self._require(
                 name, value is None or _is_integer(value, least=1), "an integer of at least 1, or None"
             )
+        self._require("feedback", isinstance(self.feedback, bool), "True or False")
         self._require(
             "num_persistent_tokens",
             _is_integer(self.num_persistent_tokens, least=0),

@@ -123,7 +123,7 @@ def long_context_backward(
             loss that is returned.
 
     Raises:
-        ValueError: for an argument out of range.
+        ValueError: for an argument out of range, or a model with feedback unless it is "truncated".
         DriftError: where memories computed backwards are off by more than `max_drift`; do not step the
             optimizer then.
     """
@@ -134,6 +134,11 @@ def long_context_backward(
 
     pieces = _Pieces(model, input_ids, shift_labels, attention_mask, piece_size)
     cache = pieces.initial(past_key_values)
+    if pieces.config.feedback and method != "truncated":
+        raise ValueError(
+            "`method` must be 'truncated' for a model with feedback, whose state is read many times in a "
+            f"piece, got {method!r}"
+        )
     run = {"num_items_in_batch": num_items_in_batch, "scale_loss": scale_loss or nn.Identity()}
     if method == "truncated":
         return _truncated(pieces, cache, **run)

@@ -11,9 +11,11 @@ Letters: B batch, T time, D hidden size, d core width, n active tokens, S stack 
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 from transformers import initialization as init
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, Cache
 from transformers.generation import GenerationMixin
@@ -35,6 +37,7 @@ from .memory_bank import at_least_float32
 from .mixer_attention import Attention
 from .mixer_banked_linear_attention import BankedLinearAttention
 from .mixer_continuous import ContinuousAttention
+from .mixer_coupled import Coupled
 from .mixer_neural_memory import MemoryAsGate, MemoryAsLayer, NeuralMemory
 from .processing_stack import (
     DEQUEUE,
@@ -54,6 +57,7 @@ MIXERS: dict[str, type[nn.Module]] = {
     "attention": Attention,
     "banked_linear_attention": BankedLinearAttention,
     "continuous_attention": ContinuousAttention,
+    "coupled": Coupled,
     "memory_as_gate": MemoryAsGate,
     "neural_memory": MemoryAsLayer,
 }
@@ -145,19 +149,20 @@ class StackformerCoreLayer(GradientCheckpointingLayer):
         self.mlp = GatedMLP(size, config.intermediate_size, size, config.hidden_act)
 
     def forward(
-        self, hidden: Tensor, pointer: Tensor, layout: TokenLayout, state: State | Callable[..., State] | None
-    ) -> tuple[Tensor, State, tuple[Tensor, Tensor, Tensor] | None]:
-        """Active tokens [n, d] to active tokens [n, d], the mixer's new state, and its bank weights.
+        self, hidden: Tensor, pointer: Tensor, layout: TokenLayout, *state: Tensor | Callable[..., State]
+    ) -> tuple[Any, ...]:
+        """Active tokens [n, d] to active tokens [n, d], the mixer's bank weights, and its state's tensors.
 
-        A cache that has to know what is read before it can say what the state was (long_context.py,
-        sequence_parallel.py) hands over a function instead of a state.
+        A state is spread over the arguments, and the results, so that reentrant checkpointing sees its
+        tensors. There are none at the beginning. A cache that has to know what is read before it can say
+        what the state was (long_context.py, sequence_parallel.py) hands over a function instead.
         """
-        normed = self.input_layernorm(hidden)
-        if callable(state):
-            state = state(self.mixer, normed, pointer, layout)
-        mixed, new_state, bank_weights = self.mixer(normed, pointer, layout, state)
+        normed, past = self.input_layernorm(hidden), state or None
+        if past is not None and callable(past[0]):
+            past = past[0](self.mixer, normed, pointer, layout)
+        mixed, new_state, bank_weights = self.mixer(normed, pointer, layout, past)
         hidden = hidden + mixed
-        return hidden + self.mlp(self.post_attention_layernorm(hidden)), new_state, bank_weights
+        return hidden + self.mlp(self.post_attention_layernorm(hidden)), bank_weights, *new_state
 
     def advance(self, hidden: Tensor, pointer: Tensor, layout: TokenLayout, state: State | None) -> State:
         """Only the mixer's new state: for rolling back."""
@@ -359,18 +364,16 @@ class StackformerModel(StackformerPreTrainedModel):
             )
 
         layout = self._layout(inputs_embeds, attention_mask, documents)
-        thoughts, distribution, hidden_states, trace = self._ponder(
+        ponder = self._ponder_in_turn if self.config.feedback else self._ponder
+        thoughts, distribution, hidden_states, trace = ponder(
             inputs_embeds,
             layout,
             past_key_values,
+            ponder_depths,
             halting_threshold,
             output_hidden_states,
             output_stack_trace,
-            ponder_depths,
         )
-        if past_key_values is not None:
-            for cache_layer in past_key_values.layers:
-                cache_layer.advance(inputs_embeds.shape[1])
         hidden = self.norm(thoughts)
         return StackformerModelOutputWithPast(
             last_hidden_state=hidden,
@@ -381,15 +384,36 @@ class StackformerModel(StackformerPreTrainedModel):
             stack_trace=trace,
         )
 
+    def _ponder_in_turn(
+        self, embeds: Tensor, layout: TokenLayout, cache: Cache | None, depths: Tensor | None, *options
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, ...] | None, StackTrace | None]:
+        """`_ponder` with feedback: one token of each row after the other, each with all of its ponder steps,
+        which share one slice of state: what the last step writes is what the next token's first step reads.
+        """
+        if layout.documents is not None:
+            rows = _map_tensors(lambda x: layout.to_rows(layout.gather(x)), (embeds, depths))
+            return _map_tensors(
+                lambda x: layout.scatter(
+                    layout.to_tokens(x), x.new_zeros(layout.batch_size, layout.length, *x.shape[2:])
+                ),
+                self._ponder_in_turn(rows[0], layout.as_batch(), None, rows[1], *options),
+            )
+        cache = StackformerCache(self.config) if cache is None else cache
+        results = [
+            self._ponder(embeds[:, span], part, cache, None if depths is None else depths[:, span], *options)
+            for span, part in layout.one_by_one()
+        ]
+        return _map_tensors(lambda *parts: torch.cat(parts, dim=1), *results)
+
     def _ponder(
         self,
         embeds: Tensor,
         layout: TokenLayout,
         cache: Cache | None,
+        depths: Tensor | None,
         threshold: float,
         all_thoughts: bool,
         with_trace: bool,
-        depths: Tensor | None,
     ) -> tuple[Tensor, Tensor, tuple[Tensor, ...] | None, StackTrace | None]:
         """Ponder until every token's stack is empty: outputs [B, T, D], distribution over steps [B, T, P]."""
         config = self.config
@@ -439,6 +463,9 @@ class StackformerModel(StackformerPreTrainedModel):
         outputs, distribution = layout.spread(finished, (stack.output, stack.dropped))
         if steps_left and torch.distributed.is_available() and torch.distributed.is_initialized():
             outputs = self._keep_up(outputs, embeds, steps_left, cache)
+        if cache is not None:
+            for cache_layer in cache.layers:
+                cache_layer.advance(embeds.shape[1])
         hidden_states += [latest] * (config.max_ponder_steps + 1 - len(hidden_states))
         trace = self._stack_steps(steps) if with_trace else None
         return outputs, distribution, tuple(hidden_states) if all_thoughts else None, trace
@@ -473,9 +500,11 @@ class StackformerModel(StackformerPreTrainedModel):
         return outputs + 0 * (thought.sum() + stack.frames.sum())
 
     def _think(
-        self, stack: Stack, layout: TokenLayout, index: int, cache: Cache | None
+        self, stack: Stack, layout: TokenLayout, step: int, cache: Cache | None
     ) -> tuple[Tensor, list[tuple[Tensor, Tensor, Tensor] | None]]:
-        """Apply the core, on slice `index` of the recurrent state: thoughts [n, D] and bank weights."""
+        """Apply the core, on its state at ponder step `step`, the first being 0: thoughts [n, D] and bank
+        weights."""
+        index = 0 if self.config.feedback else step
         superposition = read_stack(stack)
         hidden = self.down_proj(superposition)
         bank_weights = []
@@ -484,12 +513,14 @@ class StackformerModel(StackformerPreTrainedModel):
             state = None if cache_layer is None else cache_layer.read(index, layout)
             if cache_layer is not None:
                 cache_layer.record(index, layer.advance, hidden, stack.pointer, layout)
-            hidden, state, weights = layer(hidden, stack.pointer, layout, state)
+            if callable(state):
+                state = (state,)
+            hidden, weights, *new_state = layer(hidden, stack.pointer, layout, *(state or ()))
             bank_weights.append(weights)
             if cache_layer is not None:
-                cache_layer.write(index, state, layout)
+                cache_layer.write(index, tuple(new_state), layout)
         thought = hidden if self.bottleneck is None else self.bottleneck(hidden, superposition)
-        if self.step_gate is not None and index > 0:
+        if self.step_gate is not None and step > 0:
             thought = self.step_gate(superposition, thought)
         return thought, bank_weights
 
@@ -553,6 +584,11 @@ class StackformerModel(StackformerPreTrainedModel):
 
     def set_input_embeddings(self, value: nn.Embedding) -> None:
         self.embed_tokens = value
+
+
+def _map_tensors(function: Callable[..., Tensor], *trees):
+    """What `function` makes of the tensors in their places in the trees, all of them alike."""
+    return tree_map(lambda *leaves: None if leaves[0] is None else function(*leaves), *trees)
 
 
 def _check_padding_mask(embeds: Tensor, attention_mask: Tensor | None) -> None:

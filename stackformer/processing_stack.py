@@ -260,6 +260,28 @@ class TokenLayout:
         """The layout of those active tokens, by their numbers `keep` (ascending, below n)."""
         return self._from_positions(self.places(keep), self.batch_size, self.length, self.documents)
 
+    def as_batch(self) -> "TokenLayout":
+        """The layout of the same tokens in the batch [B', T'] that their rows are."""
+        return replace(
+            self,
+            batch_size=self.num_rows,
+            length=self.row_length,
+            positions=self.slots,
+            rows=None,
+            documents=None,
+        )
+
+    def one_by_one(self) -> "list[tuple[slice, TokenLayout]]":
+        """Stretches of [B, T], and their layouts, in which every row has at most one active token."""
+        if self.positions is None:
+            return [(slice(t, t + 1), TokenLayout.full(self.batch_size, 1)) for t in range(self.length)]
+        active = torch.zeros(self.batch_size, self.length, dtype=torch.bool, device=self.positions.device)
+        active.view(-1)[self.positions] = True
+        # Each stretch ends with the one position that has active tokens, and the last with the sequence.
+        stops = [*((active.any(0).nonzero().squeeze(-1) + 1).tolist()[:-1]), self.length]
+        spans = [slice(*bounds) for bounds in zip([0, *stops], stops, strict=False)]
+        return [(span, TokenLayout.from_mask(active[:, span])) for span in spans]
+
     def masked(self, thinking: Tensor) -> "TokenLayout":
         """The same tokens, of which only those that `thinking` [n] marks still think (for T = 1)."""
         return replace(self, thinking=thinking, row_lengths=thinking.long())

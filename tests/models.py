@@ -22,6 +22,8 @@ SHAPES = {
         "mixer_types": ["attention"] * 2,
     },
     "hybrid stack": {"mixer_types": ["banked_linear_attention", "attention"], "halting_threshold": 0.2},
+    "coupled": {"mixer_types": ["coupled", "banked_linear_attention"], "halting_threshold": 0.2},
+    "feedback": {"feedback": True, "num_memory_banks": 2, "stack_depth": 2, "max_ponder_steps": 3},
     "sliding window": {"mixer_types": ["attention", "banked_linear_attention"], "sliding_window": 4},
     "neural memory": {
         "mixer_types": ["neural_memory", "attention"],
@@ -36,6 +38,7 @@ SHAPES = {
         "mixer_types": ["memory_as_gate"] * 2,
         "sliding_window": 4,
         "memory_chunk_size": 8,
+    },
     "infinity-former": {
         "bottleneck_size": None,
         "stack_depth": 1,

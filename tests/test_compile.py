@@ -13,11 +13,15 @@ from tests.test_modeling import CLOSE, assert_same_state
 BACKEND = "aot_eager"
 FIXED = {name: shape | {"halting_threshold": 0.0} for name, shape in SHAPES.items()}
 # These take long to trace, and have nothing in training that the other shapes have not.
-FIXED = {
-    name: shape
-    for name, shape in FIXED.items()
-    if name not in ("hybrid stack", "sliding window", "neural memory")
-}
+SLOW = (
+    "hybrid stack",
+    "sliding window",
+    "feedback",
+    "neural memory",
+    "infinity-former",
+    "sticky memories on a stack",
+)
+FIXED = {name: shape for name, shape in FIXED.items() if name not in SLOW}
 GROWING = ("attention", "hybrid stack")
 CONSTANT = {name: shape for name, shape in SHAPES.items() if name not in GROWING}
 

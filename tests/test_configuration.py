@@ -47,6 +47,8 @@ PRESETS = sorted((Path(__file__).parent.parent / "configs").glob("*.json"))
         ("chunk_size", 0),
         ("mixer_types", ["banked_linear_attention"]),
         ("mixer_types", [BankedLinearAttention] * 4),
+        ("coupled_state_size", 0),
+        ("feedback", 1),
         ("sliding_window", 0),
         ("num_persistent_tokens", -1),
         ("memory_depth", 0),
