@@ -14,6 +14,9 @@ BACKEND = "aot_eager"
 FIXED = {name: shape | {"halting_threshold": 0.0} for name, shape in SHAPES.items()}
 # These take long to trace, and have nothing in training that the other shapes have not.
 SLOW = (
+    "hybrid stack", "sliding window", "feedback", "neural memory", "infinity-former",
+    "sticky memories on a stack", "rwkv stack",
+)  # fmt: skip
     "hybrid stack",
     "sliding window",
     "feedback",
