@@ -23,7 +23,7 @@ SHAPES = {
     },
     "hybrid stack": {"mixer_types": ["banked_linear_attention", "attention"], "halting_threshold": 0.2},
     "coupled": {"mixer_types": ["coupled", "banked_linear_attention"], "halting_threshold": 0.2},
-    "feedback": {"feedback": True, "num_memory_banks": 2, "stack_depth": 2, "max_ponder_steps": 3},
+    "feedback": {"feedback": True, "stack_depth": 2, "max_ponder_steps": 3, "halting_threshold": 0.2},
     "sliding window": {"mixer_types": ["attention", "banked_linear_attention"], "sliding_window": 4},
     "neural memory": {
         "mixer_types": ["neural_memory", "attention"],
