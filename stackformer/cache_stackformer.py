@@ -66,6 +66,7 @@ class StackformerCacheLayer(CacheLayerMixin):
     is_sliding = False
     is_compileable = False
     supports_early_init = False
+    is_shared = False  # by processes that all have to read and write each slice
 
     def __init__(self, rollback_window: int = ROLLBACK_WINDOW, **kwargs):
         super().__init__()

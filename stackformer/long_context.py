@@ -128,7 +128,7 @@ def long_context_backward(
             optimizer then.
     """
     _check_options(piece_size, method, max_log_decay, max_drift, storage)
-    shift_labels = _shifted(input_ids, labels, shift_labels)
+    shift_labels = next_labels(input_ids, labels, shift_labels)
     if num_items_in_batch is None:
         num_items_in_batch = shift_labels.ne(-100).sum().clamp(min=1)
 
@@ -157,7 +157,7 @@ def long_context_loss(
     piece_size: int = 1024,
 ) -> LongContextOutput:
     """The loss of `long_context_backward`, and the state after the last token, without any gradient."""
-    shift_labels = _shifted(input_ids, labels, shift_labels)
+    shift_labels = next_labels(input_ids, labels, shift_labels)
     if num_items_in_batch is None:
         num_items_in_batch = shift_labels.ne(-100).sum().clamp(min=1)
     pieces = _Pieces(model, input_ids, shift_labels, attention_mask, piece_size)
@@ -503,7 +503,7 @@ def _forked_randomness(device: torch.device) -> Iterator[None]:
         yield
 
 
-def _shifted(input_ids: Tensor, labels: Tensor | None, shift_labels: Tensor | None) -> Tensor:
+def next_labels(input_ids: Tensor, labels: Tensor | None, shift_labels: Tensor | None) -> Tensor:
     if (labels is None) == (shift_labels is None):
         raise ValueError("You must specify exactly one of `labels` and `shift_labels`")
     if shift_labels is None:

@@ -180,6 +180,24 @@ def reverse_banked_linear_attention(
     return memory, normalizer
 
 
+def combine_spans(log_decay: Tensor, memory: Tensor, normalizer: Tensor) -> State:
+    """The state after N spans of tokens, one after another, from what each makes of an empty state.
+
+    A span turns a state into exp(log_decay) state + what it makes of an empty one: an associative operation
+    (Blelloch 1990, "Prefix Sums and Their Applications", section 4.1).
+
+    Args:
+        log_decay: [N, B, H, R], sums over each span.
+        memory: [N, B, H, R, K, V] and normalizer: [N, B, H, R, K].
+
+    Returns:
+        memory [B, H, R, K, V] and normalizer [B, H, R, K]
+    """
+    later = torch.cat([log_decay[1:], torch.zeros_like(log_decay[:1])]).flip(0).cumsum(0).flip(0)
+    kept = later.exp().unsqueeze(-1)
+    return (kept.unsqueeze(-1) * memory).sum(0), (kept * normalizer).sum(0)
+
+
 def init_memory_bank(query: Tensor, value: Tensor, read: Tensor) -> State:
     """Empty memories, float32 at least, for query, value and read of shapes [B, ..., H, K | V | R]."""
     batch, heads, key_size = query.shape[0], query.shape[-2], query.shape[-1]

@@ -16,7 +16,16 @@ A mixer can be run backwards (long_context.py) if it also has
   after them and from those that were kept of the state before them.
 
 What decays by a nats comes back with its rounding errors amplified by exp(a).
+
+Its tokens can be split over processes (sequence_parallel.py) if it also has
+
+- `state_before(hidden, pointer, layout, gather)`: the state before the tokens, for all B rows of the batch.
+  `gather` takes tensors [B', ...] and returns what each of the N processes gave it [N, B, ...], in the order
+  of their tokens, zeros for rows without active tokens, for this process and for those after it. All
+  processes call it equally often.
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +36,7 @@ from .memory_bank import (
     FEATURE_MAPS,
     at_least_float32,
     banked_linear_attention,
+    combine_spans,
     reverse_banked_linear_attention,
 )
 from .processing_stack import TokenLayout, address_memories
@@ -108,6 +118,28 @@ class BankedLinearAttention(nn.Module):
         memories = state[0], state[1]
         return reverse_banked_linear_attention(key, value, write, log_decay, memories)
 
+    def state_before(
+        self, hidden: Tensor, pointer: Tensor, layout: TokenLayout, gather: Callable[..., list[Tensor]]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The state [B, ...] before the tokens, where those before them are with other processes.
+
+        Args:
+            hidden, pointer, layout: as in `forward`.
+            gather: tensors [B', ...] to what each process before this one gave [N, B, ...], else zeros.
+        """
+        rows = nn.functional.pad(layout.to_rows(hidden), (0, 0, self.conv_history, 0))
+        latest = self.qkv_proj(layout.last_of_rows(rows, self.conv_history)).to(at_least_float32(hidden))
+        counts = latest.new_full((len(rows),), layout.row_length)
+        if layout.row_lengths is not None:
+            counts = layout.row_lengths.to(latest.dtype)
+        past = _last_of_spans(*gather(latest, counts))
+        past_here = past if layout.rows is None else past.index_select(0, layout.rows)
+        inputs, _, _ = self._inputs(hidden, pointer, layout, past_here)
+        _, (memory, normalizer) = banked_linear_attention(
+            *inputs, chunk_size=self.chunk_size, max_decay=self.max_decay_rate
+        )
+        return *combine_spans(*gather(inputs[-1].sum(1), memory, normalizer)), past
+
     def _inputs(
         self, hidden: Tensor, pointer: Tensor, layout: TokenLayout, past: Tensor | None
     ) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor], Tensor]:
@@ -140,3 +172,17 @@ class BankedLinearAttention(nn.Module):
             return one, one, log_decay
         write = logits(self.write_proj).softmax(-1)
         return logits(self.read_proj).softmax(-1), write, write * log_decay
+
+
+def _last_of_spans(latest: Tensor, counts: Tensor) -> Tensor:
+    """The last c entries [B, c, ...] of N spans, one after another.
+
+    Args:
+        latest: [N, B, c, F], the last c of each span, right-aligned, zeros in front of fewer.
+        counts: [N, B], how many entries each has; more than c count as c.
+    """
+    size = latest.shape[2]
+    real = torch.arange(size, device=latest.device) >= size - counts.unsqueeze(-1)
+    order = real.transpose(0, 1).flatten(1).int().argsort(dim=1, stable=True)  # the real ones last
+    order = order[:, order.shape[1] - size :].unsqueeze(-1).expand(-1, -1, latest.shape[3])
+    return latest.transpose(0, 1).flatten(1, 2).gather(1, order)

@@ -144,8 +144,8 @@ class StackformerCoreLayer(GradientCheckpointingLayer):
     ) -> tuple[Tensor, State, tuple[Tensor, Tensor, Tensor] | None]:
         """Active tokens [n, d] to active tokens [n, d], the mixer's new state, and its bank weights.
 
-        A cache that has to know what is read before it can say what the state was (long_context.py) hands
-        over a function instead of a state.
+        A cache that has to know what is read before it can say what the state was (long_context.py,
+        sequence_parallel.py) hands over a function instead of a state.
         """
         normed = self.input_layernorm(hidden)
         if callable(state):
@@ -391,11 +391,11 @@ class StackformerModel(StackformerPreTrainedModel):
         stack = init_stack(embedding, config.stack_depth, config.max_ponder_steps)
         latest, hidden_states, steps = embeds, [embeds], []
         finished: list[tuple[Tensor, ...]] = []  # positions, outputs, distributions
-        steps_left = 0
+        steps_left = range(0)
 
         for step in range(1, config.max_ponder_steps + 1):
             if layout.num_tokens == 0:
-                steps_left = config.max_ponder_steps - step + 1
+                steps_left = range(step, config.max_ponder_steps + 1)
                 break
             thought, bank_weights = self._think(stack, layout, step - 1, cache)
             actions = self._actions(thought)
@@ -430,7 +430,7 @@ class StackformerModel(StackformerPreTrainedModel):
 
         outputs, distribution = layout.spread(finished, (stack.output, stack.dropped))
         if steps_left and torch.distributed.is_available() and torch.distributed.is_initialized():
-            outputs = self._keep_up(outputs, embeds, steps_left)
+            outputs = self._keep_up(outputs, embeds, steps_left, cache)
         hidden_states += [latest] * (config.max_ponder_steps + 1 - len(hidden_states))
         trace = self._stack_steps(steps) if with_trace else None
         return outputs, distribution, tuple(hidden_states) if all_thoughts else None, trace
@@ -444,19 +444,24 @@ class StackformerModel(StackformerPreTrainedModel):
         logits = self.action_proj(thought * thought.shape[-1] ** -0.5)
         return logits.to(dtype).softmax(-1)
 
-    def _keep_up(self, outputs: Tensor, embeds: Tensor, steps: int) -> Tensor:
-        """Ponder about nothing for `steps` steps; `outputs` unchanged.
+    def _keep_up(self, outputs: Tensor, embeds: Tensor, steps: range, cache: Cache | None) -> Tensor:
+        """Ponder about nothing for the steps that are left; `outputs` unchanged.
 
         A process whose tokens are all done has to run the core as often as the others do: a sharded layer
-        is gathered from all processes each time it runs, and all must have a gradient of each parameter.
+        is gathered from all processes each time it runs, all must have a gradient of each parameter, and a
+        sequence that is split over them has states that all take part in.
         """
         # Made of the outputs, so that the backward pass, too, comes by here before the steps that were real.
-        embedding = outputs[:1, 0] + embeds[:1, 0]
-        start = stack = init_stack(embedding, self.config.stack_depth, steps)
-        for step in range(1, steps + 1):
-            thought, _ = self._think(stack, TokenLayout.full(1, 1), step, None)
+        embedding = outputs[:, 0] + embeds[:, 0]
+        nobody = torch.zeros(len(embedding), dtype=torch.bool, device=embedding.device)
+        layout = TokenLayout.full(len(embedding), 1).masked(nobody)
+        stack = init_stack(embedding, self.config.stack_depth, self.config.max_ponder_steps)
+        weightless = torch.zeros_like(stack.pointer)  # writes nothing, decays nothing
+        shared = cache if cache is not None and cache.layers[0].is_shared else None
+        for step in steps:
+            stack = stack._replace(pointer=weightless)
+            thought, _ = self._think(stack, layout, step - 1, shared)
             stack = step_stack(stack, self._actions(thought), thought, embedding, step, self.return_norm)
-            stack = stack._replace(pointer=start.pointer)  # no pointer runs empty
         return outputs + 0 * (thought.sum() + stack.frames.sum())
 
     def _think(

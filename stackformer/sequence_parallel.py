@@ -1,0 +1,225 @@
+# Copyright 2026 The Stackformer authors. Licensed under the Apache License, Version 2.0.
+"""Sequences whose tokens are split over processes: each reads a span of its own, all of them at once.
+
+    shard = shard_sequence(**batch, group=group)
+    loss = model(**shard, past_key_values=SequenceParallelCache(model.config, group)).loss
+    loss.backward()
+
+What a span of tokens does to a slice of the state is a decay and an update. Each process computes these for its
+span, all exchange them, and each combines those of the spans before its own into the state that it starts
+from (Sun et al. 2024, "Linear Attention Sequence Parallelism", section 3; here with all states gathered at once,
+as in their LASP-2). What is exchanged does not grow with the tokens. The backward pass sends the gradients
+the other way. Logits, losses and gradients are those of one process that reads everything.
+
+Letters: B batch, T time, N processes; B' rows with active tokens.
+"""
+
+from collections.abc import Callable
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .cache_stackformer import StackformerCache, StackformerCacheLayer, State, put_rows, take_rows
+from .configuration_stackformer import StackformerConfig
+from .long_context import next_labels
+from .processing_stack import TokenLayout
+
+
+@runtime_checkable
+class SplittableMixer(Protocol):
+    """What a mixer has if its tokens can be split over processes; mixer_banked_linear_attention.py has the
+    contract."""
+
+    def state_before(
+        self, hidden: Tensor, pointer: Tensor, layout: TokenLayout, gather: Callable[..., list[Tensor]]
+    ) -> State: ...
+
+
+def shard_sequence(
+    input_ids: Tensor,
+    labels: Tensor | None = None,
+    shift_labels: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    num_items_in_batch: Tensor | int | None = None,
+    group: dist.ProcessGroup | None = None,
+) -> dict[str, Any]:
+    """What the model is to be called with on this process, of a batch that all processes have.
+
+    The processes take spans of the tokens in the order of their ranks, as equal as can be. The last token of
+    a span predicts the first of the next. The losses of all processes add up to the loss of the whole batch,
+    and their gradients to its gradients: where gradients are averaged (DDP, FSDP), multiply the loss by the
+    number of processes.
+
+    Args:
+        input_ids: [B, T], T at least the number of processes.
+        labels: [B, T], shifted inside, -100 is ignored; or `shift_labels`: [B, T], the label of each token.
+        attention_mask: [B, T], 0 for padding.
+        num_items_in_batch: what the summed loss is divided by; the number of labels of the batch if `None`.
+        group: the processes; all if `None`.
+
+    Raises:
+        ValueError: for fewer tokens than processes, or labels of another shape.
+    """
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    if input_ids.shape[1] < size:
+        raise ValueError(
+            f"`input_ids` must have at least as many tokens as there are processes ({size}), got shape "
+            f"{tuple(input_ids.shape)}"
+        )
+
+    def span(tensor: Tensor) -> Tensor:
+        return tensor.tensor_split(size, dim=1)[rank].contiguous()
+
+    shard: dict[str, Any] = {"input_ids": span(input_ids)}
+    if attention_mask is not None:
+        shard["attention_mask"] = span(attention_mask)
+    if labels is not None or shift_labels is not None:
+        shift_labels = next_labels(input_ids, labels, shift_labels)
+        shard["labels"] = shard["shift_labels"] = span(shift_labels)
+        if num_items_in_batch is None:
+            num_items_in_batch = shift_labels.ne(-100).sum().clamp(min=1)
+        shard["num_items_in_batch"] = num_items_in_batch
+    return shard
+
+
+class SequenceParallelCache(StackformerCache):
+    """The memory of a model that reads a span of a sequence while other processes read the others.
+
+    It is for one call of the model, from the beginning of the sequences, on each process, with as many rows
+    on each. Afterwards it holds the state after the process' span. All processes run the backward pass, or
+    none.
+
+    Args:
+        config ([`StackformerConfig`]): of the model that it is for.
+        group: the processes; all if `None`. Give it a group of its own (`torch.distributed.new_group`) beside
+            anything that communicates during the backward pass, such as DDP.
+    """
+
+    def __init__(self, config: StackformerConfig, group: dist.ProcessGroup | None = None):
+        super().__init__(config)
+        self._config, self._exchange = config, _Exchange(group)
+        self.layers = [_SpanLayer(self._exchange) for _ in self.layers]
+
+    def whole(self) -> StackformerCache:
+        """The state after the whole sequence, on every process, without a graph: to generate from."""
+        cache = StackformerCache(self._config)
+        device = self.layers[0].slices[0][0].device
+        length = torch.tensor(self.get_seq_length(), device=device)
+        dist.all_reduce(length, group=self._exchange.group)
+        for plain, layer in zip(cache.layers, self.layers, strict=True):
+            slices = {
+                index: tuple(self._exchange.from_last(tensor) for tensor in layer.slices[index])
+                for index in sorted(layer.slices)
+            }
+            plain.load(slices, int(length), device)
+        return cache
+
+
+class _SpanLayer(StackformerCacheLayer):
+    """A layer that asks the processes before this one what the state is before the span."""
+
+    is_shared = True
+
+    def __init__(self, exchange: "_Exchange"):
+        super().__init__()
+        self._exchange = exchange
+        # What was received for each slice. A layer that is checkpointed runs again in the backward pass,
+        # when the other processes are not there to be asked.
+        self._received: dict[int, list[Tensor]] = {}
+
+    def read(self, index: int, layout: TokenLayout) -> Any:
+        """The state of slice `index` before the span, as soon as it is known what the span does to it."""
+
+        def start(mixer: Any, hidden: Tensor, pointer: Tensor, layout: TokenLayout) -> State | None:
+            if not isinstance(mixer, SplittableMixer):
+                raise ValueError(
+                    "`mixer_types` must be mixers whose tokens can be split over processes, got "
+                    f"{type(mixer).__name__}, which has no `state_before`"
+                )
+            again = index in self._slices
+            if again and index not in self._received:
+                raise ValueError(
+                    "A SequenceParallelCache must be new for each call of the model, and gradient "
+                    "checkpointing not reentrant: slice "
+                    f"{index} was already read"
+                )
+            known = iter(self._received[index]) if again else None
+            received: list[Tensor] = []
+
+            def gather(*tensors: Tensor) -> list[Tensor]:
+                tensors = put_rows(None, tensors, layout)
+                numbers = torch.cat([tensor.flatten() for tensor in tensors])
+                gathered = self._exchange(numbers, None if known is None else next(known))
+                received.append(gathered.detach())
+                parts = gathered.split([tensor.numel() for tensor in tensors], dim=1)
+                return [part.unflatten(1, tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
+
+            state = mixer.state_before(hidden, pointer, layout, gather)
+            if not again:
+                self._slices[index] = state
+                if torch.is_grad_enabled():
+                    self._received[index] = received
+            return take_rows(state, layout.rows)
+
+        return start
+
+
+class _Exchange:
+    """What the processes of a group tell each other."""
+
+    def __init__(self, group: dist.ProcessGroup | None):
+        self.group = group
+        self._chain: Tensor | None = None
+
+    def __call__(self, numbers: Tensor, known: Tensor | None = None) -> Tensor:
+        """The numbers [n] of each process [N, n], zeros for this one and those after it.
+
+        Args:
+            known: what was received when this was asked for the first time.
+        """
+        if self._chain is None:
+            self._chain = torch.zeros((), device=numbers.device, requires_grad=True)
+        if known is not None:
+            return _GatherEarlier.apply(numbers, self._chain, self.group, known)[0]
+        gathered, self._chain = _GatherEarlier.apply(numbers, self._chain, self.group, None)
+        return gathered
+
+    def from_last(self, tensor: Tensor) -> Tensor:
+        """What the last process has in place of `tensor`."""
+        tensor = tensor.detach().clone(memory_format=torch.contiguous_format)
+        dist.broadcast(tensor, group=self.group, group_src=dist.get_world_size(self.group) - 1)
+        return tensor
+
+
+class _GatherEarlier(torch.autograd.Function):
+    """Numbers [n] of all processes [N, n], zeros for this one and those after it.
+
+    Every process must exchange gradients as often as the others, and in the same order, whatever its tokens
+    have read and whatever autograd finds first. A chain through all exchanges sees to that: none runs
+    backwards before the one after it did.
+    """
+
+    @staticmethod
+    def forward(ctx, numbers, chain, group, known):
+        ctx.group = group
+        if known is not None:
+            return known.clone(), chain.clone()
+        gathered = numbers.new_empty(dist.get_world_size(group), *numbers.shape)
+        dist.all_gather_into_tensor(gathered, numbers.contiguous(), group=group)
+        gathered[dist.get_rank(group) :] = 0
+        return gathered, chain.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad, grad_chain):
+        grad = grad.clone(memory_format=torch.contiguous_format)
+        grad[dist.get_rank(ctx.group) :] = 0
+        received = torch.empty_like(grad)
+        dist.all_to_all_single(received, grad, group=ctx.group)
+        return received.sum(0), grad_chain, None, None
+
+
+__all__ = ["SequenceParallelCache", "SplittableMixer", "shard_sequence"]

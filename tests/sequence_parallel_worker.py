@@ -1,0 +1,118 @@
+# Copyright 2026 The Stackformer authors. Licensed under the Apache License, Version 2.0.
+"""One process of those that share sequences, which tests/test_sequence_parallel.py compares with one alone.
+
+    RANK=0 WORLD_SIZE=3 python -m tests.sequence_parallel_worker FOLDER
+
+The folder gets what each process had of each case: RANK.pt.
+"""
+
+import os
+import sys
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from stackformer.sequence_parallel import SequenceParallelCache, shard_sequence
+from tests.models import SHAPES, random_ids, tiny_model
+
+# By name: number of processes, fields of the model, length, attention mask (None for no padding), token ids.
+CASES: dict[str, dict[str, Any]] = {
+    **{f"{name}, 2": {"size": 2, "fields": SHAPES[name]} for name in list(SHAPES)[:4]},
+    "halting stack, 3": {"size": 3, "fields": {"ponder_loss_coef": 0.1}, "length": 20},
+    "spans shorter than the kernel": {"size": 3, "fields": {}, "length": 5},
+    "kernel of one": {"size": 2, "fields": {"conv_kernel_size": 1}},
+    "left padding": {"size": 3, "fields": {}, "length": 12, "padding": [(7, 12), (0, 12), (5, 12)]},
+    "ragged": {"size": 3, "fields": {}, "length": 12, "padding": [(0, 3), (2, 10), (0, 12)]},
+    "nothing for the first": {"size": 3, "fields": {}, "length": 12, "padding": [(5, 12)] * 3},
+    "nothing for the last two": {"size": 3, "fields": {}, "length": 12, "padding": [(0, 4)] * 3},
+    "halting at once": {"size": 3, "fields": {"halting_threshold": 0.9}, "length": 12},
+    "checkpointing": {"size": 2, "fields": {}, "checkpointing": True},
+}
+
+
+def make_batch(length: int = 13, padding: list[tuple[int, int]] | None = None) -> dict[str, Tensor]:
+    """Three rows, of which each has tokens from `start` to `stop`, with labels for all but some."""
+    ids = random_ids(3, length)
+    mask = torch.ones_like(ids)
+    for row, (start, stop) in enumerate(padding or []):
+        mask[row] = 0
+        mask[row, start:stop] = 1
+    labels = ids.masked_fill((mask == 0) | (torch.arange(length) % 5 == 3), -100)
+    return {"input_ids": ids, "labels": labels} | ({} if padding is None else {"attention_mask": mask})
+
+
+def make_model(fields: dict[str, Any], checkpointing: bool = False) -> torch.nn.Module:
+    """In training, for its loss and its checkpointing."""
+    model = tiny_model(**fields)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model.train()
+
+
+def read(model: torch.nn.Module, cache: Any, **inputs: Any) -> dict[str, Any]:
+    """One forward and backward pass: what came of it."""
+    outputs = model(**inputs, past_key_values=cache, use_cache=True)
+    outputs.loss.backward()
+    return {
+        "logits": outputs.logits.detach(),
+        "loss": outputs.loss.detach(),
+        "steps": outputs.ponder_steps.detach(),
+        "grads": {name: parameter.grad for name, parameter in model.named_parameters()},
+    }
+
+
+def run(name: str, group: dist.ProcessGroup) -> dict[str, Any]:
+    case = dict(CASES[name])
+    case.pop("size")
+    fields, checkpointing = case.pop("fields"), case.pop("checkpointing", False)
+    shard = shard_sequence(**make_batch(**case), group=group)
+    model = make_model(fields, checkpointing)
+    cache = SequenceParallelCache(model.config, group)
+    result = read(model, cache, **shard)
+    whole = cache.whole()
+    result["state"] = [layer.slices for layer in whole.layers]
+    result["seen"] = whole.get_seq_length()
+    with torch.no_grad():
+        ids = random_ids(3, 2, seed=1)
+        result["next"] = model(ids, past_key_values=whole).logits
+    return result
+
+
+def refuse(group: dist.ProcessGroup) -> None:
+    """What cannot be split over processes is refused on each of them, and before they talk."""
+    shard = shard_sequence(**make_batch(), group=group)
+    model = make_model(SHAPES["hybrid stack"])
+    with pytest.raises(ValueError, match="`mixer_types` must be mixers .* got Attention, which has no"):
+        model(**shard, past_key_values=SequenceParallelCache(model.config, group))
+    model = make_model({})
+    cache = SequenceParallelCache(model.config, group)
+    model(**shard, past_key_values=cache)
+    with torch.no_grad(), pytest.raises(ValueError, match="must be new for each call"):
+        cache.layers[0]._received.clear()
+        model(**shard, past_key_values=cache)
+    with pytest.raises(ValueError, match="at least as many tokens as there are processes"):
+        shard_sequence(random_ids(1, 1), group=group)
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    folder, rank, size = Path(sys.argv[1]), int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size,
+        timeout=timedelta(seconds=60),
+    )  # fmt: skip
+    groups = {number: dist.new_group(range(number)) for number in (2, 3)}
+    results = {name: run(name, groups[c["size"]]) for name, c in CASES.items() if rank < c["size"]}
+    refuse(groups[3])
+    torch.save(results, folder / f"{rank}.pt")
+    dist.barrier()  # a process that leaves while the other still talks to it may abort
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
