@@ -126,12 +126,16 @@ class _SpanLayer(StackformerCacheLayer):
     def __init__(self, exchange: "_Exchange"):
         super().__init__()
         self._exchange = exchange
-        # What was received for each slice. A layer that is checkpointed runs again in the backward pass,
-        # when the other processes are not there to be asked.
-        self._received: dict[int, list[Tensor]] = {}
 
     def read(self, index: int, layout: TokenLayout) -> Any:
         """The state of slice `index` before the span, as soon as it is known what the span does to it."""
+        if index in self._slices:
+            raise ValueError(
+                f"A SequenceParallelCache must be new for each call, slice {index} was read before"
+            )
+        # A layer that is checkpointed runs again in the backward pass, when nobody is there to be asked.
+        received: list[Tensor] = []
+        recorded = torch.is_grad_enabled()
 
         def start(mixer: Any, hidden: Tensor, pointer: Tensor, layout: TokenLayout) -> State | None:
             if not isinstance(mixer, SplittableMixer):
@@ -139,29 +143,24 @@ class _SpanLayer(StackformerCacheLayer):
                     "`mixer_types` must be mixers whose tokens can be split over processes, got "
                     f"{type(mixer).__name__}, which has no `state_before`"
                 )
-            again = index in self._slices
-            if again and index not in self._received:
-                raise ValueError(
-                    "A SequenceParallelCache must be new for each call of the model, and gradient "
-                    "checkpointing not reentrant: slice "
-                    f"{index} was already read"
-                )
-            known = iter(self._received[index]) if again else None
-            received: list[Tensor] = []
+            if torch.is_grad_enabled() != recorded:
+                raise ValueError("`use_reentrant` must be False to checkpoint a sequence that is split")
+            known = iter(received.copy())
 
             def gather(*tensors: Tensor) -> list[Tensor]:
                 tensors = put_rows(None, tensors, layout)
                 numbers = torch.cat([tensor.flatten() for tensor in tensors])
-                gathered = self._exchange(numbers, None if known is None else next(known))
-                received.append(gathered.detach())
+                before = next(known, None)
+                gathered = self._exchange(numbers, before)
+                if before is None:
+                    received.append(gathered.detach())
                 parts = gathered.split([tensor.numel() for tensor in tensors], dim=1)
                 return [part.unflatten(1, tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
 
+            first = not received
             state = mixer.state_before(hidden, pointer, layout, gather)
-            if not again:
+            if first:
                 self._slices[index] = state
-                if torch.is_grad_enabled():
-                    self._received[index] = received
             return take_rows(state, layout.rows)
 
         return start

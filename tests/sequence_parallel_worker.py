@@ -20,7 +20,8 @@ from torch import Tensor
 from stackformer.sequence_parallel import SequenceParallelCache, shard_sequence
 from tests.models import SHAPES, random_ids, tiny_model
 
-# By name: number of processes, fields of the model, length, attention mask (None for no padding), token ids.
+# By name: number of processes, fields of the model; number of tokens, where those of each row start and stop,
+# after how many ponder steps those of each process are done.
 CASES: dict[str, dict[str, Any]] = {
     **{f"{name}, 2": {"size": 2, "fields": SHAPES[name]} for name in list(SHAPES)[:4]},
     "halting stack, 3": {"size": 3, "fields": {"ponder_loss_coef": 0.1}, "length": 20},
@@ -30,20 +31,28 @@ CASES: dict[str, dict[str, Any]] = {
     "ragged": {"size": 3, "fields": {}, "length": 12, "padding": [(0, 3), (2, 10), (0, 12)]},
     "nothing for the first": {"size": 3, "fields": {}, "length": 12, "padding": [(5, 12)] * 3},
     "nothing for the last two": {"size": 3, "fields": {}, "length": 12, "padding": [(0, 4)] * 3},
-    "halting at once": {"size": 3, "fields": {"halting_threshold": 0.9}, "length": 12},
+    # At some steps only some processes have active tokens.
+    "done at different depths": {"size": 3, "fields": {}, "length": 12, "depths": [1, 4, 2]},
     "checkpointing": {"size": 2, "fields": {}, "checkpointing": True},
 }
 
 
-def make_batch(length: int = 13, padding: list[tuple[int, int]] | None = None) -> dict[str, Tensor]:
-    """Three rows, of which each has tokens from `start` to `stop`, with labels for all but some."""
+def make_batch(
+    length: int = 13, padding: list[tuple[int, int]] | None = None, depths: list[int] | None = None
+) -> dict[str, Tensor]:
+    """Three rows, with labels for all but some tokens."""
     ids = random_ids(3, length)
     mask = torch.ones_like(ids)
     for row, (start, stop) in enumerate(padding or []):
         mask[row] = 0
         mask[row, start:stop] = 1
     labels = ids.masked_fill((mask == 0) | (torch.arange(length) % 5 == 3), -100)
-    return {"input_ids": ids, "labels": labels} | ({} if padding is None else {"attention_mask": mask})
+    batch = {"input_ids": ids, "labels": labels}
+    if padding is not None:
+        batch["attention_mask"] = mask
+    if depths is not None:
+        batch["ponder_depths"] = torch.tensor(depths).repeat_interleave(length // len(depths)).expand(3, -1)
+    return batch
 
 
 def make_model(fields: dict[str, Any], checkpointing: bool = False) -> torch.nn.Module:
@@ -70,7 +79,11 @@ def run(name: str, group: dist.ProcessGroup) -> dict[str, Any]:
     case = dict(CASES[name])
     case.pop("size")
     fields, checkpointing = case.pop("fields"), case.pop("checkpointing", False)
-    shard = shard_sequence(**make_batch(**case), group=group)
+    batch = make_batch(**case)
+    depths = batch.pop("ponder_depths", None)
+    shard = shard_sequence(**batch, group=group)
+    if depths is not None:
+        shard["ponder_depths"] = depths.tensor_split(group.size(), dim=1)[group.rank()]
     model = make_model(fields, checkpointing)
     cache = SequenceParallelCache(model.config, group)
     result = read(model, cache, **shard)
@@ -84,7 +97,7 @@ def run(name: str, group: dist.ProcessGroup) -> dict[str, Any]:
 
 
 def refuse(group: dist.ProcessGroup) -> None:
-    """What cannot be split over processes is refused on each of them, and before they talk."""
+    """What cannot be split over processes is refused on each of them."""
     shard = shard_sequence(**make_batch(), group=group)
     model = make_model(SHAPES["hybrid stack"])
     with pytest.raises(ValueError, match="`mixer_types` must be mixers .* got Attention, which has no"):
@@ -92,8 +105,7 @@ def refuse(group: dist.ProcessGroup) -> None:
     model = make_model({})
     cache = SequenceParallelCache(model.config, group)
     model(**shard, past_key_values=cache)
-    with torch.no_grad(), pytest.raises(ValueError, match="must be new for each call"):
-        cache.layers[0]._received.clear()
+    with pytest.raises(ValueError, match="must be new for each call"):
         model(**shard, past_key_values=cache)
     with pytest.raises(ValueError, match="at least as many tokens as there are processes"):
         shard_sequence(random_ids(1, 1), group=group)
