@@ -5,11 +5,11 @@
     loss = model(**shard, past_key_values=SequenceParallelCache(model.config, group)).loss
     loss.backward()
 
-What a span of tokens does to a slice of the state is a decay and an update. Each process computes these for its
-span, all exchange them, and each combines those of the spans before its own into the state that it starts
-from (Sun et al. 2024, "Linear Attention Sequence Parallelism", section 3; here with all states gathered at once,
-as in their LASP-2). What is exchanged does not grow with the tokens. The backward pass sends the gradients
-the other way. Logits, losses and gradients are those of one process that reads everything.
+What a span of tokens does to a slice of the state is a decay and an update. Each process computes these for
+its span, all exchange them, and each combines those of the spans before its own into the state that it
+starts from (Sun et al. 2025, "LASP-2: Rethinking Sequence Parallelism for Linear Attention and Its Hybrid").
+What is exchanged does not grow with the tokens. The backward pass sends the gradients the other way. Logits,
+losses and gradients are those of one process that reads everything.
 
 Letters: B batch, T time, N processes; B' rows with active tokens.
 """
