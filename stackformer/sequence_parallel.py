@@ -207,7 +207,7 @@ class _GatherEarlier(torch.autograd.Function):
         if known is not None:
             return known.clone(), chain.clone()
         gathered = numbers.new_empty(dist.get_world_size(group), *numbers.shape)
-        dist.all_gather_into_tensor(gathered, numbers.contiguous(), group=group)
+        dist.all_gather(list(gathered), numbers, group=group)
         gathered[dist.get_rank(group) :] = 0
         return gathered, chain.clone()
 
