@@ -101,7 +101,7 @@ class SequenceParallelCache(StackformerCache):
     def __init__(self, config: StackformerConfig, group: dist.ProcessGroup | None = None):
         super().__init__(config)
         self._config, self._exchange = config, _Exchange(group)
-        self.layers = [_SpanLayer(self._exchange) for _ in self.layers]
+        self.layers = [_SpanLayer(self._exchange) for _ in range(config.num_hidden_layers)]
 
     def whole(self) -> StackformerCache:
         """The state after the whole sequence, on every process, without a graph: to generate from."""
