@@ -126,8 +126,9 @@ class BankedLinearAttention(nn.Module):
             hidden, pointer, layout: as in `forward`.
             gather: tensors [B', ...] to what each process before this one gave [N, B, ...], else zeros.
         """
-        rows = nn.functional.pad(layout.to_rows(hidden), (0, 0, self.conv_history, 0))
-        latest = self.qkv_proj(layout.last_of_rows(rows, self.conv_history)).to(at_least_float32(hidden))
+        history = self.conv.kernel_size[0] - 1
+        rows = nn.functional.pad(layout.to_rows(hidden), (0, 0, history, 0))
+        latest = self.qkv_proj(layout.last_of_rows(rows, history)).to(at_least_float32(hidden))
         counts = latest.new_full((len(rows),), layout.row_length)
         if layout.row_lengths is not None:
             counts = layout.row_lengths.to(latest.dtype)

@@ -101,7 +101,7 @@ class SequenceParallelCache(StackformerCache):
     def __init__(self, config: StackformerConfig, group: dist.ProcessGroup | None = None):
         super().__init__(config)
         self._config, self._exchange = config, _Exchange(group)
-        self.layers = [_SpanLayer(self._exchange) for _ in self.layers]
+        self.layers = [_SpanLayer(self._exchange) for _ in range(config.num_hidden_layers)]
 
     def whole(self) -> StackformerCache:
         """The state after the whole sequence, on every process, without a graph: to generate from."""
@@ -207,7 +207,7 @@ class _GatherEarlier(torch.autograd.Function):
         if known is not None:
             return known.clone(), chain.clone()
         gathered = numbers.new_empty(dist.get_world_size(group), *numbers.shape)
-        dist.all_gather_into_tensor(gathered, numbers.contiguous(), group=group)
+        dist.all_gather(list(gathered), numbers, group=group)
         gathered[dist.get_rank(group) :] = 0
         return gathered, chain.clone()
 

@@ -88,7 +88,7 @@ def run(name: str, group: dist.ProcessGroup) -> dict[str, Any]:
     cache = SequenceParallelCache(model.config, group)
     result = read(model, cache, **shard)
     whole = cache.whole()
-    result["state"] = [layer.slices for layer in whole.layers]
+    result["state"] = [dict(layer.slices) for layer in whole.layers]
     result["seen"] = whole.get_seq_length()
     with torch.no_grad():
         ids = random_ids(3, 2, seed=1)

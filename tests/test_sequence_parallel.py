@@ -52,7 +52,8 @@ def test_processes_that_share_sequences_compute_what_one_does(results, name):
     for key in ("logits", "steps"):
         actual = torch.cat([part[key] for part in parts], dim=1)
         torch.testing.assert_close(actual[mask], expected[key][mask], **CLOSE)
-    torch.testing.assert_close(sum(part["loss"] for part in parts), expected["loss"], **CLOSE)
+    loss = sum(part["loss"] for part in parts)
+    torch.testing.assert_close(loss, expected["loss"], rtol=1e-6, atol=1e-6)  # transformers' are in float32
     for key, grad in expected["grads"].items():
         torch.testing.assert_close(sum(part["grads"][key] for part in parts), grad, **CLOSE, msg=key)
 
