@@ -5,6 +5,9 @@ import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
+# The normalisations by their name in `config.norm_type`.
+NORMS: dict[str, type[nn.Module]] = {"layer_norm": nn.LayerNorm, "rms_norm": nn.RMSNorm}
+
 
 class ResidualProjection(nn.Linear):
     """A projection onto a residual stream. It starts at zero, so that every block starts as the identity
