@@ -1,5 +1,5 @@
 # Copyright 2026 The Stackformer authors. Licensed under the Apache License, Version 2.0.
-"""Convert an RWKV-4 of transformers to a Stackformer that gives the same logits: a plain core, one ponder step.
+"""Convert an RWKV-4 of transformers to a Stackformer with the same logits: a plain core, one ponder step.
 
 python -m scripts.convert_rwkv --model_name_or_path RWKV/rwkv-4-169m-pile --output_dir outputs/rwkv-4-169m
 """

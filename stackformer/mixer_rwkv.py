@@ -38,7 +38,7 @@ class TokenShift(nn.Module):
     def forward(
         self, hidden: Tensor, layout: TokenLayout, past: Tensor | None
     ) -> tuple[list[Tensor], Tensor]:
-        """Active tokens [n, d] that follow `past` [B', 1, d], zeros if `None`: mixtures [n, d] and new past."""
+        """Mixtures [n, d] of active tokens [n, d] that follow `past` [B', 1, d] (`None`: zeros); new past."""
         rows = layout.to_rows(hidden)
         if past is None:
             past = rows.new_zeros(rows.shape[0], 1, rows.shape[2])
