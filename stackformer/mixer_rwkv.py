@@ -151,7 +151,7 @@ def reverse_wkv(decay: Tensor, key: Tensor, value: Tensor, final_state: Tensor) 
 
     Returns:
         The state [B, 3, d] before the T tokens, zeros where it is forgotten, and its share [B, d] of the
-        weight b in the final state, 0 where that is below the resolution of the dtype.
+        weight b in the final state, 0 where that is within the rounding errors of T sums.
     """
     dtype = final_state.dtype
     decay, key, value = (x.to(dtype) for x in (decay, key, value))
@@ -159,7 +159,7 @@ def reverse_wkv(decay: Tensor, key: Tensor, value: Tensor, final_state: Tensor) 
     p = final_state[:, 2:]
     sums = final_state[:, :2] - (written[:, 2:] - p).exp() * written[:, :2]
     left = sums[:, 1] / final_state[:, 1]
-    left = left * (left > torch.finfo(dtype).eps)
+    left = left * (left > torch.finfo(dtype).eps * key.shape[1])
     state = torch.cat([sums, p - decay * key.shape[1]], dim=1)
     return torch.where(left.unsqueeze(1) > 0, state, 0), left
 
