@@ -133,9 +133,9 @@ def wkv(
     decay, bonus, key, value = (x.to(dtype) for x in (decay, bonus, key, value))
     states = _states(decay, key, value, state)
     a, b, p = states[:, :-1].unbind(2)
-    p = p.masked_fill(b == 0, -torch.inf)
-    top = torch.maximum(p, bonus + key).detach()
-    old, new = (p - top).exp(), (bonus + key - top).exp()
+    p, own = p.detach().masked_fill(b == 0, -torch.inf), bonus + key
+    top = torch.maximum(p, own.detach())
+    old, new = (p - top).exp(), (own - top).exp()
     return ((old * a + new * value) / (old * b + new)).to(output_dtype), states
 
 
