@@ -44,7 +44,7 @@ class TokenShift(nn.Module):
             past = rows.new_zeros(rows.shape[0], 1, rows.shape[2])
         window = torch.cat([past.to(rows.dtype), rows], dim=1)
         before = layout.to_tokens(window[:, :-1])
-        past = layout.last_of_rows(window, 1).to(at_least_float32(rows), copy=True)
+        past = layout.last_of_rows(window, 1).to(at_least_float32(rows))
         return [torch.lerp(before, hidden, weight) for weight in self.weight.to(hidden.dtype)], past
 
 
@@ -92,7 +92,7 @@ class TimeMix(nn.Module):
             layout.to_rows(self.v_proj(value)),
             memory,
         )
-        memory = layout.last_of_rows(memories, 1).squeeze(1).clone()  # a view would keep all of them alive
+        memory = layout.last_of_rows(memories, 1).squeeze(1)
         gate = self.receptance_proj(receptance).sigmoid()
         return self.o_proj(gate * layout.to_tokens(mixed)), (memory, past), None
 
