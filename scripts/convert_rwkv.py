@@ -49,7 +49,7 @@ def convert_config(config: RwkvConfig) -> StackformerConfig:
         feed_forward_type="rwkv_channel_mix",
         norm_type="layer_norm",
         rms_norm_eps=LAYER_NORM_EPS,
-        pad_token_id=config.pad_token_id,
+        pad_token_id=None,  # RWKV-4 has none
         bos_token_id=config.bos_token_id,
         eos_token_id=config.eos_token_id,
     )
