@@ -7,6 +7,8 @@ from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 
 PONDER_LOSS_TYPES = ("expected_steps", "geometric_prior")
+FEED_FORWARD_TYPES = ("gated", "rwkv_channel_mix")
+NORM_TYPES = ("rms_norm", "layer_norm")
 FEATURE_MAP_NAMES = ("elu_plus_one", "relu", "softplus", "softmax", "exp")
 
 
@@ -50,9 +52,12 @@ class StackformerConfig(PreTrainedConfig):
         chunk_size (`int`, *optional*): Tokens per chunk in training and prefill; changes speed, not results.
             `None` takes what was measured to be fastest.
         mixer_types (`list[str]`, *optional*): The mixer of each core layer, "banked_linear_attention",
-            "attention" (softmax attention), "coupled" (a reversible recurrent cell), "neural_memory" or
-            "memory_as_gate" (Titans' memory, alone or beside softmax attention) or "continuous_attention"
-            (infinity-former); docs/adding_a_mixer.md adds your own. All "banked_linear_attention" if `None`.
+            "attention" (softmax attention), "coupled" (a reversible recurrent cell), "rwkv" (RWKV-4's time
+            mix), "neural_memory" or "memory_as_gate" (Titans' memory, alone or beside softmax attention) or
+            "continuous_attention" (infinity-former); docs/adding_a_mixer.md adds your own. All
+            "banked_linear_attention" if `None`.
+        feed_forward_type (`str`, defaults to `"gated"`): The feed-forward of the core layers, "gated" or
+            "rwkv_channel_mix" (RWKV-4's, which also sees the token before).
         coupled_state_size (`int`, *optional*): Size of each of the two states of the coupled cell; half the
             core's width, rounded up, if `None`.
         sliding_window (`int`, *optional*): Tokens that softmax attention sees, the one itself included; all
@@ -78,7 +83,9 @@ class StackformerConfig(PreTrainedConfig):
         sticky_memories (`bool`, defaults to `False`): Whether the old signal is sampled where tokens looked,
             rather than uniformly.
         hidden_act (`str`, defaults to `"silu"`): Activation of the (gated) feed-forwards.
-        rms_norm_eps (`float`, defaults to 1e-6): Epsilon of the normalisations.
+        norm_type (`str`, defaults to `"rms_norm"`): The model's normalisations, "rms_norm" or "layer_norm"
+            (with biases). Those within a mixer are the mixer's own affair.
+        rms_norm_eps (`float`, defaults to 1e-6): Epsilon of the normalisations, of either type.
         initializer_range (`float`, defaults to 0.02): Standard deviation of the initial embeddings.
             Projections start with fan_in ** -0.5, those that join the embedding with 0.
         tie_word_embeddings (`bool`, defaults to `False`): Whether the output projection is the embedding
@@ -122,6 +129,7 @@ class StackformerConfig(PreTrainedConfig):
     feedback: bool = False
     chunk_size: int | None = None
     mixer_types: list[str] = None  # type: ignore[assignment]
+    feed_forward_type: str = "gated"
     coupled_state_size: int = None  # type: ignore[assignment]
     sliding_window: int | None = None
     num_persistent_tokens: int = 0
@@ -136,6 +144,7 @@ class StackformerConfig(PreTrainedConfig):
     memory_ridge: float = 0.1
     sticky_memories: bool = False
     hidden_act: str = "silu"
+    norm_type: str = "rms_norm"
     rms_norm_eps: float = 1e-6
     initializer_range: float = 0.02
     tie_word_embeddings: bool = False
@@ -243,6 +252,10 @@ class StackformerConfig(PreTrainedConfig):
         self._require(
             "hidden_act", self.hidden_act in ACT2FN, "the name of an activation in transformers.activations"
         )
+        self._require(
+            "feed_forward_type", self.feed_forward_type in FEED_FORWARD_TYPES, f"one of {FEED_FORWARD_TYPES}"
+        )
+        self._require("norm_type", self.norm_type in NORM_TYPES, f"one of {NORM_TYPES}")
         self._require("feature_map", self.feature_map in FEATURE_MAP_NAMES, f"one of {FEATURE_MAP_NAMES}")
         self._require(
             "num_attention_heads",

@@ -8,6 +8,9 @@ from transformers.activations import ACT2FN
 from .memory_bank import at_least_float32
 from .processing_stack import TokenLayout
 
+# The normalisations by their name in `config.norm_type`.
+NORMS: dict[str, type[nn.Module]] = {"layer_norm": nn.LayerNorm, "rms_norm": nn.RMSNorm}
+
 
 class ResidualProjection(nn.Linear):
     """A projection onto a residual stream. It starts at zero, so that every block starts as the identity

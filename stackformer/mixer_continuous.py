@@ -97,7 +97,7 @@ class ContinuousAttention(nn.Module):
         query = grid.to_blocks(layout.to_rows(self.q_proj(hidden)))  # [B', blocks, width, d]
 
         read = []
-        for number in range(grid.count):
+        for number in range(grid.num_blocks):
             mixed, mean, variance = self._look(query[:, number], memory)
             read.append(mixed)
             if self.sticky:
@@ -160,15 +160,15 @@ class _BlockGrid(NamedTuple):
     amounts. Of a block no more than `width` = min(C, T') tokens are in the call.
     """
 
-    count: int  # blocks that any row may have tokens in
+    num_blocks: int  # blocks that any row may have tokens in
     updates: int  # the first so many may be full in some row
     block: int  # C
     begun: Tensor  # [B'], tokens of the first block that the past has
     ended: Tensor  # [B'], tokens after this call, counted from the first block's beginning
-    full: Tensor  # [B', count], which blocks are full after this call
-    index: Tensor  # [B', count, width], which token of the row each one of a block is
-    real: Tensor  # [B', count, width], where there is one
-    places: Tensor  # [B', T'], where in [count * width] the tokens of the row are
+    full: Tensor  # [B', num_blocks], which blocks are full after this call
+    source: Tensor  # [B', num_blocks, width], which token of the row each one of a block is
+    real: Tensor  # [B', num_blocks, width], where there is one
+    places: Tensor  # [B', T'], where in [num_blocks * width] the tokens of the row are
 
     @classmethod
     def of(cls, seen: Tensor, seen_after: Tensor, length: int, block: int, fresh: bool) -> "_BlockGrid":
@@ -179,27 +179,27 @@ class _BlockGrid(NamedTuple):
         # Shapes of a compiled graph depend on no values; elsewhere, most calls need not update anything.
         updates = count if torch.compiler.is_compiling() else int(ended.max()) // block
         number, width = torch.arange(count, device=seen.device), min(block, length)
-        first = (number * block - begun.unsqueeze(1)).clamp(min=0)  # [B', count]
+        first = (number * block - begun.unsqueeze(1)).clamp(min=0)  # [B', num_blocks]
         last = torch.minimum((number + 1) * block, ended.unsqueeze(1)) - begun.unsqueeze(1)
         index = first.unsqueeze(2) + torch.arange(width, device=seen.device)
         token = torch.arange(length, device=seen.device)
         of_token = (begun.unsqueeze(1) + token).div(block, rounding_mode="floor")
         return cls(
-            count=count,
+            num_blocks=count,
             updates=updates,
             block=block,
             begun=begun,
             ended=ended,
             full=(number + 1) * block <= ended.unsqueeze(1),
-            index=index.clamp(max=length - 1),
+            source=index.clamp(max=length - 1),
             real=index < last.unsqueeze(2),
             places=of_token * width + token - first.gather(1, of_token),
         )
 
     def to_blocks(self, rows: Tensor) -> Tensor:
         """Rows [B', T', d] to blocks [B', count, width, d], with anything where there is no token."""
-        index = self.index.flatten(1).unsqueeze(-1).expand(-1, -1, rows.shape[2])
-        return rows.gather(1, index).unflatten(1, self.index.shape[1:])
+        index = self.source.flatten(1).unsqueeze(-1).expand(-1, -1, rows.shape[2])
+        return rows.gather(1, index).unflatten(1, self.source.shape[1:])
 
     def to_rows(self, blocks: Tensor) -> Tensor:
         """Blocks [B', count, width, d] to rows [B', T', d]."""
@@ -210,7 +210,7 @@ class _BlockGrid(NamedTuple):
         offset = torch.arange(rows.shape[1], device=rows.device)
         real = offset < (self.ended - self.begun).unsqueeze(1)
         index = (self.begun.unsqueeze(1) + offset).unsqueeze(-1).expand_as(rows)
-        total = (self.count + 1) * self.block
+        total = (self.num_blocks + 1) * self.block
         if pending is None:
             placed = rows.new_zeros(len(rows), total, rows.shape[2])
         else:

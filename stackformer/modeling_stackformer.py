@@ -32,13 +32,14 @@ from transformers.utils import ModelOutput, can_return_tuple
 
 from .cache_stackformer import StackformerCache, StackformerCacheLayer, State
 from .configuration_stackformer import StackformerConfig
-from .layers_stackformer import GatedMLP, ResidualProjection, ShortConvolution, SliceProjection
+from .layers_stackformer import NORMS, GatedMLP, ResidualProjection, ShortConvolution, SliceProjection
 from .memory_bank import at_least_float32
 from .mixer_attention import Attention
 from .mixer_banked_linear_attention import BankedLinearAttention
 from .mixer_continuous import ContinuousAttention
 from .mixer_coupled import Coupled
 from .mixer_neural_memory import MemoryAsGate, MemoryAsLayer, NeuralMemory
+from .mixer_rwkv import ChannelMix, TimeMix, TokenShift
 from .processing_stack import (
     DEQUEUE,
     Stack,
@@ -60,6 +61,7 @@ MIXERS: dict[str, type[nn.Module]] = {
     "coupled": Coupled,
     "memory_as_gate": MemoryAsGate,
     "neural_memory": MemoryAsLayer,
+    "rwkv": TimeMix,
 }
 
 # Where a saved model's code finds the class of each auto class.
@@ -140,32 +142,48 @@ class StackformerCoreLayer(GradientCheckpointingLayer):
     def __init__(self, config: StackformerConfig, layer_idx: int):
         super().__init__()
         size = config.core_size
-        self.input_layernorm = nn.RMSNorm(size, eps=config.rms_norm_eps)
+        norm = NORMS[config.norm_type]
+        self.input_layernorm = norm(size, eps=config.rms_norm_eps)
         mixer_type = config.mixer_types[layer_idx]
         if mixer_type not in MIXERS:
             raise ValueError(f"`mixer_types` must be names out of {list(MIXERS)}, got {mixer_type!r}")
         self.mixer = MIXERS[mixer_type](config)
-        self.post_attention_layernorm = nn.RMSNorm(size, eps=config.rms_norm_eps)
-        self.mlp = GatedMLP(size, config.intermediate_size, size, config.hidden_act)
+        self.post_attention_layernorm = norm(size, eps=config.rms_norm_eps)
+        # RWKV's feed-forward has a past: it is the last tensor of the layer's state.
+        self.mlp_has_past = config.feed_forward_type == "rwkv_channel_mix"
+        self.mlp: nn.Module = (
+            ChannelMix(config)
+            if self.mlp_has_past
+            else GatedMLP(size, config.intermediate_size, size, config.hidden_act)
+        )
 
     def forward(
         self, hidden: Tensor, pointer: Tensor, layout: TokenLayout, *state: Tensor | Callable[..., State]
     ) -> tuple[Any, ...]:
-        """Active tokens [n, d] to active tokens [n, d], the mixer's bank weights, and its state's tensors.
+        """Active tokens [n, d] to active tokens [n, d], the mixer's bank weights, and the tensors of the
+        layer's state.
 
         A state is spread over the arguments, and the results, so that reentrant checkpointing sees its
         tensors. There are none at the beginning. A cache that has to know what is read before it can say
         what the state was (long_context.py, sequence_parallel.py) hands over a function instead.
         """
-        normed, past = self.input_layernorm(hidden), state or None
+        normed, past, fed_past = self.input_layernorm(hidden), state or None, None
         if past is not None and callable(past[0]):
             past = past[0](self.mixer, normed, pointer, layout)
+        if self.mlp_has_past and past is not None:
+            past, fed_past = past[:-1], past[-1]
         mixed, new_state, bank_weights = self.mixer(normed, pointer, layout, past)
         hidden = hidden + mixed
-        return hidden + self.mlp(self.post_attention_layernorm(hidden)), bank_weights, *new_state
+        normed = self.post_attention_layernorm(hidden)
+        if not self.mlp_has_past:
+            return hidden + self.mlp(normed), bank_weights, *new_state
+        fed, fed_past = self.mlp(normed, layout, fed_past)
+        return hidden + fed, bank_weights, *new_state, fed_past
 
     def advance(self, hidden: Tensor, pointer: Tensor, layout: TokenLayout, state: State | None) -> State:
-        """Only the mixer's new state: for rolling back."""
+        """Only the layer's new state: for rolling back."""
+        if self.mlp_has_past:
+            return self.forward(hidden, pointer, layout, *(state or ()))[2:]
         return self.mixer(self.input_layernorm(hidden), pointer, layout, state)[1]
 
 
@@ -176,11 +194,11 @@ class StackformerBottleneck(nn.Module):
         super().__init__()
         joint_size = config.core_size + config.hidden_size
         self.up_proj = SliceProjection(config.core_size, config.hidden_size)
-        self.mlp_norm = nn.RMSNorm(joint_size, eps=config.rms_norm_eps)
+        self.mlp_norm = NORMS[config.norm_type](joint_size, eps=config.rms_norm_eps)
         self.mlp = GatedMLP(
             joint_size, config.bottleneck_intermediate_size, config.hidden_size, config.hidden_act
         )
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = NORMS[config.norm_type](config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(self, core: Tensor, embedding: Tensor) -> Tensor:
         joint = self.mlp_norm(torch.cat([core, embedding], dim=-1))
@@ -234,6 +252,8 @@ class StackformerPreTrainedModel(PreTrainedModel):
     # What the softmax attention of a configuration may run on.
     _supports_sdpa = True
     _supports_flash_attn = True
+    # Rounded, small decays could not be told from none.
+    _keep_in_fp32_modules_strict = ["time_decay", "time_first"]
 
     def __init__(self, config: StackformerConfig, *args, **kwargs):
         super().__init__(config, *args, **kwargs)
@@ -256,10 +276,12 @@ class StackformerPreTrainedModel(PreTrainedModel):
         |                      | a memory that is written in full decays by half the maximal rate)  |
         | residual projections | 0: every block starts as the identity                              |
         | slice projections    | identity on the channels that embedding and core both have         |
-        | normalisations       | 1                                                                  |
+        | normalisations       | 1, biases 0                                                        |
         | step gate            | 0.1: steps after the first start small                             |
         | convolutions         | uniform within kernel_size ** -0.5                                 |
         | neural memories      | normal, standard deviation fan_in ** -0.5                          |
+        | RWKV's decay, bonus, | as in RWKV-4, halfway up: see `TimeMix`, `TokenShift`              |
+        | token shift          |                                                                    |
         | actions              | weights 0, bias -3 for dequeue: see `ActionProjection`             |
         """
         super()._init_weights(module)
@@ -279,6 +301,11 @@ class StackformerPreTrainedModel(PreTrainedModel):
             init.uniform_(module.weight, -bound, bound)
         elif isinstance(module, NeuralMemory):
             init.normal_(module.initial_memory, std=module.head_dim**-0.5)
+        elif isinstance(module, TimeMix):
+            init.copy_(module.time_decay, module.initial_decay())
+            init.copy_(module.time_first, module.initial_first())
+        elif isinstance(module, TokenShift):
+            init.copy_(module.weight, module.initial_weight())
 
 
 class StackformerModel(StackformerPreTrainedModel):
@@ -301,8 +328,8 @@ class StackformerModel(StackformerPreTrainedModel):
             self.step_gate = StepGate(config.hidden_size)
             self.action_proj = ActionProjection(config.hidden_size)
             if config.stack_depth > 1:
-                self.return_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+                self.return_norm = NORMS[config.norm_type](config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = NORMS[config.norm_type](config.hidden_size, eps=config.rms_norm_eps)
         self.gradient_checkpointing = False
         self.post_init()
 

@@ -24,6 +24,19 @@ SHAPES = {
     "hybrid stack": {"mixer_types": ["banked_linear_attention", "attention"], "halting_threshold": 0.2},
     "coupled": {"mixer_types": ["coupled", "banked_linear_attention"], "halting_threshold": 0.2},
     "feedback": {"feedback": True, "stack_depth": 2, "max_ponder_steps": 3, "halting_threshold": 0.2},
+    "rwkv": {
+        "bottleneck_size": None,
+        "stack_depth": 1,
+        "max_ponder_steps": 1,
+        "mixer_types": ["rwkv"] * 2,
+        "feed_forward_type": "rwkv_channel_mix",
+        "norm_type": "layer_norm",
+    },
+    "rwkv stack": {
+        "mixer_types": ["rwkv", "banked_linear_attention"],
+        "feed_forward_type": "rwkv_channel_mix",
+        "halting_threshold": 0.3,
+    },
     "sliding window": {"mixer_types": ["attention", "banked_linear_attention"], "sliding_window": 4},
     "neural memory": {
         "mixer_types": ["neural_memory", "attention"],

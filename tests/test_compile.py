@@ -17,13 +17,6 @@ SLOW = (
     "hybrid stack", "sliding window", "feedback", "neural memory", "infinity-former",
     "sticky memories on a stack", "rwkv stack",
 )  # fmt: skip
-    "hybrid stack",
-    "sliding window",
-    "feedback",
-    "neural memory",
-    "infinity-former",
-    "sticky memories on a stack",
-)
 FIXED = {name: shape for name, shape in FIXED.items() if name not in SLOW}
 GROWING = ("attention", "hybrid stack")
 CONSTANT = {name: shape for name, shape in SHAPES.items() if name not in GROWING}

@@ -13,6 +13,7 @@ from stackformer import (
     StackformerConfig,
     StackformerForCausalLM,
     configuration_stackformer,
+    layers_stackformer,
     memory_bank,
 )
 from stackformer.mixer_banked_linear_attention import BankedLinearAttention
@@ -58,6 +59,8 @@ PRESETS = sorted((Path(__file__).parent.parent / "configs").glob("*.json"))
         ("rope_parameters", {"rope_theta": -1.0}),
         ("rope_parameters", [10000.0]),
         ("hidden_act", "sinus"),
+        ("feed_forward_type", "dense"),
+        ("norm_type", "batch_norm"),
         ("initializer_range", -0.02),
         ("rms_norm_eps", 0.0),
     ],
@@ -87,6 +90,7 @@ def test_defaults_in_the_docstring_are_the_defaults():
 
 def test_names_are_those_of_what_they_name():
     assert set(configuration_stackformer.FEATURE_MAP_NAMES) == set(memory_bank.FEATURE_MAPS)
+    assert set(configuration_stackformer.NORM_TYPES) == set(layers_stackformer.NORMS)
     with pytest.raises(ValueError, match=r"`mixer_types` must be names out of \['attention', .*'full_att"):
         StackformerForCausalLM(StackformerConfig(mixer_types=["full_attention"] * 4))
 
@@ -133,13 +137,14 @@ def test_there_are_presets():
         "linear-tiny",
         "titans-mal-tiny",
         "titans-mag-tiny",
+        "rwkv-tiny",
     }
 
 
 def test_presets_that_are_compared_have_the_same_size():
     names = (
         "stackformer-tiny", "wrapper-tiny", "softmax-tiny", "linear-tiny", "titans-mal-tiny",
-        "titans-mag-tiny",
+        "titans-mag-tiny", "rwkv-tiny",
     )  # fmt: skip
     sizes = {
         path.stem: StackformerForCausalLM(StackformerConfig.from_json_file(path)).num_parameters()
