@@ -211,7 +211,8 @@ class StackformerCacheLayer(CacheLayerMixin):
 
     def __getstate__(self) -> dict:
         """Copies and pickles hold the state, not the layers that computed it."""
-        anchor = dict(self.slices) if self.record_past else {}
+        slices = self.slices  # the copy will hold them, too
+        anchor = dict(slices) if self.record_past else {}
         state = {"_anchor": anchor, "_private": set(), "_calls": {}, "_recorded_tokens": 0}
         return {**self.__dict__, **state}
 

@@ -37,7 +37,11 @@ SHAPES = {
         "feed_forward_type": "rwkv_channel_mix",
         "halting_threshold": 0.3,
     },
-    "sliding window": {"mixer_types": ["attention", "banked_linear_attention"], "sliding_window": 4},
+    "sliding window": {
+        "mixer_types": ["attention", "banked_linear_attention"],
+        "sliding_window": 4,
+        "halting_threshold": 0.2,
+    },
     "neural memory": {
         "mixer_types": ["neural_memory", "attention"],
         "sliding_window": 4,

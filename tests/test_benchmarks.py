@@ -157,7 +157,10 @@ def test_decode(tmp_path, capsys):
     assert size[96, 1, "llama"] > 2 * size[32, 1, "llama"]
     assert (96, 2, "llama") not in size and (32, 2, "rwkv") not in size
     assert ("via generate", 1, "llama") in size
-    assert_ratios(rows, ("context", "batch"), models.STACK)
+    in_turn = [row for row in rows if str(row["context"]).endswith("in turn")]
+    assert [row["side"] for row in in_turn] == ["32", "96"]
+    assert_ratios(in_turn, ("context",), "32")
+    assert_ratios([row for row in rows if row not in in_turn], ("context", "batch"), models.STACK)
     assert harness.tokens_per_second(rows[1]) in text
 
 
