@@ -207,6 +207,34 @@ def report(args: argparse.Namespace, rows: list[Row], tables: Mapping[str, str])
     return content
 
 
+def report_speed(
+    args: argparse.Namespace, rows: list[Row], models: str, what: str, memory: str, x_label: str
+) -> dict[str, Any]:
+    """`report` of rows over the length T: tokens/s of `what`, peak bytes under the heading `memory`, and, if
+    asked for, a plot of the time per token.
+
+    Args:
+        models: the table of the models.
+    """
+    tables = {
+        "Models": models,
+        f"{what.capitalize()}, tokens/s (in brackets: times {args.models[0]})": table(
+            rows, "T", tokens_per_second
+        ),
+        memory: table(rows, "T", lambda row: size(row["peak_bytes"])),
+    }
+    if args.plot:
+        plot_lines(
+            args.plot,
+            {what: rows},
+            "T",
+            lambda row: 1e6 * row["seconds"] / row["tokens"],
+            x_label,
+            "microseconds per token",
+        )
+    return report(args, rows, tables)
+
+
 def plot_lines(
     path: str,
     panels: Mapping[str, Iterable[Row]],

@@ -67,27 +67,8 @@ def main(argv: list[str] | None = None) -> dict:
     built = {name: model.train() for name, model in models.build_all(args).items()}
     check(built)
     rows = [row for length in args.time for row in measure(length, built, args)]
-    tables = {
-        "Models": models.describe(built),
-        f"Training, tokens/s (in brackets: times {args.models[0]})": harness.table(
-            rows, "T", harness.tokens_per_second
-        ),
-        "Peak memory of a step": harness.table(rows, "T", lambda row: harness.size(row["peak_bytes"])),
-    }
-    if args.plot:
-        plot(rows, args.plot)
-    return harness.report(args, rows, tables)
-
-
-def plot(rows: list[harness.Row], path: str) -> None:
-    """Time per token over length."""
-    harness.plot_lines(
-        path,
-        {"training step": rows},
-        "T",
-        lambda row: 1e6 * row["seconds"] / row["tokens"],
-        "context T",
-        "microseconds per token",
+    return harness.report_speed(
+        args, rows, models.describe(built), "training", "Peak memory of a step", "context T"
     )
 
 

@@ -77,6 +77,17 @@ class ModelArguments:
     )
 
 
+# Defaults of TrainingArguments for a small model, in all training scripts.
+SMALL_MODEL_DEFAULTS = {
+    "learning_rate": 2e-3,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 0.05,  # below one it is a share of the steps
+    "save_total_limit": 2,
+    "dataloader_pin_memory": torch.cuda.is_available(),
+    "report_to": "none",
+}
+
+
 def make_parser() -> HfArgumentParser:
     """The command line: model, data and transformers' TrainingArguments, with defaults for a small model."""
     parser = HfArgumentParser(
@@ -86,15 +97,10 @@ def make_parser() -> HfArgumentParser:
         output_dir="runs/train",
         per_device_train_batch_size=16,
         per_device_eval_batch_size=16,
-        learning_rate=2e-3,
-        lr_scheduler_type="cosine",
-        warmup_steps=0.05,  # below one it is a share of the steps
         logging_steps=50,
         save_steps=500,
-        save_total_limit=2,
-        dataloader_pin_memory=torch.cuda.is_available(),
         include_num_input_tokens_seen=True,
-        report_to="none",
+        **SMALL_MODEL_DEFAULTS,
     )
     return parser
 

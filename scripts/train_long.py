@@ -21,12 +21,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import torch
 from transformers import HfArgumentParser, PreTrainedModel, PreTrainedTokenizerFast, set_seed
 
 from scripts.data import DataArguments, encode, load_splits, load_tokenizer
 from scripts.report import bits_per_byte
-from scripts.train import ModelArguments, build_model, find_checkpoint, train_and_save
+from scripts.train import SMALL_MODEL_DEFAULTS, ModelArguments, build_model, find_checkpoint, train_and_save
 from stackformer.long_context_trainer import LongContextArguments, LongContextTrainer
 
 
@@ -46,14 +45,9 @@ def make_parser() -> HfArgumentParser:
         output_dir="runs/train-long",
         per_device_train_batch_size=4,
         per_device_eval_batch_size=1,
-        learning_rate=2e-3,
-        lr_scheduler_type="cosine",
-        warmup_steps=0.05,  # below one it is a share of the steps
         logging_steps=1,
         save_steps=100,
-        save_total_limit=2,
-        dataloader_pin_memory=torch.cuda.is_available(),
-        report_to="none",
+        **SMALL_MODEL_DEFAULTS,
     )
     return parser
 

@@ -15,7 +15,7 @@ from stackformer.mixer_attention import Attention
 from stackformer.processing_stack import TokenLayout
 from tests.models import SHAPES, random_ids, tiny_model
 from tests.test_generation import generate
-from tests.test_modeling import CLOSE
+from tests.test_modeling import CLOSE, gradients_whole_and_through_the_cache
 
 SIZE, HEADS, LENGTH = 32, 4, 21
 WINDOWS = pytest.mark.parametrize("window", [None, 1, 2, 5, 30])
@@ -203,17 +203,7 @@ def test_beams_of_a_padded_batch_are_the_same_with_and_without_cache(name, optio
 
 def test_gradients_flow_through_the_cache():
     model, ids = tiny_model(**SHAPES["hybrid stack"], sliding_window=6).train(), random_ids(2, 20)
-    labels = ids.clone()
-    labels[:, :12] = -100
-
-    def gradients(loss):
-        model.zero_grad()
-        loss.backward()
-        return [parameter.grad.clone() for parameter in model.parameters()]
-
-    expected = gradients(model(ids, labels=labels).loss)
-    cache = model(ids[:, :11], use_cache=True).past_key_values
-    actual = gradients(model(ids[:, 11:], labels=labels[:, 11:], past_key_values=cache).loss)
+    expected, actual = gradients_whole_and_through_the_cache(model, ids)
     torch.testing.assert_close(actual, expected, **CLOSE)
 
 

@@ -9,7 +9,12 @@ from stackformer.mixer_neural_memory import Memory, MemoryAsLayer, Writes, advan
 from stackformer.processing_stack import TokenLayout
 from tests.models import SHAPES, random_ids, tiny_model
 from tests.test_generation import generate
-from tests.test_modeling import CLOSE, assert_same_state, read_in_pieces
+from tests.test_modeling import (
+    CLOSE,
+    assert_same_state,
+    gradients_whole_and_through_the_cache,
+    read_in_pieces,
+)
 
 SIZE, HEADS, LENGTH = 12, 2, 19
 NAMES = ("neural memory", "memory as gate")
@@ -239,17 +244,7 @@ def test_beams_and_drafts_of_a_padded_batch(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_gradients_flow_through_the_cache(name):
     model, ids = tiny_model(**SHAPES[name]).train(), random_ids(2, 20)
-    labels = ids.clone()
-    labels[:, :12] = -100
-
-    def gradients(loss):
-        model.zero_grad()
-        loss.backward()
-        return [parameter.grad.clone() for parameter in model.parameters()]
-
-    expected = gradients(model(ids, labels=labels).loss)
-    cache = model(ids[:, :11], use_cache=True).past_key_values
-    actual = gradients(model(ids[:, 11:], labels=labels[:, 11:], past_key_values=cache).loss)
+    expected, actual = gradients_whole_and_through_the_cache(model, ids)
     torch.testing.assert_close(actual, expected, **CLOSE)
     assert all(gradient.abs().max() > 0 for gradient in actual)
 

@@ -26,6 +26,22 @@ def assert_same_state(actual, expected, **tolerance):
             torch.testing.assert_close(layer.slices[index], state, **(CLOSE | tolerance))
 
 
+def gradients_whole_and_through_the_cache(model, ids, split=11):
+    """All gradients of the loss on the tokens after `split`: read at once, and in a second call that goes on
+    from the state of the first."""
+    labels = ids.clone()
+    labels[:, : split + 1] = -100
+
+    def gradients(loss):
+        model.zero_grad()
+        loss.backward()
+        return [parameter.grad.clone() for parameter in model.parameters()]
+
+    whole = gradients(model(ids, labels=labels).loss)
+    cache = model(ids[:, :split], use_cache=True).past_key_values
+    return whole, gradients(model(ids[:, split:], labels=labels[:, split:], past_key_values=cache).loss)
+
+
 def read_in_pieces(model, input_ids, sizes, attention_mask=None):
     cache, logits, start = None, [], 0
     for size in sizes:
