@@ -510,7 +510,7 @@ FeatureMap = Callable[[Tensor], Tensor]
 
 # Feature maps by name. All are non-negative, so that no normalizer vanishes between terms of both signs.
 FEATURE_MAPS: dict[str, FeatureMap] = {
-    "elu_plus_one": lambda x: torch.nn.functional.elu(x) + 1,
+    "elu_plus_one": lambda x: torch.nn.functional.elu(x).add_(1),
     "relu": torch.nn.functional.relu,
     "softplus": torch.nn.functional.softplus,
     "softmax": lambda x: x.softmax(-1),
