@@ -112,8 +112,7 @@ class StackformerModelOutputWithPast(BaseModelOutputWithPast):
         last_hidden_state (`torch.FloatTensor` [B, T, D]): the accumulated output of the stack, normalised.
         past_key_values ([`StackformerCache`]): the recurrent state after the last token.
         hidden_states (`tuple(torch.FloatTensor)`): with `output_hidden_states=True`, P + 1 tensors [B, T, D]:
-        the
-            embeddings, and what each token was thinking after each ponder step.
+            the embeddings, and what each token was thinking after each ponder step.
         ponder_steps (`torch.FloatTensor` [B, T]): expected number of ponder steps of each token, 0 for
             padding. Gradients flow through it.
         ponder_distribution (`torch.FloatTensor` [B, T, P]): the mass that each token dropped at each ponder

@@ -100,10 +100,12 @@ def write_back(
     def weight(mass: Tensor) -> Tensor:
         return mass.to(frames.dtype).unsqueeze(-1)
 
-    new = frames + weight(pointer - transfer.returned + transfer.pushed) * (thought - frames)
+    new = weight(1 - pointer - transfer.pushed - transfer.popped) * frames
+    new = torch.addcmul(new, weight(pointer - transfer.returned + transfer.pushed), thought)
+    new = torch.addcmul(new, weight(transfer.returned), embedding)
     if frames.shape[-2] > 1:
-        new = new + weight(transfer.popped) * (norm(frames + thought) - frames)
-    return new + weight(transfer.returned) * (embedding - frames)
+        new = torch.addcmul(new, weight(transfer.popped), norm(frames + thought))
+    return new
 
 
 def step_stack(
@@ -181,8 +183,7 @@ def address_memories(pointer: Tensor, bank_weights: Tensor) -> Tensor:
 class TokenLayout:
     """Which tokens of a batch [B, T] are active, and where they go when only they are computed.
 
-    The core works on the n active tokens alone, flat: [n, ...]. Mixers, which look along time, see them as
-        rows
+    The core works on the n active tokens alone, flat: [n, ...]. Mixers, which look along time, see them as rows
     [B', T', ...] of only active tokens, left-aligned: B' rows that have any, T' as long as the longest. Empty
     slots are zeros, and a token with zero write weight and zero decay is none. Padding, halting and packing
     are all this one mechanism. `None` stands for "all, in order": nothing is moved then.
