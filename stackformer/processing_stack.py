@@ -185,8 +185,8 @@ class TokenLayout:
 
     The core works on the n active tokens alone, flat: [n, ...]. Mixers, which look along time, see them as
     rows [B', T', ...] of only active tokens, left-aligned: B' rows that have any, T' as long as the longest.
-    Empty slots are zeros, and a token with zero write weight and zero decay is none. Padding, halting and packing
-    are all this one mechanism. `None` stands for "all, in order": nothing is moved then.
+    Empty slots are zeros, and a token with zero write weight and zero decay is none. Padding, halting and
+    packing are all this one mechanism. `None` stands for "all, in order": nothing is moved then.
     """
 
     batch_size: int
