@@ -28,6 +28,30 @@ class SliceProjection(nn.Linear):
         super().__init__(in_features, out_features, bias=False)
 
 
+class _DepthwiseConvolution(torch.autograd.Function):
+    """Windows [B', W, channels] and weights [channels, 1, kernel] to [B', W - kernel + 1, channels], by
+    oneDNN's kernels for images (of height 1) whose channels are dense. They are fast on CPUs in float32, but
+    for the gradient of the weights, which for a few long rows takes longer than all else."""
+
+    @staticmethod
+    def forward(ctx, window: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(window, weight)
+        return _convolve(window, weight)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
+        window, weight = ctx.saved_tensors
+        length, size = grad.shape[1], weight.shape[-1]
+        grad_window = _convolve(nn.functional.pad(grad, (0, 0, size - 1, size - 1)), weight.flip(-1))
+        products = (grad * window[:, offset : offset + length] for offset in range(size))
+        return grad_window, torch.stack([product.sum((0, 1)) for product in products], dim=-1).unsqueeze(1)
+
+
+def _convolve(window: Tensor, weight: Tensor) -> Tensor:
+    image = window.transpose(1, 2).unsqueeze(2)
+    return nn.functional.conv2d(image, weight.unsqueeze(2), groups=len(weight)).squeeze(2).transpose(1, 2)
+
+
 class ShortConvolution(nn.Conv1d):
     """Causal depth-wise convolution: without positions, this is what tells word order."""
 
@@ -41,10 +65,7 @@ class ShortConvolution(nn.Conv1d):
         if length == 1:
             return (window * weight.squeeze(1).t()).sum(1, keepdim=True)
         if window.device.type == "cpu" and window.dtype == torch.float32:
-            # As an image of height 1 whose channels are dense: for that, and in float32, oneDNN has kernels.
-            image = window.transpose(1, 2).unsqueeze(2)
-            mixed = nn.functional.conv2d(image, weight.unsqueeze(2), groups=self.groups)
-            return mixed.squeeze(2).transpose(1, 2)
+            return _DepthwiseConvolution.apply(window, weight)
         taps = weight.squeeze(1).unbind(-1)
         mixed = window[:, :length] * taps[0]
         for offset, tap in enumerate(taps[1:], start=1):
