@@ -30,6 +30,7 @@ from transformers import (
     AutoModelForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    PrinterCallback,
     Trainer,
     TrainerCallback,
     TrainingArguments,
@@ -129,6 +130,7 @@ def train(
         )
         trainer = build_trainer(model, tokenizer, texts, args.block_size, options)
         trainer.add_callback(CountSteps)
+        trainer.remove_callback(PrinterCallback)  # it would print between the lines of the progress bar
         started = time.perf_counter()
         trainer.train()
         seconds = time.perf_counter() - started
