@@ -14,6 +14,7 @@ import torch
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from scripts.text8 import is_dump
 from stackformer.tokenization_stackformer import (
     build_byte_tokenizer,
     is_byte_tokenizer,
@@ -82,6 +83,8 @@ def load_splits(args: DataArguments) -> tuple[bytes, bytes]:
     path = args.data_path or args.dataset
     if args.data_path or Path(path).is_file():
         train_range, eval_range = _ranges_by_position(args, _file_size(path))
+        if args.dataset == "text8" and is_dump(path):
+            raise ValueError(f"data_path={path!r}: expected text8, as `python -m scripts.text8` makes it.")
         return read_bytes(path, train_range, "train_range"), read_bytes(path, eval_range, "eval_range")
     return _load_dataset_splits(args)
 

@@ -52,10 +52,10 @@ class StackformerConfig(PreTrainedConfig):
         chunk_size (`int`, *optional*): Tokens per chunk in training and prefill; changes speed, not results.
             `None` takes what was measured to be fastest.
         mixer_types (`list[str]`, *optional*): The mixer of each core layer, "banked_linear_attention",
-            "attention" (softmax attention), "coupled" (a reversible recurrent cell), "rwkv" (RWKV-4's time
-            mix), "neural_memory" or "memory_as_gate" (Titans' memory, alone or beside softmax attention) or
-            "continuous_attention" (infinity-former); docs/adding_a_mixer.md adds your own. All
-            "banked_linear_attention" if `None`.
+            "attention" (softmax attention), "delta_rule" (fast weights), "coupled" (a reversible recurrent
+            cell), "rwkv" (RWKV-4's time mix), "neural_memory" or "memory_as_gate" (Titans' memory, alone or
+            beside softmax attention) or "continuous_attention" (infinity-former); docs/adding_a_mixer.md adds
+            your own. All "banked_linear_attention" if `None`.
         feed_forward_type (`str`, defaults to `"gated"`): The feed-forward of the core layers, "gated" or
             "rwkv_channel_mix" (RWKV-4's, which also sees the token before).
         coupled_state_size (`int`, *optional*): Size of each of the two states of the coupled cell; half the

@@ -38,6 +38,7 @@ from .mixer_attention import Attention
 from .mixer_banked_linear_attention import BankedLinearAttention
 from .mixer_continuous import ContinuousAttention
 from .mixer_coupled import Coupled
+from .mixer_delta_rule import DeltaRule
 from .mixer_neural_memory import MemoryAsGate, MemoryAsLayer, NeuralMemory
 from .mixer_rwkv import ChannelMix, TimeMix, TokenShift
 from .processing_stack import (
@@ -59,6 +60,7 @@ MIXERS: dict[str, type[nn.Module]] = {
     "banked_linear_attention": BankedLinearAttention,
     "continuous_attention": ContinuousAttention,
     "coupled": Coupled,
+    "delta_rule": DeltaRule,
     "memory_as_gate": MemoryAsGate,
     "neural_memory": MemoryAsLayer,
     "rwkv": TimeMix,

@@ -42,6 +42,12 @@ SHAPES = {
         "sliding_window": 4,
         "halting_threshold": 0.2,
     },
+    "delta rule": {
+        "mixer_types": ["delta_rule", "banked_linear_attention"],
+        "stack_depth": 1,
+        "max_ponder_steps": 2,
+        "halting_threshold": 0.3,
+    },
     "neural memory": {
         "mixer_types": ["neural_memory", "attention"],
         "sliding_window": 4,

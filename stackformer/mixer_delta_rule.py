@@ -1,0 +1,155 @@
+# Copyright 2026 The Stackformer authors. Licensed under the Apache License, Version 2.0.
+"""The delta rule: fast weights that correct what they hold instead of adding to it.
+
+Schlag et al. 2021, "Linear Transformers Are Secretly Fast Weight Programmers" (arXiv 2102.11174). Per head,
+the fast weights S [K, V] are asked for the value of a key, and changed by a part b of what is missing, after
+they have decayed by a factor a (Yang et al. 2024, "Gated Delta Networks", arXiv 2412.06464; with a = 1 it is
+the plain delta rule):
+
+    S_t = a_t S_(t-1) + k_t u_t^T,    u_t = b_t (v_t - a_t S_(t-1)^T k_t),    y_t = S_t^T q_t
+
+Sums of outer products, which never correct, are banked linear attention with one bank
+(configs/fast-weights-tiny.json).
+
+Letters: B' rows, T' tokens of a row, H heads, K key size, V value size, C tokens of a chunk.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from .configuration_stackformer import StackformerConfig
+from .layers_stackformer import ResidualProjection, ShortConvolution
+from .memory_bank import at_least_float32
+from .processing_stack import TokenLayout
+
+
+class DeltaRule(nn.Module):
+    """Fast weights with keys and queries of length 1, behind a short convolution and SiLU, as in Gated
+    DeltaNet."""
+
+    def __init__(self, config: StackformerConfig):
+        super().__init__()
+        size = config.core_size
+        self.num_heads = config.num_attention_heads
+        self.head_dim = size // self.num_heads
+        self.max_decay_rate = config.max_decay_rate
+        self.chunk_size = config.chunk_size
+        self.qkv_proj = nn.Linear(size, 3 * size, bias=False)
+        self.conv = ShortConvolution(3 * size, config.conv_kernel_size)
+        self.write_proj = nn.Linear(size, self.num_heads)
+        self.decay_proj = nn.Linear(size, self.num_heads)
+        self.gate_proj = nn.Linear(size, size, bias=False)
+        self.norm = nn.RMSNorm(self.head_dim, eps=config.rms_norm_eps)
+        self.o_proj = ResidualProjection(size, size)
+
+    def forward(
+        self, hidden: Tensor, pointer: Tensor, layout: TokenLayout, state: tuple[Tensor, ...] | None
+    ) -> tuple[Tensor, tuple[Tensor, ...], None]:
+        """Mix the active tokens along time.
+
+        Args:
+            hidden: [n, d], normalised; pointer: [n, S], not used; layout: of the n tokens.
+            state: fast weights [B', H, K, V], and the last inputs of the convolution [B', kernel - 1, 3 d],
+                both float32 at least; `None` for the beginning, which is zeros.
+
+        Returns:
+            The mixed tokens [n, d], the new state, and no bank weights.
+        """
+        weights, past = (None, None) if state is None else state
+        rows, past = self.conv.slide(layout.to_rows(self.qkv_proj(hidden)), past, layout)
+        rows = nn.functional.silu(rows).unflatten(-1, (3, self.num_heads, self.head_dim))
+        query, key, value = rows.unbind(2)
+        dtype = at_least_float32(hidden)
+        write = self.write_proj(hidden).to(dtype).sigmoid()
+        log_decay = -self.max_decay_rate * self.decay_proj(hidden).to(dtype).sigmoid()
+        if layout.thinking is not None:  # the others are computed, and must leave the weights as they are
+            thinking = layout.thinking.unsqueeze(1)
+            write, log_decay = write * thinking, log_decay * thinking
+        mixed, weights = delta_rule(
+            nn.functional.normalize(query.to(dtype), dim=-1),
+            nn.functional.normalize(key.to(dtype), dim=-1),
+            value,
+            layout.to_rows(write),
+            layout.to_rows(log_decay),
+            weights,
+            self.chunk_size,
+        )
+        mixed = self.norm(layout.to_tokens(mixed)).flatten(1)
+        output = self.o_proj(nn.functional.silu(self.gate_proj(hidden)) * mixed)
+        return output, (weights, past), None
+
+
+def delta_rule(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    write: Tensor,
+    log_decay: Tensor,
+    initial_state: Tensor | None = None,
+    chunk_size: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Write and read T tokens, in chunks; one token is the recurrence itself.
+
+    In a chunk that starts with S, with the cumulated products g of a, the changes U [C, V] solve a triangular
+    system (Yang et al. 2024, "Parallelizing Linear Transformers with the Delta Rule over Sequence Length",
+    arXiv 2406.06484, the UT transform; here with decay),
+
+        (1 + tril(diag(b) (K K^T * G), -1)) U = diag(b) (V - diag(g) K S),    G_ij = g_i / g_j for j <= i
+
+    and are linear in S: all chunks are solved at once, for V and for diag(g) K, and what is left to do one
+    chunk after another are two small products.
+
+    Args:
+        query, key: [B, T, H, K]. |key| <= 1, or what is written may grow without bound.
+        value: [B, T, H, V].
+        write: [B, T, H], b in [0, 1]; log_decay: [B, T, H], log a <= 0. Where both are zero, a token changes
+            nothing.
+        initial_state: [B, H, K, V]; zeros if `None`.
+        chunk_size: C; changes speed, not results. 32 if `None`.
+
+    Returns:
+        The output [B, T, H, V] in the dtype of `value`, and the final state, float32 at least.
+
+    Raises:
+        ValueError: if `chunk_size` is not positive.
+    """
+    chunk_size = 32 if chunk_size is None else chunk_size
+    if chunk_size < 1:
+        raise ValueError(f"`chunk_size` must be at least 1, got {chunk_size}")
+    dtype, output_dtype = at_least_float32(query), value.dtype
+    length, size = query.shape[1], min(chunk_size, query.shape[1])
+
+    def chunks(tokens: Tensor) -> Tensor:
+        """[B, T, H, ...] to [B, H, chunks, C, ...], with tokens that change nothing at the end."""
+        padding = (0, 0) * (tokens.dim() - 2) + (0, -length % size)
+        padded = nn.functional.pad(tokens.to(dtype), padding)
+        return padded.unflatten(1, (-1, size)).movedim(3, 1)
+
+    with torch.autocast(query.device.type, enabled=False):
+        query, key, value, write, log_decay = map(chunks, (query, key, value, write, log_decay))
+        total = log_decay.cumsum(-1)
+        future = torch.ones(size, size, dtype=torch.bool, device=total.device).triu(1)
+        decay = (total.unsqueeze(-1) - total.unsqueeze(-2)).masked_fill(future, -torch.inf).exp()  # G
+        since_start, write = total.exp().unsqueeze(-1), write.unsqueeze(-1)
+        changes, corrections = torch.linalg.solve_triangular(
+            write * decay * (key @ key.mT),  # of which only what is below the diagonal is read
+            write * torch.cat([value, since_start * key], dim=-1),
+            upper=False,
+            unitriangular=True,
+        ).split([value.shape[-1], key.shape[-1]], dim=-1)
+        until_end = decay[..., -1, :].unsqueeze(-1) * key
+        if initial_state is None:
+            initial_state = value.new_zeros(*value.shape[:2], key.shape[-1], value.shape[-1])
+        state, starts, written = initial_state.to(dtype), [], []
+        for change, correction, end, kept in zip(
+            changes.unbind(2), corrections.unbind(2), until_end.unbind(2), since_start.unbind(2), strict=True
+        ):
+            starts.append(state)
+            written.append(change - correction @ state)
+            state = kept[..., -1:, :] * state + end.mT @ written[-1]
+        output = since_start * (query @ torch.stack(starts, dim=2))
+        output = output + (decay * (query @ key.mT)) @ torch.stack(written, dim=2)
+        return output.movedim(1, 3).flatten(1, 2)[:, :length].to(output_dtype), state
+
+
+__all__ = ["DeltaRule", "delta_rule"]
