@@ -53,9 +53,10 @@ class StackformerConfig(PreTrainedConfig):
             `None` takes what was measured to be fastest.
         mixer_types (`list[str]`, *optional*): The mixer of each core layer, "banked_linear_attention",
             "attention" (softmax attention), "delta_rule" (fast weights), "coupled" (a reversible recurrent
-            cell), "rwkv" (RWKV-4's time mix), "neural_memory" or "memory_as_gate" (Titans' memory, alone or
-            beside softmax attention) or "continuous_attention" (infinity-former); docs/adding_a_mixer.md adds
-            your own. All "banked_linear_attention" if `None`.
+            cell), "rwkv" (RWKV-4's time mix), "neural_memory", "memory_as_gate" or "memory_as_context"
+            (Titans' memory, alone, times softmax attention, or as what this sees beside its segment) or
+            "continuous_attention" (infinity-former); docs/adding_a_mixer.md adds your own. All
+            "banked_linear_attention" if `None`.
         feed_forward_type (`str`, defaults to `"gated"`): The feed-forward of the core layers, "gated" or
             "rwkv_channel_mix" (RWKV-4's, which also sees the token before).
         coupled_state_size (`int`, *optional*): Size of each of the two states of the coupled cell; half the
@@ -66,8 +67,8 @@ class StackformerConfig(PreTrainedConfig):
             front of all others and outside of any window.
         memory_depth (`int`, defaults to 2): Layers of the network that is a neural memory; 1 is linear.
         memory_chunk_size (`int`, defaults to 16): Tokens whose surprise is measured at the same weights of a
-            neural memory, counted from each row's first. Unlike `chunk_size` a part of the model: 1 is the
-            exact gradient for every token, and slow.
+            neural memory, counted from each row's first, and those of a segment if it is a context. Unlike
+            `chunk_size` a part of the model: 1 is the exact gradient for every token, and slow.
         memory_max_step_size (`float`, defaults to 0.2): Largest step of a neural memory along a gradient.
         rope_parameters (`dict`, *optional*): Rotary positions of softmax attention, as in transformers:
             `rope_theta`, 10000.0 if not given, and `rope_type`, which must be "default".

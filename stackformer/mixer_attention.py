@@ -37,12 +37,7 @@ class Attention(nn.Module):
         super().__init__()
         self.config = config
         self.num_heads = config.num_attention_heads
-        self.head_dim = config.core_size // config.num_attention_heads
-        if self.head_dim % 2:
-            raise ValueError(
-                f"`num_attention_heads` must leave the heads of attention an even size, got "
-                f"{self.num_heads} heads of size {self.head_dim}"
-            )
+        self.head_dim = rotary_head_size(config)
         size = config.core_size
         self.qkv_proj = nn.Linear(size, 3 * size, bias=False)
         self.persistent = None
@@ -131,6 +126,17 @@ class Attention(nn.Module):
         rows = self.qkv_proj(tokens).to(key.dtype).unflatten(-1, (3, self.num_heads, self.head_dim))
         _, keys, values = rows.expand(len(key), -1, -1, -1, -1).unbind(2)
         return torch.cat([keys, key], dim=1), torch.cat([values, value], dim=1)
+
+
+def rotary_head_size(config: StackformerConfig) -> int:
+    """The size of a head; a ValueError if it is odd, and so cannot be rotated."""
+    size = config.core_size // config.num_attention_heads
+    if size % 2:
+        raise ValueError(
+            f"`num_attention_heads` must leave the heads of attention an even size, got "
+            f"{config.num_attention_heads} heads of size {size}"
+        )
+    return size
 
 
 def rotary_embedding(positions: Tensor, size: int, theta: float) -> tuple[Tensor, Tensor]:

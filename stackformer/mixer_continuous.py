@@ -23,7 +23,7 @@ from .configuration_stackformer import StackformerConfig
 from .layers_stackformer import ResidualProjection
 from .memory_bank import at_least_float32
 from .mixer_attention import Attention
-from .processing_stack import TokenLayout
+from .processing_stack import BlockGrid, TokenLayout
 
 # Part of the sticky samples that is uniform whatever tokens looked at. It bounds how far a sample moves when
 # the histogram changes by a rounding error (20 times that), which the splits of a text differ in.
@@ -84,7 +84,9 @@ class ContinuousAttention(nn.Module):
         """
         short, recent, _ = self.short_term(hidden, pointer, layout, None if state is None else state[:3])
         seen = torch.zeros_like(recent[2]) if state is None else state[2]
-        grid = _BlockGrid.of(seen, recent[2], layout.row_length, self.block, fresh=state is None)
+        grid = BlockGrid.of(seen, layout, self.block, fresh=state is None)
+        # Shapes of a compiled graph depend on no values; elsewhere, most calls need not update anything.
+        updates = grid.num_blocks if torch.compiler.is_compiling() else int(grid.ended.max()) // self.block
 
         dtype = at_least_float32(hidden)
         rows = layout.to_rows(hidden).to(dtype)
@@ -103,7 +105,7 @@ class ContinuousAttention(nn.Module):
             if self.sticky:
                 masses = bin_masses(mean.detach(), variance.detach(), self.num_basis).sum(1)
                 looked = looked + (masses * grid.real[:, number].unsqueeze(-1)).sum(1)
-            if number < grid.updates:
+            if number < updates:
                 full = grid.full[:, number].view(-1, 1, 1)
                 block = tokens[:, number * self.block : (number + 1) * self.block]
                 first = (seen < self.block).view(-1, 1, 1) if number == 0 else None
@@ -151,77 +153,6 @@ class ContinuousAttention(nn.Module):
                 old = fit.contraction @ memory
             taken_in = old + fit.later_block @ smoothed
             return taken_in if first is None else torch.where(first, fit.first_block @ smoothed, taken_in)
-
-
-class _BlockGrid(NamedTuple):
-    """Where the tokens of rows [B', T', ...] are in blocks of C, the first of which the past has begun.
-
-    A row's blocks are counted from its beginning, so rows with different pasts are shifted by different
-    amounts. Of a block no more than `width` = min(C, T') tokens are in the call.
-    """
-
-    num_blocks: int  # blocks that any row may have tokens in
-    updates: int  # the first so many may be full in some row
-    block: int  # C
-    begun: Tensor  # [B'], tokens of the first block that the past has
-    ended: Tensor  # [B'], tokens after this call, counted from the first block's beginning
-    full: Tensor  # [B', num_blocks], which blocks are full after this call
-    source: Tensor  # [B', num_blocks, width], which token of the row each one of a block is
-    real: Tensor  # [B', num_blocks, width], where there is one
-    places: Tensor  # [B', T'], where in [num_blocks * width] the tokens of the row are
-
-    @classmethod
-    def of(cls, seen: Tensor, seen_after: Tensor, length: int, block: int, fresh: bool) -> "_BlockGrid":
-        """The grid of rows of `length` that have `seen` [B'] tokens in the past; none have if `fresh`."""
-        begun = seen % block
-        ended = begun + seen_after - seen
-        count = -(-(length if fresh else length + block - 1) // block)
-        # Shapes of a compiled graph depend on no values; elsewhere, most calls need not update anything.
-        updates = count if torch.compiler.is_compiling() else int(ended.max()) // block
-        number, width = torch.arange(count, device=seen.device), min(block, length)
-        first = (number * block - begun.unsqueeze(1)).clamp(min=0)  # [B', num_blocks]
-        last = torch.minimum((number + 1) * block, ended.unsqueeze(1)) - begun.unsqueeze(1)
-        index = first.unsqueeze(2) + torch.arange(width, device=seen.device)
-        token = torch.arange(length, device=seen.device)
-        of_token = (begun.unsqueeze(1) + token).div(block, rounding_mode="floor")
-        return cls(
-            num_blocks=count,
-            updates=updates,
-            block=block,
-            begun=begun,
-            ended=ended,
-            full=(number + 1) * block <= ended.unsqueeze(1),
-            source=index.clamp(max=length - 1),
-            real=index < last.unsqueeze(2),
-            places=of_token * width + token - first.gather(1, of_token),
-        )
-
-    def to_blocks(self, rows: Tensor) -> Tensor:
-        """Rows [B', T', d] to blocks [B', count, width, d], with anything where there is no token."""
-        index = self.source.flatten(1).unsqueeze(-1).expand(-1, -1, rows.shape[2])
-        return rows.gather(1, index).unflatten(1, self.source.shape[1:])
-
-    def to_rows(self, blocks: Tensor) -> Tensor:
-        """Blocks [B', count, width, d] to rows [B', T', d]."""
-        return blocks.flatten(1, 2).gather(1, self.places.unsqueeze(-1).expand(-1, -1, blocks.shape[3]))
-
-    def place(self, rows: Tensor, pending: Tensor | None) -> Tensor:
-        """Rows [B', T', d] behind the `pending` [B', C - 1, d]: [B', (count + 1) C, d], zeros elsewhere."""
-        offset = torch.arange(rows.shape[1], device=rows.device)
-        real = offset < (self.ended - self.begun).unsqueeze(1)
-        index = (self.begun.unsqueeze(1) + offset).unsqueeze(-1).expand_as(rows)
-        total = (self.num_blocks + 1) * self.block
-        if pending is None:
-            placed = rows.new_zeros(len(rows), total, rows.shape[2])
-        else:
-            placed = nn.functional.pad(pending, (0, 0, 0, total - pending.shape[1]))
-        return placed.scatter(1, index, rows * real.unsqueeze(-1))
-
-    def pending(self, placed: Tensor) -> Tensor:
-        """The tokens [B', C - 1, d] of the last block, if it is not full, of what `place` returned."""
-        first = self.ended.div(self.block, rounding_mode="floor") * self.block
-        index = first.unsqueeze(1) + torch.arange(self.block - 1, device=placed.device)
-        return placed.gather(1, index.unsqueeze(-1).expand(-1, -1, placed.shape[2]))
 
 
 class MemoryFit(NamedTuple):

@@ -22,16 +22,18 @@ at most theta / (1 - eta), and that of the weights at most this over alpha.
 Letters: B' rows, T' tokens of a row, H heads, K head size, L layers of the memory, C tokens of a chunk.
 """
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from .configuration_stackformer import StackformerConfig
 from .layers_stackformer import ResidualProjection, ShortConvolution
 from .memory_bank import at_least_float32
-from .mixer_attention import Attention
-from .processing_stack import TokenLayout
+from .mixer_attention import Attention, rotary_embedding, rotary_head_size
+from .processing_stack import BlockGrid, TokenLayout
 
 # Logit of the share that is forgotten with every token at first, 1 %: at 50 % nothing is ever learned.
 _INITIAL_FORGETTING = -4.6
@@ -80,6 +82,15 @@ def measure_surprise(weights: Tensor, key: Tensor, value: Tensor) -> tuple[list[
     squares = [x.square().sum(-1) * e.square().sum(-1) for x, e in zip(inputs, errors, strict=True)]
     clip = torch.stack(squares).sum(0).clamp(min=1).rsqrt().unsqueeze(-1)
     return inputs, [error * clip for error in errors]
+
+
+def read_memory(weights: Tensor, query: Tensor) -> Tensor:
+    """M(query), [B', H, C, K], under `weights` [B', L, H, K, K]."""
+    first, *others = weights.unbind(1)
+    read = query @ first.mT
+    for weight in others:
+        read = nn.functional.silu(read) @ weight.mT
+    return read
 
 
 def advance_memory(
@@ -132,7 +143,7 @@ def _cumulated(logarithms: Tensor) -> Tensor:
 
 
 class NeuralMemory(nn.Module):
-    """The memory with its projections: what both ways to use it have in common.
+    """The memory with its projections: what all ways to use it have in common.
 
     Equations 11 to 15, with a short convolution, SiLU and keys and queries of length 1 (section 4.4). theta,
     eta and alpha are sigmoids, theta times `memory_max_step_size`. The weights before the first token are
@@ -168,76 +179,82 @@ class NeuralMemory(nn.Module):
         Returns:
             What was read, normalised per head, [n, d], and the new state.
         """
-        dtype = at_least_float32(hidden)
-        projected = layout.to_rows(self.qkv_proj(hidden))
-        rows, past = self.conv.slide(projected, None if state is None else state[4], layout)
-        rows = nn.functional.silu(rows.to(dtype)).unflatten(-1, (3, self.num_heads, self.head_dim))
-        gates = layout.to_rows(self.write_proj(hidden).to(dtype).unflatten(-1, (3, self.num_heads)))
+        memory, past, chunks = self.begin(hidden, layout, state)
+        qkv, gates, past = self.project(hidden, layout, past)
+        qkv, gates, answers = chunks.to_blocks(qkv), chunks.to_blocks(gates), []
+        for number in range(chunks.num_blocks):
+            answer, memory = self.advance(qkv[:, number], gates[:, number], memory, chunks, number)
+            answers.append(answer)
+        return self.collect(answers, hidden, layout, chunks), self.end(memory, past, chunks)
 
-        initial = self.initial_memory.to(dtype)
+    def begin(
+        self, hidden: Tensor, layout: TokenLayout, state: tuple[Tensor, ...] | None
+    ) -> tuple[Memory, Tensor, BlockGrid]:
+        """What a call finds: the memory, the convolution's past, and the chunks that its tokens are in."""
+        initial = self.initial_memory.to(at_least_float32(hidden))
         if state is None:
-            zeros = torch.zeros_like(initial).expand(len(rows), -1, -1, -1, -1)
-            position = torch.zeros(len(rows), dtype=torch.long, device=rows.device)
-            state = (zeros, zeros, zeros, position)
-            offset = 0
+            start = initial.expand(layout.num_rows, -1, -1, -1, -1)
+            memory = Memory(start, start, torch.zeros_like(start))
+            past = start.new_zeros(layout.num_rows, self.conv.kernel_size[0] - 1, self.conv.in_channels)
+            position = torch.zeros(layout.num_rows, dtype=torch.long, device=hidden.device)
         else:
-            offset = self.chunk_size - 1  # at most, since a row's own is not known without waiting for it
-        memory = Memory(state[0] + initial, state[1] + initial, state[2])
-        with torch.autocast(hidden.device.type, enabled=False):
-            mixed, memory, position = self._advance(rows, gates, memory, state[3], offset, layout)
-        mixed = self.norm(layout.to_tokens(mixed).to(projected.dtype)).flatten(1)
-        changes = (memory.anchor - initial, memory.weights - initial, memory.momentum)
-        return mixed, (*changes, position, past)
+            anchor, weights, momentum, position, past = state
+            memory = Memory(anchor + initial, weights + initial, momentum)
+        return memory, past, BlockGrid.of(position, layout, self.chunk_size, fresh=state is None)
 
-    def _advance(
-        self, rows: Tensor, gates: Tensor, memory: Memory, position: Tensor, offset: int, layout: TokenLayout
-    ) -> tuple[Tensor, Memory, Tensor]:
-        """Rows [B', T', 3, H, K] whose first tokens have `position` [B'] in their chunk, at most `offset`."""
-        length = rows.shape[1]
-        width = 1 if length == 1 else self.chunk_size
-        count = 1 if length == 1 else -(-(length + offset) // width)
-        # Chunks of all rows side by side: a row that starts inside of one leaves the slots before it empty.
-        lengths = torch.full_like(position, length) if layout.row_lengths is None else layout.row_lengths
-        start = torch.zeros_like(position) if length == 1 else position
-        slots = torch.arange(count * width, device=rows.device) - start.unsqueeze(1)
-        real = (slots >= 0) & (slots < lengths.unsqueeze(1))
-        slots = slots.clamp(0, length - 1)
+    def end(self, memory: Memory, past: Tensor, chunks: BlockGrid) -> tuple[Tensor, ...]:
+        """The state after a call."""
+        initial = self.initial_memory.to(memory.weights.dtype)
+        position = chunks.ended % self.chunk_size
+        return memory.anchor - initial, memory.weights - initial, memory.momentum, position, past
 
-        def chunks(tokens: Tensor) -> tuple[Tensor, ...]:
-            """[B', T', G, H, ...] to `count` times [B', G, H, C, ...]."""
-            aligned = _take(tokens, slots).unflatten(1, (count, width))
-            return aligned.movedim(2, 4).unbind(1)
+    def project(self, hidden: Tensor, layout: TokenLayout, past: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values [B', T', 3, H, K] of the tokens [n, d], log(1 - alpha), log eta and theta
+        [B', T', 3, H], float32 at least, and the new past of the convolution."""
+        dtype = at_least_float32(hidden)
+        rows, past = self.conv.slide(layout.to_rows(self.qkv_proj(hidden)), past, layout)
+        rows = nn.functional.silu(rows.to(dtype)).unflatten(-1, (3, self.num_heads, self.head_dim))
+        query, key, value = rows.unbind(2)
+        qkv = torch.stack([_unit(query), _unit(key), value], dim=2)
 
-        writes = self._writes(gates)
-        mixed = []
-        total = position + lengths
-        for number, (qkv, gate, here) in enumerate(
-            zip(chunks(rows), chunks(writes), real.unflatten(1, (count, width)).unbind(1), strict=True)
-        ):
-            here = here.unsqueeze(1)
-            log_keep, log_momentum, step = (gate * here.unsqueeze(1)).unbind(1)
-            chunk = Writes(log_keep, log_momentum, step, here.to(gate.dtype))
-            query, key, value = qkv.unbind(1)
-            query, key = nn.functional.normalize(query, dim=-1), nn.functional.normalize(key, dim=-1)
-            read, memory = advance_memory(memory, query, key, value, chunk)
-            complete = (total >= (number + 1) * self.chunk_size).view(-1, 1, 1, 1, 1)
-            memory = memory._replace(anchor=torch.where(complete, memory.weights, memory.anchor))
-            mixed.append(read.transpose(1, 2))
-        index = torch.arange(length, device=rows.device) + start.unsqueeze(1)
-        return _take(torch.cat(mixed, dim=1), index), memory, total % self.chunk_size
-
-    def _writes(self, gates: Tensor) -> Tensor:
-        """Logits [B', T', 3, H] to log(1 - alpha), log eta and theta."""
-        forget, momentum, step = gates.unbind(2)
+        gates = self.write_proj(hidden).to(dtype).unflatten(-1, (3, self.num_heads))
+        forget, momentum, step = gates.unbind(1)
         log_keep = nn.functional.logsigmoid(-forget - _INITIAL_FORGETTING).clamp(min=_LEAST_LOGARITHM)
         log_momentum = nn.functional.logsigmoid(momentum).clamp(min=_LEAST_LOGARITHM)
-        return torch.stack([log_keep, log_momentum, self.max_step_size * step.sigmoid()], dim=2)
+        gates = torch.stack([log_keep, log_momentum, self.max_step_size * step.sigmoid()], dim=1)
+        return qkv, layout.to_rows(gates), past
+
+    def advance(
+        self, qkv: Tensor, gates: Tensor, memory: Memory, chunks: BlockGrid, number: int
+    ) -> tuple[Tensor, Memory]:
+        """Write the tokens of a chunk, [B', C, ...] of `project`'s, and read after each: [B', C, H, K]."""
+        query, key, value = qkv.movedim(1, 3).unbind(1)  # [B', H, C, K]
+        real = chunks.real[:, number].unsqueeze(1).to(gates.dtype)
+        log_keep, log_momentum, step = (gates.movedim(1, 3) * real.unsqueeze(1)).unbind(1)
+        writes = Writes(log_keep, log_momentum, step, real)
+        with torch.autocast(qkv.device.type, enabled=False):
+            read, memory = advance_memory(memory, query, key, value, writes)
+        complete = chunks.full[:, number].view(-1, 1, 1, 1, 1)
+        anchor = torch.where(complete, memory.weights, memory.anchor)
+        return read.transpose(1, 2), memory._replace(anchor=anchor)
+
+    def collect(
+        self, answers: list[Tensor], hidden: Tensor, layout: TokenLayout, chunks: BlockGrid
+    ) -> Tensor:
+        """What was read in all chunks [B', C, H, K], normalised per head, as tokens [n, d]."""
+        read = layout.to_tokens(chunks.to_rows(torch.stack(answers, dim=1)))
+        return self.norm(read.to(hidden.dtype)).flatten(1)
+
+    def recall(self, query: Tensor, memory: Memory) -> Tensor:
+        """What the memory at the start of the chunk has for queries [B', C, d], normalised: [B', C, d]."""
+        heads = nn.functional.silu(query.to(memory.anchor.dtype)).unflatten(-1, (self.num_heads, -1))
+        with torch.autocast(query.device.type, enabled=False):
+            read = read_memory(memory.anchor, _unit(heads).transpose(1, 2)).transpose(1, 2)
+        return self.norm(read.to(query.dtype)).flatten(2)
 
 
-def _take(rows: Tensor, index: Tensor) -> Tensor:
-    """Entries `index` [B', M] of each row of `rows` [B', T', ...]: [B', M, ...]."""
-    index = index.view(*index.shape, *[1] * (rows.dim() - 2)).expand(-1, -1, *rows.shape[2:])
-    return rows.gather(1, index)
+def _unit(x: Tensor) -> Tensor:
+    return nn.functional.normalize(x, dim=-1)
 
 
 class MemoryAsLayer(nn.Module):
@@ -287,4 +304,108 @@ class MemoryAsGate(nn.Module):
         return output, (*past, *remembered), None
 
 
-__all__ = ["MemoryAsGate", "MemoryAsLayer", "NeuralMemory"]
+class MemoryAsContext(nn.Module):
+    """Softmax attention inside of segments, to which the memory is a context (equations 21 to 25).
+
+    A segment is a chunk of the memory: while it is read, the memory at its start is what is known of the
+    segments before. A token sees the persistent tokens, the tokens of its segment up to itself, and for each
+    of these what the memory returned when asked with it. The memory then takes in what attention made of it,
+    y, and the output is y times what the memory returns for y.
+
+    In the paper a token sees what was returned for all tokens of its segment, and reads a memory that has
+    taken in all of them: both tell of later tokens. Here everything ends at the token itself.
+    """
+
+    def __init__(self, config: StackformerConfig):
+        super().__init__()
+        size = config.core_size
+        self.heads = (config.num_attention_heads, rotary_head_size(config))
+        self.rope_theta = config.rope_parameters["rope_theta"]
+        self.memory = NeuralMemory(config)
+        self.q_proj = nn.Linear(size, 2 * size, bias=False)
+        self.kv_proj = nn.Linear(size, 2 * size, bias=False)
+        self.persistent = None
+        if config.num_persistent_tokens > 0:
+            self.persistent = nn.Embedding(config.num_persistent_tokens, size)
+        self.attention_norm = nn.RMSNorm(size, eps=config.rms_norm_eps)
+        self.o_proj = ResidualProjection(size, size)
+
+    def forward(
+        self, hidden: Tensor, pointer: Tensor, layout: TokenLayout, state: tuple[Tensor, ...] | None
+    ) -> tuple[Tensor, tuple[Tensor, ...], None]:
+        """Mix the active tokens along time.
+
+        Args:
+            hidden: [n, d], normalised; pointer: [n, S], not used; layout: of the n tokens.
+            state: of the last C - 1 tokens, rotated keys and values of what the memory returned and of the
+                token itself [B', C - 1, 2, 2, H, K], zeros in front of fewer; then that of [`NeuralMemory`].
+                `None` for the beginning.
+
+        Returns:
+            The mixed tokens [n, d], the new state, and no bank weights.
+        """
+        past, remembered = (None, None) if state is None else (state[0], state[1:])
+        memory, inputs, segments = self.memory.begin(hidden, layout, remembered)
+        tokens = segments.to_blocks(layout.to_rows(hidden))
+        queries = segments.to_blocks(layout.to_rows(self.q_proj(hidden)))
+        contexts, attended, answers = [], [], []
+        for number in range(segments.num_blocks):
+            question, query = queries[:, number].chunk(2, dim=-1)
+            context = torch.stack([self.memory.recall(question, memory), tokens[:, number]], dim=2)
+            begun = segments.begun if number == 0 else torch.zeros_like(segments.begun)
+            query, context = self._rotate(query, context, begun)
+            mixed = self._attend(query, context, past if number == 0 else None, begun)
+            real = replace(TokenLayout.full(*mixed.shape[:2]), row_lengths=segments.real[:, number].sum(1))
+            qkv, gates, inputs = self.memory.project(mixed.flatten(0, 1), real, inputs)
+            answer, memory = self.memory.advance(qkv, gates, memory, segments, number)
+            contexts.append(context)
+            attended.append(mixed)
+            answers.append(answer)
+
+        mixed = layout.to_tokens(segments.to_rows(torch.stack(attended, dim=1)))
+        read = self.memory.collect(answers, hidden, layout, segments)
+        output = self.o_proj(nn.functional.silu(mixed) * read)
+
+        seen, kept = segments.to_rows(torch.stack(contexts, dim=1)), self.memory.chunk_size - 1
+        if past is None:
+            past = seen.new_zeros(len(seen), kept, *seen.shape[2:])
+        seen = layout.last_of_rows(torch.cat([past.to(seen.dtype), seen], dim=1), kept)
+        return output, (seen, *self.memory.end(memory, inputs, segments)), None
+
+    def _rotate(self, query: Tensor, context: Tensor, begun: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries [B', C, d] and contexts [B', C, 2, d] of a segment of which `begun` [B'] tokens were before
+        to rotated queries [B', C, H, K], and rotated keys and values [B', C, 2, 2, H, K].
+
+        What the memory returned for a token stands where the token does.
+        """
+        key, value = self.kv_proj(context).unflatten(-1, (2, *self.heads)).unbind(3)
+        positions = begun.unsqueeze(1) + torch.arange(query.shape[1], device=query.device)
+        cos, sin = (x.to(query.dtype) for x in rotary_embedding(positions, self.heads[1], self.rope_theta))
+        query, key = apply_rotary_pos_emb(
+            query.unflatten(-1, self.heads), key.flatten(2, 3), cos, sin, unsqueeze_dim=2
+        )
+        return query, torch.stack([key.view(value.shape), value], dim=2)
+
+    def _attend(self, query: Tensor, context: Tensor, past: Tensor | None, begun: Tensor) -> Tensor:
+        """Queries and contexts of `_rotate`, and what was before the call, `past` [B', C - 1, 2, 2, H, K], of
+        which `begun` [B'] tokens are of the same segment: y, normalised, [B', C, d]."""
+        length = query.shape[1]
+        visible = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
+        if past is not None:
+            context = torch.cat([past.to(context.dtype), context], dim=1)
+            place = torch.arange(past.shape[1], device=query.device)
+            earlier = (place >= past.shape[1] - begun.unsqueeze(1)).unsqueeze(1).expand(-1, length, -1)
+            visible = torch.cat([earlier, visible.expand(len(earlier), -1, -1)], dim=2)
+        slots, visible = context.transpose(1, 2).flatten(2, 3), visible.repeat_interleave(2, dim=-1)
+        if self.persistent is not None:
+            always = self.kv_proj(self.persistent.weight).unflatten(-1, (2, *self.heads)).transpose(0, 1)
+            slots = torch.cat([always.to(slots.dtype).expand(len(slots), -1, -1, -1, -1), slots], dim=2)
+            visible = nn.functional.pad(visible, (always.shape[1], 0), value=True)
+        key, value = slots.transpose(2, 3).unbind(1)  # [B', H, slots, K]
+        mixed = nn.functional.scaled_dot_product_attention(
+            query.transpose(1, 2), key, value, attn_mask=visible.unsqueeze(-3)
+        )
+        return self.attention_norm(mixed.transpose(1, 2).flatten(2))
+
+
+__all__ = ["MemoryAsContext", "MemoryAsGate", "MemoryAsLayer", "NeuralMemory"]

@@ -39,7 +39,7 @@ from .mixer_banked_linear_attention import BankedLinearAttention
 from .mixer_continuous import ContinuousAttention
 from .mixer_coupled import Coupled
 from .mixer_delta_rule import DeltaRule
-from .mixer_neural_memory import MemoryAsGate, MemoryAsLayer, NeuralMemory
+from .mixer_neural_memory import MemoryAsContext, MemoryAsGate, MemoryAsLayer, NeuralMemory
 from .mixer_rwkv import ChannelMix, TimeMix, TokenShift
 from .processing_stack import (
     DEQUEUE,
@@ -61,6 +61,7 @@ MIXERS: dict[str, type[nn.Module]] = {
     "continuous_attention": ContinuousAttention,
     "coupled": Coupled,
     "delta_rule": DeltaRule,
+    "memory_as_context": MemoryAsContext,
     "memory_as_gate": MemoryAsGate,
     "neural_memory": MemoryAsLayer,
     "rwkv": TimeMix,

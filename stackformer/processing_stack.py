@@ -1,10 +1,10 @@
 # Copyright 2026 The Stackformer authors. Licensed under the Apache License, Version 2.0.
 """The differentiable processing stack: where a token thinks (pointer), what it keeps (frames), when it stops.
 
-Pure functions on tensors, and `TokenLayout`, which says which tokens of a batch still think. The stack is a
-superposition stack (Joulin & Mikolov 2015, "Inferring Algorithmic Patterns with Stack-Augmented Recurrent
-Nets", equations 1 to 5) whose frames are embeddings of one token; what leaves it at the bottom is accumulated
-as in Adaptive Computation Time (Graves 2016, equation 13).
+Pure functions on tensors; `TokenLayout`, which says which tokens of a batch still think, and `BlockGrid`, in
+which blocks they are. The stack is a superposition stack (Joulin & Mikolov 2015, "Inferring Algorithmic
+Patterns with Stack-Augmented Recurrent Nets", equations 1 to 5) whose frames are embeddings of one token;
+what leaves it at the bottom is accumulated as in Adaptive Computation Time (Graves 2016, equation 13).
 
 Letters: D hidden size, S stack levels, N memory banks, H heads, P ponder steps, n active tokens; "..." are
 any leading dimensions. Level 0 is the bottom. The pointer is a distribution over levels that loses mass as
@@ -346,5 +346,77 @@ class TokenLayout:
             return window[:, start:].clone() if start > 0 else window
         index = self.row_lengths.unsqueeze(1) + torch.arange(count, device=window.device)
         index = (index + (start - self.row_length)) % window.shape[1]  # what wraps around are empty slots
-        index = index.view(*index.shape, *[1] * (window.dim() - 2)).expand(-1, -1, *window.shape[2:])
-        return window.gather(1, index)
+        return _take(window, index)
+
+
+class BlockGrid(NamedTuple):
+    """Where the tokens of rows [B', T', ...] are in blocks of C, the first of which the past has begun.
+
+    A row's blocks are counted from its beginning, so rows with different pasts are shifted by different
+    amounts. Of a block no more than `width` = min(C, T') tokens are in the call.
+    """
+
+    num_blocks: int  # blocks that any row may have tokens in
+    block: int  # C
+    begun: Tensor  # [B'], tokens of the first block that the past has
+    ended: Tensor  # [B'], tokens after this call, counted from the first block's beginning
+    full: Tensor  # [B', num_blocks], which blocks are full after this call
+    source: Tensor  # [B', num_blocks, width], which token of the row each one of a block is
+    real: Tensor  # [B', num_blocks, width], where there is one
+    places: Tensor  # [B', T'], where in [num_blocks * width] the tokens of the row are
+
+    @classmethod
+    def of(cls, seen: Tensor, layout: TokenLayout, block: int, fresh: bool) -> "BlockGrid":
+        """The grid of rows that have `seen` [B'] tokens in the past; none have if `fresh`."""
+        length = layout.row_length
+        begun = seen % block
+        ended = begun + (length if layout.row_lengths is None else layout.row_lengths)
+        count = -(-(length if fresh else length + block - 1) // block)
+        number, width = torch.arange(count, device=seen.device), min(block, length)
+        first = (number * block - begun.unsqueeze(1)).clamp(min=0)  # [B', num_blocks]
+        last = torch.minimum((number + 1) * block, ended.unsqueeze(1)) - begun.unsqueeze(1)
+        index = first.unsqueeze(2) + torch.arange(width, device=seen.device)
+        token = torch.arange(length, device=seen.device)
+        of_token = (begun.unsqueeze(1) + token).div(block, rounding_mode="floor")
+        return cls(
+            num_blocks=count,
+            block=block,
+            begun=begun,
+            ended=ended,
+            full=(number + 1) * block <= ended.unsqueeze(1),
+            source=index.clamp(max=length - 1),
+            real=index < last.unsqueeze(2),
+            places=of_token * width + token - first.gather(1, of_token),
+        )
+
+    def to_blocks(self, rows: Tensor) -> Tensor:
+        """Rows [B', T', ...] to blocks [B', num_blocks, width, ...], anything where there is no token."""
+        return _take(rows, self.source.flatten(1)).unflatten(1, self.source.shape[1:])
+
+    def to_rows(self, blocks: Tensor) -> Tensor:
+        """Blocks [B', num_blocks, width, ...] to rows [B', T', ...]."""
+        return _take(blocks.flatten(1, 2), self.places)
+
+    def place(self, rows: Tensor, pending: Tensor | None) -> Tensor:
+        """Rows [B', T', d] behind the `pending` [B', C - 1, d]: [B', (num_blocks + 1) C, d], zeros
+        elsewhere."""
+        offset = torch.arange(rows.shape[1], device=rows.device)
+        real = offset < (self.ended - self.begun).unsqueeze(1)
+        index = (self.begun.unsqueeze(1) + offset).unsqueeze(-1).expand_as(rows)
+        total = (self.num_blocks + 1) * self.block
+        if pending is None:
+            placed = rows.new_zeros(len(rows), total, rows.shape[2])
+        else:
+            placed = nn.functional.pad(pending, (0, 0, 0, total - pending.shape[1]))
+        return placed.scatter(1, index, rows * real.unsqueeze(-1))
+
+    def pending(self, placed: Tensor) -> Tensor:
+        """The tokens [B', C - 1, d] of the last block, if it is not full, of what `place` returned."""
+        first = self.ended.div(self.block, rounding_mode="floor") * self.block
+        return _take(placed, first.unsqueeze(1) + torch.arange(self.block - 1, device=placed.device))
+
+
+def _take(rows: Tensor, index: Tensor) -> Tensor:
+    """Entries `index` [B', M] of each row of `rows` [B', T', ...]: [B', M, ...]."""
+    index = index.view(*index.shape, *[1] * (rows.dim() - 2)).expand(-1, -1, *rows.shape[2:])
+    return rows.gather(1, index)

@@ -62,6 +62,14 @@ SHAPES = {
         "sliding_window": 4,
         "memory_chunk_size": 8,
     },
+    "memory as context": {
+        "bottleneck_size": None,
+        "stack_depth": 1,
+        "max_ponder_steps": 1,
+        "mixer_types": ["memory_as_context"] * 2,
+        "num_persistent_tokens": 2,
+        "memory_chunk_size": 5,
+    },
     "infinity-former": {
         "bottleneck_size": None,
         "stack_depth": 1,

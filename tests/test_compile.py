@@ -14,8 +14,8 @@ BACKEND = "aot_eager"
 FIXED = {name: shape | {"halting_threshold": 0.0} for name, shape in SHAPES.items()}
 # These take long to trace, and have nothing in training that the other shapes have not.
 SLOW = (
-    "hybrid stack", "sliding window", "feedback", "neural memory", "infinity-former",
-    "sticky memories on a stack", "rwkv stack",
+    "hybrid stack", "sliding window", "feedback", "neural memory", "memory as context",
+    "infinity-former", "sticky memories on a stack", "rwkv stack",
 )  # fmt: skip
 FIXED = {name: shape for name, shape in FIXED.items() if name not in SLOW}
 GROWING = ("attention", "hybrid stack")

@@ -137,6 +137,7 @@ def test_there_are_presets():
         "linear-tiny",
         "titans-mal-tiny",
         "titans-mag-tiny",
+        "titans-mac-tiny",
         "rwkv-tiny",
     }
 
@@ -144,7 +145,7 @@ def test_there_are_presets():
 def test_presets_that_are_compared_have_the_same_size():
     names = (
         "stackformer-tiny", "wrapper-tiny", "softmax-tiny", "linear-tiny", "titans-mal-tiny",
-        "titans-mag-tiny", "rwkv-tiny",
+        "titans-mag-tiny", "titans-mac-tiny", "rwkv-tiny",
     )  # fmt: skip
     sizes = {
         path.stem: StackformerForCausalLM(StackformerConfig.from_json_file(path)).num_parameters()

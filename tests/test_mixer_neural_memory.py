@@ -5,7 +5,15 @@ import torch
 from torch.nn.functional import normalize, silu
 
 from stackformer import StackformerCache, StackformerConfig
-from stackformer.mixer_neural_memory import Memory, MemoryAsLayer, Writes, advance_memory, measure_surprise
+from stackformer.mixer_attention import rotary_embedding
+from stackformer.mixer_neural_memory import (
+    Memory,
+    MemoryAsContext,
+    MemoryAsLayer,
+    Writes,
+    advance_memory,
+    measure_surprise,
+)
 from stackformer.processing_stack import TokenLayout
 from tests.models import SHAPES, random_ids, tiny_model
 from tests.test_generation import generate
@@ -17,10 +25,10 @@ from tests.test_modeling import (
 )
 
 SIZE, HEADS, LENGTH = 12, 2, 19
-NAMES = ("neural memory", "memory as gate")
+NAMES = ("neural memory", "memory as gate", "memory as context")
 
 
-def layer(depth: int = 2, chunk_size: int = 4, **fields) -> MemoryAsLayer:
+def layer(depth: int = 2, chunk_size: int = 4, kind: type = MemoryAsLayer, **fields):
     """With weights so large that gradients are clipped and gates differ."""
     config = StackformerConfig(
         hidden_size=SIZE,
@@ -33,7 +41,7 @@ def layer(depth: int = 2, chunk_size: int = 4, **fields) -> MemoryAsLayer:
         **fields,
     )
     torch.manual_seed(0)
-    mixer = MemoryAsLayer(config).double()
+    mixer = kind(config).double()
     with torch.no_grad():
         for parameter in mixer.parameters():
             parameter.copy_(0.7 * torch.randn(parameter.shape))
@@ -62,40 +70,103 @@ def network(weights, x):
     return weights[-1] @ x
 
 
-def naive(mixer, hidden):
-    """Equations 11 to 18 for one row [T, d], token by token, gradients by autograd."""
-    memory = mixer.memory
-    window = torch.nn.functional.pad(memory.qkv_proj(hidden).T, (memory.conv.kernel_size[0] - 1, 0))
-    qkv = silu(memory.conv._conv_forward(window, memory.conv.weight, None).T)
-    gates = memory.write_proj(hidden).unflatten(-1, (3, HEADS))
-    mixed = []
-    for head in range(HEADS):
-        weights = anchor = memory.initial_memory[:, head]
-        momentum, outputs = torch.zeros_like(weights), []
-        for t, token in enumerate(qkv.unflatten(-1, (3, HEADS, -1))[:, :, head]):
-            query, key, value = normalize(token[0], dim=0), normalize(token[1], dim=0), token[2]
-            if t % memory.chunk_size == 0:
-                anchor = weights
+class NaiveMemory:
+    """Equations 11 to 18 for one row, token by token, gradients by autograd."""
+
+    def __init__(self, memory):
+        self.memory = memory
+        self.weights = self.anchor = memory.initial_memory  # [L, H, K, K]
+        self.momentum = torch.zeros_like(self.weights)
+        kernel = memory.conv.kernel_size[0]
+        self.inputs = [torch.zeros(3 * SIZE, dtype=torch.float64)] * (kernel - 1)
+        self.seen = 0
+
+    def write_and_read(self, token):
+        """A token [d] to what is read after it was written, [d]."""
+        memory = self.memory
+        self.inputs.append(memory.qkv_proj(token))
+        window = torch.stack(self.inputs[-memory.conv.kernel_size[0] :], dim=1).unsqueeze(0)
+        qkv = silu(memory.conv._conv_forward(window, memory.conv.weight, None).squeeze())
+        gates = memory.write_proj(token).unflatten(-1, (3, HEADS))
+        if self.seen % memory.chunk_size == 0:
+            self.anchor = self.weights
+        self.seen += 1
+        changed, outputs = [], []
+        for head in range(HEADS):
+            query, key, value = qkv.unflatten(-1, (3, HEADS, -1))[:, head]
+            query, key = normalize(query, dim=0), normalize(key, dim=0)
 
             def loss(weights, key=key, value=value):
                 return (network(weights, key) - value).square().sum()
 
-            gradient = torch.func.grad(loss)(anchor)
+            gradient = torch.func.grad(loss)(self.anchor[:, head])
             gradient = gradient / gradient.norm().clamp(min=1)
-            alpha, eta = (gates[t, 0, head] - 4.6).sigmoid(), gates[t, 1, head].sigmoid()
-            momentum = eta * momentum - memory.max_step_size * gates[t, 2, head].sigmoid() * gradient
-            weights = (1 - alpha) * weights + momentum
-            outputs.append(network(weights, query))
-        mixed.append(torch.stack(outputs))
-    mixed = memory.norm(torch.stack(mixed, dim=1)).flatten(1)
+            alpha, eta = (gates[0, head] - 4.6).sigmoid(), gates[1, head].sigmoid()
+            step = memory.max_step_size * gates[2, head].sigmoid()
+            momentum = eta * self.momentum[:, head] - step * gradient
+            changed.append(((1 - alpha) * self.weights[:, head] + momentum, momentum))
+            outputs.append(network(changed[-1][0], query))
+        self.weights, self.momentum = (torch.stack(x, dim=1) for x in zip(*changed, strict=True))
+        return memory.norm(torch.stack(outputs)).flatten()
+
+    def recall(self, query):
+        """What the segments before have for [d]; to be called before the token is written."""
+        anchor = self.weights if self.seen % self.memory.chunk_size == 0 else self.anchor
+        heads = silu(query).unflatten(-1, (HEADS, -1))
+        outputs = [network(anchor[:, head], normalize(heads[head], dim=0)) for head in range(HEADS)]
+        return self.memory.norm(torch.stack(outputs)).flatten()
+
+
+def naive(mixer, hidden):
+    """[T, d] to [T, d]."""
+    memory = NaiveMemory(mixer.memory)
+    mixed = torch.stack([memory.write_and_read(token) for token in hidden])
     return mixer.o_proj(silu(mixer.gate_proj(hidden)) * mixed)
+
+
+def naive_context(mixer, hidden):
+    """Equations 21 to 25 for one row [T, d]: every token attends to lists of keys and values."""
+    memory, output = NaiveMemory(mixer.memory), []
+    always = list(mixer.kv_proj(mixer.persistent.weight).unflatten(-1, (2, HEADS, -1)))
+    for t, token in enumerate(hidden):
+        position = t % mixer.memory.chunk_size
+        if position == 0:
+            segment = list(always)
+
+        def rotate(x, position=position):
+            """Equation 34 of RoFormer in complex numbers, halves as real and imaginary parts."""
+            half = x.shape[-1] // 2
+            cos, sin = rotary_embedding(torch.tensor(position), 2 * half, 10000.0)  # in float32, as the mixer
+            turned = torch.complex(x[..., :half], x[..., half:]) * torch.complex(cos[:half], sin[:half])
+            return torch.cat([turned.real, turned.imag], dim=-1)
+
+        question, query = mixer.q_proj(token).chunk(2)
+        for source in (memory.recall(question), token):
+            key, value = mixer.kv_proj(source).unflatten(-1, (2, HEADS, -1))
+            segment.append(torch.stack([rotate(key), value]))
+        keys, values = torch.stack(segment).unbind(1)  # [slots, H, K]
+        query = rotate(query.unflatten(-1, (HEADS, -1)))
+        scores = torch.einsum("hk,shk->sh", query, keys) * keys.shape[-1] ** -0.5
+        y = mixer.attention_norm(torch.einsum("sh,shk->hk", scores.softmax(0), values).flatten())
+        output.append(mixer.o_proj(silu(y) * memory.write_and_read(y)))
+    return torch.stack(output)
 
 
 @pytest.mark.parametrize("chunk_size", [1, 4, 32])
 @pytest.mark.parametrize("depth", [1, 2, 3])
 def test_it_is_the_recurrence_of_the_paper(depth, chunk_size):
-    """In one call and token by token, in value and in gradient."""
     mixer, hidden = layer(depth, chunk_size), hidden_tokens(1).requires_grad_()
+    assert_whole_and_steps_are(naive, mixer, hidden)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 4, 32])
+def test_memory_as_context_is_that_of_the_paper(chunk_size):
+    mixer = layer(2, chunk_size, MemoryAsContext, num_persistent_tokens=3)
+    assert_whole_and_steps_are(naive_context, mixer, hidden_tokens(1).requires_grad_())
+
+
+def assert_whole_and_steps_are(reference, mixer, hidden):
+    """In one call and token by token, in value and in gradient."""
 
     def gradients(output):
         mixer.zero_grad()
@@ -103,7 +174,7 @@ def test_it_is_the_recurrence_of_the_paper(depth, chunk_size):
         output.square().sum().backward()
         return [hidden.grad.clone(), *(parameter.grad.clone() for parameter in mixer.parameters())]
 
-    expected = naive(mixer, hidden[0])
+    expected = reference(mixer, hidden[0])
     whole = read(mixer, hidden)[0][0]
     torch.testing.assert_close(whole, expected, **CLOSE)
     state, steps = None, []
@@ -157,16 +228,17 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(advance, (*memory, *tokens, *gates))
 
 
+@pytest.mark.parametrize("kind", [MemoryAsLayer, MemoryAsContext])
 @pytest.mark.parametrize("first", [3, 5, 8])
 @torch.no_grad()
-def test_rows_need_not_be_at_the_same_place_of_a_chunk(first):
+def test_rows_need_not_be_at_the_same_place_of_a_chunk(first, kind):
     """Every row as if it were alone and whole, wherever calls and paddings split it."""
-    mixer, hidden = layer(), hidden_tokens(3)
+    mixer, hidden = layer(kind=kind), hidden_tokens(3)
     mask = torch.ones(3, LENGTH, dtype=torch.bool)
     mask[0, :2], mask[1, 1:3], mask[2, first + 2 :] = False, False, False
     left, state = read(mixer, hidden[:, :first], mask[:, :first])
     right, state = read(mixer, hidden[:, first:], mask[:, first:], state)
-    assert state[3].tolist() == [(count % 4) for count in mask.sum(1).tolist()]
+    assert state[-2].tolist() == [(count % 4) for count in mask.sum(1).tolist()]
     for row in range(3):
         expected, alone = read(mixer, hidden[row : row + 1, mask[row]])
         actual = torch.cat([left[row], right[row]])[mask[row]]
@@ -174,10 +246,11 @@ def test_rows_need_not_be_at_the_same_place_of_a_chunk(first):
         torch.testing.assert_close(tuple(x[row : row + 1] for x in state), alone, **CLOSE)
 
 
+@pytest.mark.parametrize("kind", [MemoryAsLayer, MemoryAsContext])
 @torch.no_grad()
-def test_a_state_of_zeros_is_the_beginning():
+def test_a_state_of_zeros_is_the_beginning(kind):
     """What a cache holds for rows that have not begun, and what a static cache begins with."""
-    mixer, hidden = layer(), hidden_tokens()
+    mixer, hidden = layer(kind=kind), hidden_tokens()
     expected, state = read(mixer, hidden)
     zeros = tuple(torch.zeros_like(tensor) for tensor in state)
     actual, again = read(mixer, hidden, state=zeros)
@@ -198,10 +271,11 @@ def test_no_token_sees_a_later_one(name):
         assert difference[position:].min() > 1e-9
 
 
+@pytest.mark.parametrize("name", ["memory as gate", "memory as context"])
 @torch.no_grad()
-def test_the_memory_reaches_further_than_the_window():
-    """With attention to 4 tokens, a change 40 tokens ago is still seen: by what was written of it."""
-    model, ids = tiny_model(**SHAPES["memory as gate"]), random_ids(1, 48)
+def test_the_memory_reaches_further_than_the_window(name):
+    """With attention to 4 or 5 tokens, a change 40 tokens ago is still seen: by what was written of it."""
+    model, ids = tiny_model(**SHAPES[name]), random_ids(1, 48)
     changed = ids.clone()
     changed[0, 2] += 1
     assert (model(changed).logits - model(ids).logits)[0, -1].abs().max() > 1e-9
@@ -249,13 +323,15 @@ def test_gradients_flow_through_the_cache(name):
     assert all(gradient.abs().max() > 0 for gradient in actual)
 
 
+@pytest.mark.parametrize("name,attended", [("memory as gate", 3), ("memory as context", 1)])
 @torch.no_grad()
-def test_states_are_float32_under_autocast():
-    model, ids = tiny_model(torch.float32, noise=0.05, **SHAPES["memory as gate"]), random_ids(2, 40)
+def test_states_are_float32_under_autocast(name, attended):
+    model, ids = tiny_model(torch.float32, noise=0.05, **SHAPES[name]), random_ids(2, 40)
     expected = model(ids).logits
     with torch.autocast("cpu", dtype=torch.bfloat16):
         outputs = model(ids, use_cache=True)
-    memory = outputs.past_key_values.layers[0].slices[0][3:]
+        model(ids, past_key_values=outputs.past_key_values)
+    memory = outputs.past_key_values.layers[0].slices[0][attended:]
     assert {tensor.dtype for tensor in memory} == {torch.float32, torch.int64}
     assert (outputs.logits.float() - expected).abs().mean() < 0.05 * expected.std()
 
