@@ -1,10 +1,12 @@
 """Titans' memory: the paper's recurrence, written naively, is the reference; nothing leaks or explodes."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch.nn.functional import normalize, silu
 
-from stackformer import StackformerCache, StackformerConfig
+from stackformer import StackformerCache, StackformerConfig, StackformerForCausalLM
 from stackformer.mixer_attention import rotary_embedding
 from stackformer.mixer_neural_memory import (
     Memory,
@@ -15,7 +17,7 @@ from stackformer.mixer_neural_memory import (
     measure_surprise,
 )
 from stackformer.processing_stack import TokenLayout
-from tests.models import SHAPES, random_ids, tiny_model
+from tests.models import SHAPES, random_ids, spread_weights, tiny_model
 from tests.test_generation import generate
 from tests.test_modeling import (
     CLOSE,
@@ -26,6 +28,7 @@ from tests.test_modeling import (
 
 SIZE, HEADS, LENGTH = 12, 2, 19
 NAMES = ("neural memory", "memory as gate", "memory as context")
+PRESETS = sorted((Path(__file__).parent.parent / "configs").glob("titans-*.json"))
 
 
 def layer(depth: int = 2, chunk_size: int = 4, kind: type = MemoryAsLayer, **fields):
@@ -363,6 +366,28 @@ def test_nothing_explodes():
 @torch.no_grad()
 def test_nothing_explodes_in_a_hundred_thousand_tokens():
     read_for_long(100_000)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", PRESETS, ids=[path.stem for path in PRESETS])
+@torch.no_grad()
+def test_presets_read_a_hundred_thousand_tokens(preset):
+    """Small ones, with weights that are far from initial: states stay finite, and stop growing."""
+    config = StackformerConfig.from_json_file(preset)
+    config.update({"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 16})
+    torch.manual_seed(0)
+    model = spread_weights(StackformerForCausalLM(config).eval())
+    cache, norms, generator = StackformerCache(config), [], torch.Generator().manual_seed(0)
+    for _ in range(400):
+        ids = torch.randint(0, 256, (1, 250), generator=generator)
+        assert torch.isfinite(model(ids, past_key_values=cache).logits).all()
+        # Tokens and positions are counted; all else is a state.
+        states = [x for layer in cache.layers for x in layer.slices[0] if x.is_floating_point()]
+        assert all(torch.isfinite(state).all() for state in states)
+        norms.append(torch.stack([state.norm() for state in states]))
+    assert cache.get_seq_length() == 100_000
+    early, late = torch.stack(norms).chunk(2)
+    assert (late.amax(0) < 1.3 * early.amax(0)).all()  # what grows with the tokens is twice as large
 
 
 @torch.no_grad()
