@@ -1,8 +1,10 @@
 """Benchmarks: what they time takes turns, what they report follows from what they measured."""
 
 import argparse
+import importlib
 import json
 import statistics
+import sys
 
 import pytest
 import torch
@@ -200,3 +202,23 @@ def test_profile(tmp_path, capsys):
         shares = [row["share"] for row in rows if row["use"] == use]
         assert sum(shares) == pytest.approx(1) and shares == sorted(shares, reverse=True)
     assert "`aten::mm`" in text
+
+
+def test_titans(tmp_path, capsys):
+    pytest.importorskip("titans_pytorch")
+    from benchmarks import titans
+
+    sizes = ["--time", "16", "32", "--head_dim", "4", "--chunk_size", "8", "--max_per_token", "16"]
+    recall = ["--recall", str(tmp_path / "recall"), "--recall_steps", "2"]
+    rows, text = run(titans.main, [*sizes, *recall, *BRIEF], tmp_path, capsys)
+    assert [row["side"] for row in rows] == [*titans.SIDES, titans.OURS, titans.PER_CHUNK]
+    assert all(row["peak_bytes"] > 0 for row in rows)
+    assert_ratios(rows, ("T",), titans.OURS)
+    assert "mqar: accuracy by length" in text and harness.milliseconds(rows[1]) in text
+
+
+def test_titans_needs_the_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, "titans_pytorch", None)
+    monkeypatch.delitem(sys.modules, "benchmarks.titans", raising=False)
+    with pytest.raises(ImportError, match=r'pip install "stackformer\[titans\]"'):
+        importlib.import_module("benchmarks.titans")
