@@ -220,7 +220,8 @@ def run_all(
                 lines.append(identify(run, args) | future.result())
                 file.write(json.dumps(lines[-1]) + "\n")
                 file.flush()
-                tqdm.write(f"{run.row}, seed {run.seed}: {lines[-1]['bits_per_byte']:.4f}")
+                numbers = [f"{key} {x:.4g}" for key, x in future.result().items() if isinstance(x, float)]
+                tqdm.write(f"{run.row}, seed {run.seed}: {', '.join(numbers)}")
             bar.update(steps_done.value - bar.n)
     return [line for run in runs if (line := find(run)) is not None]
 

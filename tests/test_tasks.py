@@ -11,10 +11,10 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.modeling_outputs import CausalLMOutput
 
-from benchmarks.tasks import IGNORED, TASKS, heat_map, naive_sorting, run, seeded
+from benchmarks.tasks import IGNORED, TASKS, densities, heat_map, naive_sorting, run, seeded
 from benchmarks.tasks.word_problem import group_elements, multiplication_table
 from scripts.train import read_preset
-from tests.models import tiny_model
+from tests.models import SHAPES, random_ids, tiny_model
 
 torch.set_num_threads(1)
 
@@ -402,3 +402,37 @@ def test_heat_map_is_of_medians_and_says_which_depth(tmp_path, capsys):
         heat_map.panels(rows, "loss")
     with pytest.raises(ValueError, match="at least one result"):
         heat_map.draw_heat_map([], picture)
+
+
+@torch.no_grad()
+def test_densities_are_those_of_the_tokens():
+    """Of every token as if it were the last one, and none is left out."""
+    model, ids = tiny_model(**SHAPES["infinity-former"]), random_ids(2, 17)
+    layers = densities.looks(model, ids)
+    assert [tuple(x.shape) for x in layers[0]] == [(2, 2, 17)] * 2 and len(layers) == 2
+    for length in (3, 5, 11):
+        for layer, shorter in zip(layers, densities.looks(model, ids[:, :length]), strict=True):
+            torch.testing.assert_close(tuple(x[..., :length] for x in layer), shorter)
+    assert len({round(x, 6) for x in layers[0][0].flatten().tolist()}) > 17
+
+
+def test_densities_are_drawn(tmp_path):
+    command = (
+        "--task sorting --config configs/infinity-tiny.json --train_length 16 --test_lengths 16 --max_steps 1"
+    )
+    overrides = {"hidden_size": 16, "intermediate_size": 8, "sliding_window": 8, "memory_block": 8}
+    command += (
+        f" --num_test 2 --per_device_train_batch_size 2 --output_dir {tmp_path / 'runs'} --disable_tqdm true"
+    )
+    run.main([*command.split(), "--config_overrides", json.dumps(overrides)])
+    picture = tmp_path / "new" / "densities.png"
+    folder = tmp_path / "runs" / "sorting" / "infinity-tiny" / "depth1-seed0"
+    density = densities.main(f"--run {folder} --length 16 --num_test 3 --output {picture}".split())
+    assert density.shape == (2, 4, 20, 100)
+    assert density.mean(-1).max() <= 1.05, "more than all is in [0, 1]"
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match="run='.*': expected a model with continuous attention"):
+        (folder / "config.json").write_text(
+            (folder / "config.json").read_text().replace("continuous_attention", "attention")
+        )
+        densities.main(["--run", str(folder), "--length", "16"])

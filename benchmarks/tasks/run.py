@@ -42,6 +42,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
     set_seed,
 )
@@ -177,8 +178,13 @@ def build_task(name: str, options: dict[str, Any] | None = None) -> Task:
     return TASKS[name](**(options or {}))
 
 
-def train(run: Run, args: TaskArguments, training: TrainingArguments) -> None:
+def train(
+    run: Run, args: TaskArguments, training: TrainingArguments, callbacks: Sequence[TrainerCallback] = ()
+) -> None:
     """Train the run's model into its folder, unless that has been done, going on from a checkpoint.
+
+    Args:
+        callbacks: the Trainer's, beside its own.
 
     Raises:
         ValueError: if the folder holds a run with other settings.
@@ -211,6 +217,7 @@ def train(run: Run, args: TaskArguments, training: TrainingArguments) -> None:
             * arguments.world_size
         ),
         data_collator=TaskCollator(run.task, run.task.train_lengths(args.train_length), run.seed),
+        callbacks=list(callbacks),
     )
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(run.folder)))
