@@ -65,14 +65,21 @@ def draw(densities: Tensor, contraction: float, num_blocks: int, path: str | Pat
     for layer, row in enumerate(axes):
         for head, axis in enumerate(row):
             image = densities[layer, head].clamp(max=float(densities.quantile(0.99))).numpy()
-            axis.imshow(image, aspect="auto", extent=(0, 1, len(image), 0), cmap="magma", vmin=0)
+            axis.imshow(
+                image,
+                aspect="auto",
+                extent=(0, 1, len(image), 0),
+                cmap="magma",
+                vmin=0,
+                interpolation="nearest",
+            )
             for number in range(1, num_blocks):
                 axis.axvline(contraction**number, color="white", linewidth=0.5, alpha=0.6)
             axis.set_title(f"layer {layer}, head {head}", fontsize=9)
     figure.supxlabel("the memory: 0 the oldest, 1 the newest", fontsize=9)
     figure.supylabel("answer", fontsize=9)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=100)
+    figure.savefig(path, dpi=80)
 
 
 def main(argv: list[str] | None = None) -> Tensor:
