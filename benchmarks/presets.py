@@ -62,7 +62,7 @@ class Column(NamedTuple):
 COLUMNS = {
     "recall": Column("mqar", {"vocab_size": 32, "num_kv_pairs": 4}, 32, 32, 400, 32),
     "state tracking": Column("parity", {}, 16, 32, 300, 32),
-    "sorting": Column("sorting", {"num_symbols": 10}, 96, 96, 250, 16),
+    "sorting": Column("sorting", {"num_symbols": 5}, 64, 64, 200, 16),
 }
 
 

@@ -36,7 +36,7 @@ def test_cells_are_filled_one_by_one(tmp_path, capsys, monkeypatch):
         assert (
             f"\n| {name} | {row['recall'].median:.2f} | - | - | {row['bits_per_byte'].median:.3f} |" in report
         )
-    assert "Guessing has 0.06 at recall, 0.50 at state tracking, 0.10 at sorting." in report
+    assert "Guessing has 0.06 at recall, 0.50 at state tracking, 0.20 at sorting." in report
     assert report in capsys.readouterr().out
 
 
