@@ -309,8 +309,8 @@ class MemoryAsContext(nn.Module):
 
     A segment is a chunk of the memory: while it is read, the memory at its start is what is known of the
     segments before. A token sees the persistent tokens, the tokens of its segment up to itself, and for each
-    of these what the memory returned when asked with it. The memory then takes in what attention made of it,
-    y, and the output is y times what the memory returns for y.
+    of these what the memory returned when asked with it. The memory then takes in y, the token plus what
+    attention made of it, normalised, and the output is y times what the memory returns for y.
 
     In the paper a token sees what was returned for all tokens of its segment, and reads a memory that has
     taken in all of them: both tell of later tokens. Here everything ends at the token itself.
@@ -355,6 +355,7 @@ class MemoryAsContext(nn.Module):
             begun = segments.begun if number == 0 else torch.zeros_like(segments.begun)
             query, context = self._rotate(query, context, begun)
             mixed = self._attend(query, context, past if number == 0 else None, begun)
+            mixed = self.attention_norm(tokens[:, number] + mixed)
             real = replace(TokenLayout.full(*mixed.shape[:2]), row_lengths=segments.real[:, number].sum(1))
             qkv, gates, inputs = self.memory.project(mixed.flatten(0, 1), real, inputs)
             answer, memory = self.memory.advance(qkv, gates, memory, segments, number)
@@ -388,7 +389,7 @@ class MemoryAsContext(nn.Module):
 
     def _attend(self, query: Tensor, context: Tensor, past: Tensor | None, begun: Tensor) -> Tensor:
         """Queries and contexts of `_rotate`, and what was before the call, `past` [B', C - 1, 2, 2, H, K], of
-        which `begun` [B'] tokens are of the same segment: y, normalised, [B', C, d]."""
+        which `begun` [B'] tokens are of the same segment, to the mixed tokens [B', C, d]."""
         length = query.shape[1]
         visible = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
         if past is not None:
@@ -405,7 +406,7 @@ class MemoryAsContext(nn.Module):
         mixed = nn.functional.scaled_dot_product_attention(
             query.transpose(1, 2), key, value, attn_mask=visible.unsqueeze(-3)
         )
-        return self.attention_norm(mixed.transpose(1, 2).flatten(2))
+        return mixed.transpose(1, 2).flatten(2)
 
 
 __all__ = ["MemoryAsContext", "MemoryAsGate", "MemoryAsLayer", "NeuralMemory"]

@@ -150,7 +150,7 @@ def naive_context(mixer, hidden):
         keys, values = torch.stack(segment).unbind(1)  # [slots, H, K]
         query = rotate(query.unflatten(-1, (HEADS, -1)))
         scores = torch.einsum("hk,shk->sh", query, keys) * keys.shape[-1] ** -0.5
-        y = mixer.attention_norm(torch.einsum("sh,shk->hk", scores.softmax(0), values).flatten())
+        y = mixer.attention_norm(token + torch.einsum("sh,shk->hk", scores.softmax(0), values).flatten())
         output.append(mixer.o_proj(silu(y) * memory.write_and_read(y)))
     return torch.stack(output)
 
