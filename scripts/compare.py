@@ -78,6 +78,7 @@ ROWS = {
         "num_memory_banks=4,bottleneck_intermediate_size=52",
         "4 banks per head and stack level, 3 levels, up to 3 ponder steps, in a bottleneck.",
     ),
+    "Stackformer, one bank": Row("stackformer-tiny", None, "the same with one memory per head and level."),
 }
 DEFAULT_ROWS = [name for name in ROWS if name != FAST_TRANSFORMERS or CausalLinearAttention is not None]
 TOLERANCE = 1e-4
