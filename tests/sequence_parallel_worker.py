@@ -2,12 +2,15 @@
 """One process of those that share sequences, which tests/test_sequence_parallel.py compares with one alone.
 
     RANK=0 WORLD_SIZE=3 python -m tests.sequence_parallel_worker FOLDER
+    RANK=0 WORLD_SIZE=4 python -m tests.sequence_parallel_worker FOLDER ddp
 
-The folder gets what each process had of each case: RANK.pt.
+The folder gets what each process had of each case: RANK.pt. With "ddp", what it had of a training in which
+each half of the processes shares sequences of its own.
 """
 
 import os
 import sys
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -16,7 +19,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
+from stackformer.long_context import next_labels
 from stackformer.sequence_parallel import SequenceParallelCache, shard_sequence
 from tests.models import SHAPES, random_ids, tiny_model
 
@@ -107,8 +112,50 @@ def refuse(group: dist.ProcessGroup) -> None:
     model(**shard, past_key_values=cache)
     with pytest.raises(ValueError, match="must be new for each call"):
         model(**shard, past_key_values=cache)
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    with pytest.raises(ValueError, match="`use_reentrant` must be False"):
+        model(**shard, past_key_values=SequenceParallelCache(model.config, group))
     with pytest.raises(ValueError, match="at least as many tokens as there are processes"):
         shard_sequence(random_ids(1, 1), group=group)
+
+
+def train(model: torch.nn.Module, step: Callable[[dict[str, Any], Tensor], Tensor]) -> dict[str, Any]:
+    """Two steps of SGD, each on the ragged rows of another batch.
+
+    Args:
+        step: from a batch, and its number of labels, to the loss that is to be propagated back.
+    """
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    losses = []
+    for length in (12, 15):
+        batch = make_batch(length=length, padding=[(0, 3), (2, 10), (0, length)])
+        count = next_labels(batch["input_ids"], batch["labels"], None).ne(-100).sum()
+        optimizer.zero_grad()
+        loss = step(batch, count)
+        loss.backward()
+        losses.append(loss.detach())
+        grads = {name: parameter.grad for name, parameter in model.named_parameters()}
+        optimizer.step()
+    return {"losses": losses, "grads": grads, "weights": model.state_dict()}
+
+
+def train_in_parallel(checkpointing: bool) -> dict[str, Any]:
+    """The first half of the processes shares two rows, the second half the third one."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    halves = [list(range(size // 2)), list(range(size // 2, size))]
+    groups = [dist.new_group(half) for half in halves]
+    half = int(rank in halves[1])
+    rows = (slice(0, 2), slice(2, 3))[half]
+    model = make_model({"ponder_loss_coef": 0.1}, checkpointing)
+    wrapped = DistributedDataParallel(model)
+
+    def step(batch: dict[str, Any], count: Tensor) -> Tensor:
+        batch = {name: tensor[rows] for name, tensor in batch.items()}
+        shard = shard_sequence(**batch, num_items_in_batch=count, group=groups[half])
+        cache = SequenceParallelCache(model.config, groups[half])
+        return size * wrapped(**shard, past_key_values=cache).loss
+
+    return train(model, step)
 
 
 def main() -> None:
@@ -118,9 +165,12 @@ def main() -> None:
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size,
         timeout=timedelta(seconds=60),
     )  # fmt: skip
-    groups = {number: dist.new_group(range(number)) for number in (2, 3)}
-    results = {name: run(name, groups[c["size"]]) for name, c in CASES.items() if rank < c["size"]}
-    refuse(groups[3])
+    if sys.argv[2:] == ["ddp"]:
+        results = {checkpointing: train_in_parallel(checkpointing) for checkpointing in (False, True)}
+    else:
+        groups = {number: dist.new_group(range(number)) for number in (2, 3)}
+        results = {name: run(name, groups[c["size"]]) for name, c in CASES.items() if rank < c["size"]}
+        refuse(groups[3])
     torch.save(results, folder / f"{rank}.pt")
     dist.barrier()  # a process that leaves while the other still talks to it may abort
     dist.destroy_process_group()

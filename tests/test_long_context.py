@@ -108,10 +108,11 @@ def test_the_state_is_kept_anywhere(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_checkpointed_pieces():
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpointed_pieces(use_reentrant):
     inputs, expected, model = batch(), model_for(), model_for()
     long_context_backward(expected, **inputs, piece_size=PIECE)
-    model.gradient_checkpointing_enable()
+    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
     long_context_backward(model, **inputs, piece_size=PIECE)
     assert_same_gradients(model, expected)
 

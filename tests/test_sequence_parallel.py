@@ -4,7 +4,9 @@
 import os
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,23 +14,21 @@ import torch
 from stackformer import StackformerCache
 from stackformer.memory_bank import banked_linear_attention, combine_spans
 from tests.models import random_ids
-from tests.sequence_parallel_worker import CASES, make_batch, make_model, read
+from tests.sequence_parallel_worker import CASES, make_batch, make_model, read, train
 
 ROOT = Path(__file__).parents[1]
 CLOSE = {"rtol": 1e-10, "atol": 1e-10}
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    """What each of three processes had of each case."""
-    folder = tmp_path_factory.mktemp("shared")
-    command = [sys.executable, "-m", "tests.sequence_parallel_worker", str(folder)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "WORLD_SIZE": "3"}
+def launch(folder: Path, size: int, *arguments: str) -> list[dict[Any, Any]]:
+    """What each of `size` processes had."""
+    command = [sys.executable, "-m", "tests.sequence_parallel_worker", str(folder), *arguments]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "WORLD_SIZE": str(size)}
     processes = [
         subprocess.Popen(
             command, cwd=ROOT, env=environment | {"RANK": str(rank)}, stderr=subprocess.PIPE, text=True
         )
-        for rank in range(3)
+        for rank in range(size)
     ]
     try:
         errors = [process.communicate(timeout=120)[1] for process in processes]
@@ -36,7 +36,13 @@ def results(tmp_path_factory):
         for process in processes:
             process.kill()
     assert not any(process.returncode for process in processes), "\n".join(errors)[-8000:]
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(3)]
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(size)]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """What each of three processes had of each case."""
+    return launch(tmp_path_factory.mktemp("shared"), 3)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -67,6 +73,20 @@ def test_processes_that_share_sequences_compute_what_one_does(results, name):
             for index, tensors in state.items():
                 wanted = layer.slices.get(index, [torch.zeros_like(tensor) for tensor in tensors])
                 torch.testing.assert_close(list(tensors), [*wanted], **CLOSE)
+
+
+@pytest.mark.slow
+def test_half_of_the_rows_split_over_half_of_the_processes(tmp_path):
+    """Data and sequence parallelism at once: DDP over four processes, two for the tokens of each row."""
+    model = make_model({"ponder_loss_coef": 0.1})
+    expected = train(model, lambda batch, count: model(**batch, num_items_in_batch=count).loss)
+    results = launch(tmp_path, 4, "ddp")
+    for checkpointing in (False, True):
+        parts = [result[checkpointing] for result in results]
+        losses = torch.stack([torch.stack(part["losses"]) for part in parts]).mean(0)
+        torch.testing.assert_close(losses, torch.stack(expected["losses"]), rtol=1e-6, atol=1e-6)
+        for part, key in product(parts, ("grads", "weights")):
+            torch.testing.assert_close(part[key], expected[key], **CLOSE)
 
 
 def test_combine_spans_is_reading_them_one_after_another():
