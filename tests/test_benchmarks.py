@@ -9,7 +9,19 @@ import sys
 import pytest
 import torch
 
-from benchmarks import decode, halting, harness, memory_bank, models, prefill, profile_model, training
+from benchmarks import (
+    decode,
+    halting,
+    harness,
+    long_recall,
+    memory_bank,
+    models,
+    prefill,
+    profile_model,
+    training,
+)
+from benchmarks.tasks.recall import DistantRecall
+from stackformer.long_context_trainer import DocumentStreams
 
 SMALL = ["--parameters", "300000", "--layers", "2", "--threads", "1"]
 BRIEF = ["--repeats", "2"]
@@ -222,3 +234,33 @@ def test_titans_needs_the_package(monkeypatch):
     monkeypatch.delitem(sys.modules, "benchmarks.titans", raising=False)
     with pytest.raises(ImportError, match=r'pip install "stackformer\[titans\]"'):
         importlib.import_module("benchmarks.titans")
+
+
+def test_long_recall(tmp_path, capsys):
+    """One method after the other, with the same sequences; where a piece is a context, they are the same."""
+    path = tmp_path / "result.json"
+    argv = ["--lengths", "24", "40", "--steps", "2", "1", "--tokens_per_step", "80", "--num_test", "4"]
+    rows = long_recall.main([*argv, "--json", str(path)])["rows"]
+    assert [(row["method"], row["length"]) for row in rows] == [
+        (method, length) for method in ("reverse", "truncated") for length in (24, 40)
+    ]
+    assert [row["loss"] for row in rows[:2]] != [row["loss"] for row in rows[2:]]
+    assert json.loads(path.read_text())["rows"] == rows
+    assert "| truncated | 40 | 1 |" in capsys.readouterr().out
+    rows = long_recall.main([*argv, "--pieces", "1"])["rows"]
+    assert [row["loss"] for row in rows[:2]] == [row["loss"] for row in rows[2:]]
+    with pytest.raises(ValueError, match=r"steps=\[2, 1\]: expected as many as lengths=\[9\]"):
+        long_recall.main([*argv, "--lengths", "9"])
+
+
+def test_documents_are_the_sequences_of_a_task():
+    documents = long_recall.Documents(DistantRecall(num_kv_pairs=2), size=3, length=30, seed=1)
+    streams = DocumentStreams(documents, 1)
+    for number, item in enumerate(documents):
+        ids, labels = streams[number]["input_ids"], streams[number]["shift_labels"]
+        assert len(ids) == 30 and ids.equal(item["input_ids"][:-1]) and labels.equal(item["labels"][1:])
+        asked = (labels != -100).nonzero().flatten().tolist()
+        assert asked == [27, 29]
+        memory = dict(zip(ids[1:6:3].tolist(), ids[2:6:3].tolist(), strict=True))
+        assert [memory[ids[t].item()] for t in asked] == labels[asked].tolist()
+    assert number == 2

@@ -18,7 +18,7 @@ from tests.models import SHAPES, random_ids, tiny_model
 
 torch.set_num_threads(1)
 
-OPTIONS = {"mqar": {"vocab_size": 64}}
+OPTIONS = {"mqar": {"vocab_size": 64}, "distant_recall": {"num_kv_pairs": 2}}
 
 
 def _task(name, **options):
@@ -129,6 +129,24 @@ def test_recall_is_answerable_from_its_context(length, pairs):
         assert not any(token for t, token in enumerate(tokens[2 * count :], 2 * count) if t not in answers)
 
 
+@pytest.mark.parametrize("length, pairs", [(15, 3), (31, 4), (64, 2)])
+def test_distant_recall_asks_for_marked_pairs_only(length, pairs):
+    unlike = 0
+    for tokens, answers in _sequences("distant_recall", length, num_kv_pairs=pairs, num_keys=5, num_values=6):
+        kept, rest, asked = tokens[: 3 * pairs], tokens[3 * pairs : -2 * pairs], tokens[-2 * pairs :]
+        assert kept[::3] == [0] * pairs and set(rest[::3]) <= {1} and asked[::2] == [2] * pairs
+        memory = dict(zip(kept[1::3], kept[2::3], strict=True))
+        assert len(memory) == pairs and sorted(memory) == sorted(asked[1::2])
+        assert list(answers) == list(range(length - 2 * pairs + 1, length, 2))
+        assert all(memory[tokens[t]] == answer for t, answer in answers.items())
+        # Elsewhere the same keys have other values, or the marks would say nothing.
+        others = zip(rest[1::3], rest[2::3], strict=False)  # the last may be cut off
+        unlike += sum(memory.get(key, value) != value for key, value in others)
+        for keys, values in ((kept[1::3], kept[2::3]), (rest[1::3], rest[2::3])):
+            assert all(3 <= key < 8 for key in keys) and all(8 <= value < 14 for value in values)
+    assert unlike or length == 5 * pairs
+
+
 @pytest.mark.parametrize("length", [3, 60])
 def test_sorting_is_by_count_then_by_first_place(length):
     for tokens, answers in _sequences("sorting", length):
@@ -208,6 +226,8 @@ def test_training_draws_all_lengths_and_other_sequences_than_the_test():
         ("mqar", {"num_kv_pairs": 4}, 14, "length=14"),
         ("mqar", {}, 14, "length=14"),
         ("mqar", {"num_kv_pairs": 8, "vocab_size": 16}, 64, "vocab_size=16: expected at least 18"),
+        ("distant_recall", {"num_kv_pairs": 4}, 19, "length=19: expected at least 5 times num_kv_pairs=4"),
+        ("distant_recall", {"num_kv_pairs": 9}, 64, "num_kv_pairs=9: expected at most num_keys=8"),
     ],
 )
 def test_bad_tasks(name, options, length, message):

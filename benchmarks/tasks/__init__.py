@@ -7,7 +7,7 @@ row here.
 """
 
 from .chomsky import CycleNavigation, DuplicateString, Parity, ReverseString, StackManipulation
-from .recall import Recall
+from .recall import DistantRecall, Recall
 from .sorting import Sorting
 from .task import IGNORED, Task, seeded
 from .word_problem import WordProblem
@@ -20,6 +20,7 @@ TASKS = {
     "duplicate_string": DuplicateString,
     "word_problem": WordProblem,
     "mqar": Recall,
+    "distant_recall": DistantRecall,
     "sorting": Sorting,
 }
 

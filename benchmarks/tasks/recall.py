@@ -1,5 +1,5 @@
 # Copyright 2026 The Stackformer authors. Licensed under the Apache License, Version 2.0.
-"""Multi-query associative recall (Arora et al. 2023, "Zoology", section 4 and appendix E.1)."""
+"""Associative recall: of Arora et al. 2023 ("Zoology", section 4 and appendix E.1), and from far away."""
 
 from dataclasses import dataclass
 
@@ -73,4 +73,67 @@ class Recall(Task):
         return [longest]
 
 
-__all__ = ["Recall"]
+KEEP, IGNORE, ASK = range(3)  # the mark in front of a pair, and in front of a key that is asked for
+
+
+@dataclass(frozen=True)
+class DistantRecall(Task):
+    """Pairs to keep at the start, pairs to ignore from there on; at the end each key: what was its value?
+
+    0 5 9 0 3 8 1 5 7 1 4 9 1 3 7 2 3 2 5 -> at the last 3: 8, at the last 5: 9. The marks are 0 (keep), 1
+    (ignore) and 2 (the question). Only the mark tells what is worth keeping: keys and values of what is to be
+    ignored are drawn from the same ones. A piece of the text without the start says nothing about how to keep
+    a pair, so that backpropagation must reach from the last tokens to the first.
+
+    Args:
+        num_kv_pairs: pairs to keep, with different keys.
+        num_keys: keys to draw from.
+        num_values: values to draw from, each as likely as the others.
+    """
+
+    num_kv_pairs: int = 4
+    num_keys: int = 8
+    num_values: int = 8
+
+    @property
+    def vocab_size(self) -> int:  # type: ignore[override]
+        return ASK + 1 + self.num_keys + self.num_values
+
+    @property
+    def num_answers(self) -> int:  # type: ignore[override]
+        return self.num_values
+
+    def sample(self, batch_size: int, length: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """See [`Task.sample`].
+
+        Raises:
+            ValueError: if the pairs are more than the keys, or do not fit into the length.
+        """
+        pairs = self.num_kv_pairs
+        if pairs > self.num_keys:
+            raise ValueError(f"num_kv_pairs={pairs}: expected at most num_keys={self.num_keys}.")
+        if length < 5 * pairs:
+            raise ValueError(f"length={length}: expected at least 5 times num_kv_pairs={pairs}.")
+
+        def triples(mark: int, keys: Tensor) -> tuple[Tensor, Tensor]:
+            values = torch.randint(self.num_values, keys.shape, generator=generator) + first_value
+            return torch.stack([torch.full_like(keys, mark), keys, values], dim=2).flatten(1), values
+
+        first_key, first_value = ASK + 1, ASK + 1 + self.num_keys
+        keys = first_key + torch.rand(batch_size, self.num_keys, generator=generator).topk(pairs).indices
+        kept, values = triples(KEEP, keys)
+        missing = length - 5 * pairs
+        others = torch.randint(self.num_keys, (batch_size, -(-missing // 3)), generator=generator)
+        ignored, _ = triples(IGNORE, others + first_key)
+        order = torch.rand(batch_size, pairs, generator=generator).argsort(1)
+        asked = torch.stack([torch.full_like(keys, ASK), keys.gather(1, order)], dim=2).flatten(1)
+        input_ids = torch.cat([kept, ignored[:, :missing], asked], dim=1)
+        labels = torch.full_like(input_ids, IGNORED)
+        labels[:, length - 2 * pairs + 1 :: 2] = values.gather(1, order)
+        return input_ids, labels
+
+    def train_lengths(self, longest: int) -> list[int]:
+        return [longest]
+
+
+__all__ = ["DistantRecall", "Recall"]
