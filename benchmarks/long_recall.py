@@ -3,18 +3,19 @@
 
     python -m benchmarks.long_recall --json outputs/long_recall.json
 
-The task is `distant_recall` (tasks/recall.py): a few pairs of keys and values at the start, distraction, and
-at the end the questions. A small model is trained by the `LongContextTrainer`, with states that are computed
-backwards ("reverse"), or with gradients that end at each piece ("truncated"); the state is carried in both.
-Both go through the same stages, from short contexts to long ones, with the same initial weights, sequences,
-steps, rates and pieces: at every stage a context is cut into `--pieces` pieces, or more where those would be
-longer than `--piece_size`. Before and after each stage the model is tested on other sequences of its length.
+The task is `distant_recall` (tasks/recall.py): pairs of keys and values at the start, marked as worth
+keeping, then pairs to ignore, and questions at the end. A small model learns it on short contexts, through
+the whole of which gradients flow. Then it goes on with long contexts only, in which the pairs to keep have a
+mark that it has never seen: with states that are computed backwards ("reverse"), or with gradients that end
+at each piece ("truncated"). Both start from the same weights, carry the state on from piece to piece, and
+have the same sequences, steps, rates and pieces. Tests are on other sequences.
 """
 
 import argparse
+import copy
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +34,7 @@ from stackformer.long_context_trainer import LongContextArguments, LongContextTr
 
 SMALL = (
     "hidden_size=32,intermediate_size=64,num_hidden_layers=1,num_attention_heads=1,num_memory_banks=4,"
-    "max_decay_rate=0,feature_map=relu"
+    "max_decay_rate=0"
 )
 
 
@@ -61,19 +62,21 @@ class Documents(Sequence):
 
 
 def train(
-    model: PreTrainedModel, task: Task, length: int, steps: int, method: str, args: argparse.Namespace
+    model: PreTrainedModel,
+    task: Task,
+    length: int,
+    steps: int,
+    batch_size: int,
+    args: argparse.Namespace,
+    **arguments: Any,
 ) -> float:
-    """Train for one stage; the loss of its last steps."""
-    batch_size = min(max(args.tokens_per_step // length, 1), args.max_batch_size)
+    """Train on sequences of one length; the loss of the last quarter of the steps."""
     with tempfile.TemporaryDirectory() as folder:
-        arguments = LongContextArguments(
+        training = LongContextArguments(
             output_dir=folder,
             context_length=None,
-            piece_size=min(-(-length // args.pieces), args.piece_size),
-            backpropagation=method,
             max_steps=steps,
             per_device_train_batch_size=batch_size,
-            learning_rate=args.learning_rate,
             lr_scheduler_type="cosine",
             warmup_steps=0.1,
             adam_beta2=0.99,
@@ -83,69 +86,84 @@ def train(
             use_cpu=not torch.cuda.is_available(),
             dataloader_pin_memory=torch.cuda.is_available(),
             disable_tqdm=True,
+            **arguments,
         )
         documents = Documents(task, steps * batch_size, length, args.seed)
-        trainer = LongContextTrainer(model, arguments, train_dataset=documents)
+        trainer = LongContextTrainer(model, training, train_dataset=documents)
         trainer.remove_callback(PrinterCallback)  # the table says it
         trainer.train()
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry][-1]
 
 
-def stages(method: str, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Train a new model with one method, a row of results for each stage."""
-    task = DistantRecall(num_kv_pairs=args.num_kv_pairs)
+def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """A row for the model that knows short contexts, and one for each method that goes on from it."""
+    known, new = (DistantRecall(args.num_kv_pairs, other_mark=other) for other in (False, True))
     set_seed(args.seed)
     tokens = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))
-    config = read_preset(args.config, args.config_overrides, vocab_size=task.vocab_size, **tokens)
-    model = AutoModelForCausalLM.from_config(config)
+    config = read_preset(args.config, args.config_overrides, vocab_size=known.vocab_size, **tokens)
+    start = AutoModelForCausalLM.from_config(config)
 
-    def accuracy(length: int) -> float | None:
-        return evaluate(model.eval(), task, length, args.num_test, 8, args.piece_size)["accuracy"]
-
-    for length, steps in zip(args.lengths, args.steps, strict=True):
-        before, started = accuracy(length), time.perf_counter()
-        loss = train(model, task, length, steps, method, args)
+    def row(model: PreTrainedModel, method: str | None, started: float, loss: float) -> dict[str, Any]:
         seconds = time.perf_counter() - started
-        yield {
-            "method": method, "length": length, "steps": steps, "loss": loss, "before": before,
-            "accuracy": accuracy(length), "chance": 1 / task.num_answers, "seconds": seconds,
-        }  # fmt: skip
+        accuracies = {
+            name: evaluate(model.eval(), task, length, args.num_test, 8, args.piece_size)["accuracy"]
+            for name, task, length in (
+                ("short", known, args.short_length),
+                ("known_mark", known, args.length),
+                ("new_mark", new, args.length),
+            )
+        }
+        return {"method": method, "loss": loss, "seconds": seconds, **accuracies}
+
+    started = time.perf_counter()
+    short = {"piece_size": args.short_length, "learning_rate": args.short_learning_rate}
+    loss = train(start, known, args.short_length, args.short_steps, args.short_batch_size, args, **short)
+    rows = [row(start, None, started, loss)]
+    for method in args.methods:
+        model, started = copy.deepcopy(start), time.perf_counter()
+        long = {"piece_size": args.piece_size, "learning_rate": args.learning_rate}
+        loss = train(
+            model, new, args.length, args.steps, args.batch_size, args, backpropagation=method, **long
+        )
+        rows.append(row(model, method, started, loss))
+    return rows
+
+
+def print_table(rows: list[dict[str, Any]], args: argparse.Namespace) -> None:
+    print(f"Accuracy; guessing has {1 / DistantRecall.num_values:.3f}.\n")
+    short, long = f"{args.short_length:,} tokens", f"{args.length:,} tokens"
+    print(f"| trained on | {short} | {long} | {long}, new mark | seconds |\n|---|---|---|---|---|")
+    for row in rows:
+        trained = short if row["method"] is None else f"{long}, new mark, {row['method']}"
+        print(
+            f"| {trained} | {row['short']:.3f} | {row['known_mark']:.3f} | {row['new_mark']:.3f} | "
+            f"{row['seconds']:.0f} |"
+        )
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Train and test as `argv` says (default: the command line)."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--methods", nargs="+", default=["reverse", "truncated"], choices=METHODS)
-    lengths, steps = [128, 512, 2048, 8192, 32768, 131072], [300, 100, 60, 60, 60, 60]
-    parser.add_argument("--lengths", type=int, nargs="+", default=lengths, help="tokens of contexts")
-    parser.add_argument("--steps", type=int, nargs="+", default=steps, help="steps at each length")
-    parser.add_argument("--tokens_per_step", type=int, default=32768, help="batch size times length")
-    parser.add_argument("--max_batch_size", type=int, default=64, help="sequences of a step at most")
-    parser.add_argument("--pieces", type=int, default=4, help="pieces of a context at least")
-    parser.add_argument("--piece_size", type=int, default=4096, help="tokens of a piece at most")
-    parser.add_argument("--learning_rate", type=float, default=1e-2, help="the largest of each stage")
+    parser.add_argument("--length", type=int, default=131072, help="tokens of a long context")
+    parser.add_argument("--steps", type=int, default=60, help="on long contexts")
+    parser.add_argument("--batch_size", type=int, default=1, help="long contexts of a step")
+    parser.add_argument("--piece_size", type=int, default=4096, help="tokens of a piece of them")
+    parser.add_argument("--learning_rate", type=float, default=5e-3, help="on long contexts")
+    parser.add_argument("--short_length", type=int, default=128, help="tokens of a short context")
+    parser.add_argument("--short_steps", type=int, default=600, help="on short contexts")
+    parser.add_argument("--short_batch_size", type=int, default=64, help="short contexts of a step")
+    parser.add_argument("--short_learning_rate", type=float, default=1e-2, help="on short contexts")
     parser.add_argument("--num_kv_pairs", type=int, default=4, help="pairs to keep")
-    parser.add_argument("--num_test", type=int, default=64, help="test sequences of each length")
+    parser.add_argument("--num_test", type=int, default=32, help="test sequences")
     parser.add_argument("--config", default="configs/plain-tiny.json", help="preset of the model")
     parser.add_argument("--config_overrides", default=SMALL, help="fields other than the preset's")
     parser.add_argument("--seed", type=int, default=0, help="of weights and sequences")
     parser.add_argument("--json", default=None, help="file to write the results to")
     args = parser.parse_args(argv)
-    if len(args.steps) != len(args.lengths):
-        raise ValueError(f"steps={args.steps}: expected as many as lengths={args.lengths}.")
-    rows = []
-    print("| method | tokens | steps | loss | accuracy before, after (chance) | seconds |")
-    print("|---|---|---|---|---|---|")
-    for method in args.methods:
-        for row in stages(method, args):
-            rows.append(row)
-            print(
-                f"| {method} | {row['length']:,} | {row['steps']} | {row['loss']:.3f} | "
-                f"{row['before']:.3f}, {row['accuracy']:.3f} ({row['chance']:.3f}) | {row['seconds']:.0f} |",
-                flush=True,
-            )
-    results = {"machine": machine_line(), "commit": commit(), "arguments": vars(args), "rows": rows}
+    results = {"machine": machine_line(), "commit": commit(), "arguments": vars(args), "rows": measure(args)}
     print(results["machine"])
+    print_table(results["rows"], args)
     if args.json:
         write_json(args.json, results)
     return results

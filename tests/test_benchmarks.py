@@ -237,20 +237,17 @@ def test_titans_needs_the_package(monkeypatch):
 
 
 def test_long_recall(tmp_path, capsys):
-    """One method after the other, with the same sequences; where a piece is a context, they are the same."""
+    """Both methods go on from the same model; where a piece is a context, they are the same."""
     path = tmp_path / "result.json"
-    argv = ["--lengths", "24", "40", "--steps", "2", "1", "--tokens_per_step", "80", "--num_test", "4"]
-    rows = long_recall.main([*argv, "--json", str(path)])["rows"]
-    assert [(row["method"], row["length"]) for row in rows] == [
-        (method, length) for method in ("reverse", "truncated") for length in (24, 40)
-    ]
-    assert [row["loss"] for row in rows[:2]] != [row["loss"] for row in rows[2:]]
+    argv = ["--length", "40", "--short_length", "24", "--steps", "2", "--short_steps", "2", "--num_test", "4"]
+    rows = long_recall.main([*argv, "--piece_size", "8", "--json", str(path)])["rows"]
+    assert [row["method"] for row in rows] == [None, "reverse", "truncated"]
+    assert rows[1]["loss"] != rows[2]["loss"]
     assert json.loads(path.read_text())["rows"] == rows
-    assert "| truncated | 40 | 1 |" in capsys.readouterr().out
-    rows = long_recall.main([*argv, "--pieces", "1"])["rows"]
-    assert [row["loss"] for row in rows[:2]] == [row["loss"] for row in rows[2:]]
-    with pytest.raises(ValueError, match=r"steps=\[2, 1\]: expected as many as lengths=\[9\]"):
-        long_recall.main([*argv, "--lengths", "9"])
+    printed = capsys.readouterr().out
+    assert "| 24 tokens | 40 tokens |" in printed and "| 40 tokens, new mark, truncated |" in printed
+    again = long_recall.main([*argv, "--piece_size", "40"])["rows"]
+    assert again[0]["loss"] == rows[0]["loss"] and again[1]["loss"] == again[2]["loss"]
 
 
 def test_documents_are_the_sequences_of_a_task():

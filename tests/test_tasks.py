@@ -129,12 +129,14 @@ def test_recall_is_answerable_from_its_context(length, pairs):
         assert not any(token for t, token in enumerate(tokens[2 * count :], 2 * count) if t not in answers)
 
 
-@pytest.mark.parametrize("length, pairs", [(15, 3), (31, 4), (64, 2)])
-def test_distant_recall_asks_for_marked_pairs_only(length, pairs):
-    unlike = 0
-    for tokens, answers in _sequences("distant_recall", length, num_kv_pairs=pairs, num_keys=5, num_values=6):
+@pytest.mark.parametrize("mark, length, pairs", [(1, 15, 3), (1, 31, 4), (2, 64, 2)])
+def test_distant_recall_asks_for_marked_pairs_only(mark, length, pairs):
+    options = {"num_kv_pairs": pairs, "num_keys": 5, "num_values": 6, "num_ignored_marks": 3}
+    unlike, marks = 0, set()
+    for tokens, answers in _sequences("distant_recall", length, **options, other_mark=mark == 2):
         kept, rest, asked = tokens[: 3 * pairs], tokens[3 * pairs : -2 * pairs], tokens[-2 * pairs :]
-        assert kept[::3] == [0] * pairs and set(rest[::3]) <= {1} and asked[::2] == [2] * pairs
+        assert kept[::3] == [mark] * pairs and asked[::2] == [0] * pairs
+        marks |= set(rest[::3])
         memory = dict(zip(kept[1::3], kept[2::3], strict=True))
         assert len(memory) == pairs and sorted(memory) == sorted(asked[1::2])
         assert list(answers) == list(range(length - 2 * pairs + 1, length, 2))
@@ -143,8 +145,8 @@ def test_distant_recall_asks_for_marked_pairs_only(length, pairs):
         others = zip(rest[1::3], rest[2::3], strict=False)  # the last may be cut off
         unlike += sum(memory.get(key, value) != value for key, value in others)
         for keys, values in ((kept[1::3], kept[2::3]), (rest[1::3], rest[2::3])):
-            assert all(3 <= key < 8 for key in keys) and all(8 <= value < 14 for value in values)
-    assert unlike or length == 5 * pairs
+            assert all(6 <= key < 11 for key in keys) and all(11 <= value < 17 for value in values)
+    assert (unlike > 0 and marks == {3, 4, 5}) or length == 5 * pairs
 
 
 @pytest.mark.parametrize("length", [3, 60])

@@ -73,31 +73,35 @@ class Recall(Task):
         return [longest]
 
 
-KEEP, IGNORE, ASK = range(3)  # the mark in front of a pair, and in front of a key that is asked for
+ASK, KEEP, KEEP_TOO, FIRST_IGNORED = range(4)  # marks in front of a question, and in front of pairs
 
 
 @dataclass(frozen=True)
 class DistantRecall(Task):
     """Pairs to keep at the start, pairs to ignore from there on; at the end each key: what was its value?
 
-    0 5 9 0 3 8 1 5 7 1 4 9 1 3 7 2 3 2 5 -> at the last 3: 8, at the last 5: 9. The marks are 0 (keep), 1
-    (ignore) and 2 (the question). Only the mark tells what is worth keeping: keys and values of what is to be
-    ignored are drawn from the same ones. A piece of the text without the start says nothing about how to keep
-    a pair, so that backpropagation must reach from the last tokens to the first.
+    1 9 13 1 7 15 3 9 14 4 8 13 3 7 14 0 7 0 9 -> at the last 7: 15, at the last 9: 13. Every pair has a mark
+    in front of it: 1 for one to keep, any of some others (here 3 and 4) for one to ignore. Only the mark
+    tells, since keys and values are the same ones. A piece of the text without the start says nothing about
+    how to keep a pair: what is wrong at a question has to reach the first tokens.
 
     Args:
         num_kv_pairs: pairs to keep, with different keys.
         num_keys: keys to draw from.
         num_values: values to draw from, each as likely as the others.
+        num_ignored_marks: marks of pairs to ignore.
+        other_mark: mark the pairs to keep with 2 instead of 1.
     """
 
     num_kv_pairs: int = 4
     num_keys: int = 8
     num_values: int = 8
+    num_ignored_marks: int = 6
+    other_mark: bool = False
 
     @property
     def vocab_size(self) -> int:  # type: ignore[override]
-        return ASK + 1 + self.num_keys + self.num_values
+        return FIRST_IGNORED + self.num_ignored_marks + self.num_keys + self.num_values
 
     @property
     def num_answers(self) -> int:  # type: ignore[override]
@@ -114,26 +118,35 @@ class DistantRecall(Task):
             raise ValueError(f"num_kv_pairs={pairs}: expected at most num_keys={self.num_keys}.")
         if length < 5 * pairs:
             raise ValueError(f"length={length}: expected at least 5 times num_kv_pairs={pairs}.")
-
-        def triples(mark: int, keys: Tensor) -> tuple[Tensor, Tensor]:
-            values = torch.randint(self.num_values, keys.shape, generator=generator) + first_value
-            return torch.stack([torch.full_like(keys, mark), keys, values], dim=2).flatten(1), values
-
-        first_key, first_value = ASK + 1, ASK + 1 + self.num_keys
-        keys = first_key + torch.rand(batch_size, self.num_keys, generator=generator).topk(pairs).indices
-        kept, values = triples(KEEP, keys)
+        first_key = FIRST_IGNORED + self.num_ignored_marks
         missing = length - 5 * pairs
-        others = torch.randint(self.num_keys, (batch_size, -(-missing // 3)), generator=generator)
-        ignored, _ = triples(IGNORE, others + first_key)
+        ignored = (batch_size, -(-missing // 3))
+
+        def some(first: int, count: int, shape: tuple[int, int]) -> Tensor:
+            return first + torch.randint(count, shape, generator=generator)
+
+        keys = first_key + torch.rand(batch_size, self.num_keys, generator=generator).topk(pairs).indices
+        values = some(first_key + self.num_keys, self.num_values, (batch_size, pairs))
+        kept = _interleaved(torch.full_like(keys, KEEP_TOO if self.other_mark else KEEP), keys, values)
+        distraction = _interleaved(
+            some(FIRST_IGNORED, self.num_ignored_marks, ignored),
+            some(first_key, self.num_keys, ignored),
+            some(first_key + self.num_keys, self.num_values, ignored),
+        )
         order = torch.rand(batch_size, pairs, generator=generator).argsort(1)
-        asked = torch.stack([torch.full_like(keys, ASK), keys.gather(1, order)], dim=2).flatten(1)
-        input_ids = torch.cat([kept, ignored[:, :missing], asked], dim=1)
+        questions = _interleaved(torch.full_like(keys, ASK), keys.gather(1, order))
+        input_ids = torch.cat([kept, distraction[:, :missing], questions], dim=1)
         labels = torch.full_like(input_ids, IGNORED)
         labels[:, length - 2 * pairs + 1 :: 2] = values.gather(1, order)
         return input_ids, labels
 
     def train_lengths(self, longest: int) -> list[int]:
         return [longest]
+
+
+def _interleaved(*tokens: Tensor) -> Tensor:
+    """The first of each [B, n], the second of each, and so on: [B, n * number of tensors]."""
+    return torch.stack(tokens, dim=2).flatten(1)
 
 
 __all__ = ["DistantRecall", "Recall"]
