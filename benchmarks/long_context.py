@@ -9,7 +9,8 @@ influence each other, which would hide errors):
 
 - memory and tokens per second of each side against length: one forward and backward pass ("plain"), the same
   with gradient checkpointing, and pieces whose states are stored or reversed. Each measurement is a process
-  of its own; memory is its peak above what model and libraries take (on a GPU: what was allocated).
+  of its own; memory is its peak above what model and libraries take (on a GPU: what was allocated), the
+  tokens included.
 - bytes kept per token, and memories copied, against the largest decay per token.
 - drift and error of the gradients of "reverse" against length and decay: those of "stored" are exact.
 
@@ -77,18 +78,22 @@ def backward(model: PreTrainedModel, ids: torch.Tensor, side: str, args: argpars
 
 
 def measure(side: str, length: int, args: argparse.Namespace) -> dict[str, Any]:
-    """Memory and time of one pass (after a short one to warm up), in a process of its own."""
+    """Memory of passes, and time of one (after a short one to warm up), in a process of its own."""
     torch.set_num_threads(args.threads)
     model = build_model(args)
+    before = peak_memory()
     backward(model, random_tokens(args, 2 * args.piece_size), side, args)
     model.zero_grad(set_to_none=False)
-    before, ids = peak_memory(), random_tokens(args, length)
+    ids = random_tokens(args, length)
     started = time.perf_counter()
     result = backward(model, ids, side, args)
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     seconds = time.perf_counter() - started
-    return result | {"bytes": peak_memory() - before, "tokens_per_second": ids.numel() / seconds}
+    peak = peak_memory()
+    return result | {
+        "bytes": peak - before, "peak_bytes": peak, "tokens_per_second": ids.numel() / seconds
+    }  # fmt: skip
 
 
 def alone(function: Any, *arguments: Any) -> Any:
