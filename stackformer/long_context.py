@@ -10,8 +10,10 @@ differ in how a piece gets its initial state:
   of their own, and what is written to it depends on lower slices only, so that one pass upward through the
   model inverts each slice as it comes to it and runs it with a graph at once. What has decayed by a nats
   comes back with its rounding errors amplified by exp(a) (MacKay et al. 2018, "Reversible Recurrent Neural
-  Networks", section 3: finite precision cannot forget and reverse). So a memory that would decay by more
-  than `max_log_decay` since it was last copied is copied instead: it is anchored.
+  Networks", section 3: finite precision cannot forget and reverse). Rounding errors are in proportion to
+  what a memory became, too: one that has grown by exp(b) comes back with errors that are as much larger
+  beside what it was. So a memory is copied instead, it is anchored, where decay and growth since it was last
+  copied would come to more than `max_log_decay`.
 - "stored" copies all of the state at the start of every piece: exact, for any mixer and any decay.
 - "truncated" cuts the graph between pieces: truncated backpropagation through time, for comparison.
 
@@ -21,6 +23,7 @@ Letters: B batch, T time, H heads, R memories per head, K key size, V value size
 """
 
 import copy
+import math
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -114,8 +117,8 @@ def long_context_backward(
         num_items_in_batch: what the summed loss is divided by; the number of labels if `None`.
         piece_size: tokens that are run at once. Activation memory is proportional to it.
         method: "reverse", "stored" or "truncated".
-        max_log_decay: nats by which a memory may decay before it is anchored (method "reverse"): rounding
-            errors are amplified by up to exp(max_log_decay).
+        max_log_decay: nats by which a memory may decay, or grow, before it is anchored (method "reverse"):
+            rounding errors are amplified by up to exp(max_log_decay).
         max_drift: relative error of a memory computed backwards that is an error.
         storage: where anchors and stored states are kept: "device", "cpu", or a folder for files, which are
             removed again.
@@ -314,10 +317,10 @@ class _RecordingLayer(StackformerCacheLayer):
         self._reverse, self._max_log_decay = method == "reverse", max_log_decay
         self._depths: Tensor | None = None  # [B, T], ponder steps of the piece's tokens
         self._kept: dict[int, Kept] = {}
-        # By slice, the nats by which each memory decayed in the pieces that will be undone down to its
-        # anchor. The piece that begins with the anchor need not be undone, so what decays in it is not
-        # counted.
-        self._decayed: dict[int, Tensor | float] = {}
+        # By slice, for the pieces that will be undone down to each memory's anchor: the nats by which it
+        # decayed in them, and the least, over their starts, of these and the log of the size of its head's
+        # memories. The piece that begins with the anchor need not be undone, so it does not count.
+        self._undone: dict[int, tuple[Tensor | float, Tensor | float]] = {}
 
     def read(self, index: int, layout: TokenLayout) -> Any:
         """The state of slice `index`, as soon as it is known what is read there."""
@@ -334,7 +337,7 @@ class _RecordingLayer(StackformerCacheLayer):
     def write(self, index: int, state: State, layout: TokenLayout) -> None:
         """Replace the state of slice `index` for the rows of `layout`."""
         super().write(index, state, layout)
-        self._decayed.setdefault(index, 0.0)
+        self._undone.setdefault(index, (0.0, math.inf))
 
     def take(self) -> tuple[Tensor | None, dict[int, Kept]]:
         """What has to be kept of the piece just read: the tokens' ponder steps, and for each slice that was
@@ -360,14 +363,19 @@ class _RecordingLayer(StackformerCacheLayer):
             return None, state, ()
         with _forked_randomness(hidden.device):
             (decay,) = put_rows(None, (mixer.total_decay(hidden, pointer, layout),), layout)
-        if index in self._decayed:
-            decay = decay + self._decayed[index]
-            anchored = decay > self._max_log_decay
+        memories, rest = state[: mixer.num_reversible], state[mixer.num_reversible :]
+        sizes = memories[0].detach().flatten(decay.dim()).norm(dim=-1).log()
+        decayed, least = self._undone.get(index, (0.0, math.inf))
+        largest = sizes.amax(-1, keepdim=True).expand_as(sizes)
+        largest = largest.masked_fill(largest.isneginf(), math.inf)  # nothing is there yet
+        least = (decayed + largest).clamp(max=least)
+        decayed = decayed + decay
+        if index in self._undone:
+            anchored = decayed + sizes - least > self._max_log_decay
         else:  # a state from before the first piece: nothing else tells what it was
             anchored = torch.ones_like(decay, dtype=torch.bool)
-        self._decayed[index] = decay.masked_fill(anchored, 0)
+        self._undone[index] = decayed.masked_fill(anchored, 0), least.masked_fill(anchored, math.inf)
         self.num_anchors += int(anchored.sum())
-        memories, rest = state[: mixer.num_reversible], state[mixer.num_reversible :]
         return anchored, tuple(tensor[anchored] for tensor in memories), rest
 
     def _count_step(self, layout: TokenLayout, device: torch.device) -> None:

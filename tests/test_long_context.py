@@ -71,7 +71,7 @@ def test_gradients_are_those_of_full_backpropagation(case, padding):
         assert result.past_key_values.get_seq_length() == LENGTH
         if method == "reverse":
             assert 0 < result.drift < 1e-10
-            assert (result.num_anchors > 0) == (case != "no decay")
+            assert result.num_anchors > 0  # without decay, too: memories grow by more than a nat
 
 
 @pytest.mark.parametrize("method", ["reverse", "stored"])
@@ -216,6 +216,18 @@ def test_anchors_grow_with_what_is_forgotten():
     assert 0 < few < many < 96 / PIECE * memories
     assert many == pytest.approx(twice / 2, rel=0.2)
     assert anchors(0.2, 0.0, 96) == (96 // PIECE - 1) * memories
+
+
+def test_anchors_bound_growth_too():
+    """Without any decay errors grow with the memory, so that a bound on decay alone would bound nothing."""
+    inputs, drifts = batch(length=400), []
+    for bound in (math.log(4), 100.0):
+        model = model_for("no decay", torch.float32)
+        result = long_context_backward(model, **inputs, piece_size=4, max_log_decay=bound)
+        drifts.append(result.drift)
+        memories = result.past_key_values.layers[0].slices[0][0][..., 0, 0].numel() * 2  # layers
+        assert (0 < result.num_anchors <= math.log(100, 4) * memories) == (bound < 10)
+    assert 2 * drifts[0] < drifts[1]
 
 
 def test_drift_in_float32_is_told_as_it_is():
