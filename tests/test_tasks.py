@@ -397,7 +397,7 @@ def test_a_grid_with_typos(tmp_path, grid):
 def test_grids_that_come_along(path, tmp_path):
     args, systems, training = run.parse(["--grid", str(path)])
     runs = run.plan(args, systems, str(tmp_path))
-    assert len(runs) == len(args.task) * len(systems) * len(args.depths or [1])
+    assert len(runs) == len(args.task) * len(systems) * len(args.depths or [1]) * len(args.seeds)
     assert {one.system for one in runs} == set(systems) and len({one.folder for one in runs}) == len(runs)
 
 
