@@ -153,7 +153,7 @@ def main(argv: list[str] | None = None) -> dict:
     parser.add_argument("--contexts", type=int, nargs="+", default=[1024, 32768], help="tokens read before")
     parser.add_argument("--batch_size", type=int, nargs="+", default=[1, 8], help="rows decoded together")
     parser.add_argument("--tokens", type=int, default=32, help="tokens decoded in a timed call")
-    parser.add_argument("--piece", type=int, default=8192, help="tokens read at once")
+    parser.add_argument("--piece", type=int, default=2048, help="tokens read at once")
     parser.add_argument("--max_cache_bytes", type=float, default=4e9, help="of Llama's keys and values")
     parser.add_argument(
         "--compile", action=argparse.BooleanOptionalAction, default=True, help="compiled sides, too"
