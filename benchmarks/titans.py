@@ -57,10 +57,8 @@ class TitansPytorch(nn.Module):
             init_decay_bias=-4.6,
             default_model_kwargs={"depth": config.memory_depth, "expansion_factor": 1.0},
         )
-        for parameter in self.memory.parameters():
-            parameter.data = (
-                parameter.data.contiguous()
-            )  # heads' are one tensor, expanded: no optimizer takes it
+        for parameter in self.memory.parameters():  # heads share one, expanded: no optimizer takes that
+            parameter.data = parameter.data.contiguous()
         for module in self.memory.modules():
             module._is_hf_initialized = True  # type: ignore[assignment]  # the initial values are its own
 
