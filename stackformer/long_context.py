@@ -26,7 +26,7 @@ import copy
 import math
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,11 +57,11 @@ class ReversibleMixer(Protocol):
 
     num_reversible: int
 
-    def total_decay(self, hidden: Tensor, pointer: Tensor, layout: TokenLayout) -> Tensor: ...
+    def inputs(self, hidden: Tensor, pointer: Tensor, layout: TokenLayout, kept: State) -> Any: ...
 
-    def reverse(
-        self, hidden: Tensor, pointer: Tensor, layout: TokenLayout, state: State, kept: State
-    ) -> State: ...
+    def total_decay(self, inputs: Any) -> Tensor: ...
+
+    def reverse(self, inputs: Any, state: State) -> State: ...
 
 
 class DriftError(RuntimeError):
@@ -323,14 +323,24 @@ class _RecordingLayer(StackformerCacheLayer):
         self._undone: dict[int, tuple[Tensor | float, Tensor | float]] = {}
 
     def read(self, index: int, layout: TokenLayout) -> Any:
-        """The state of slice `index`, as soon as it is known what is read there."""
+        """The state of slice `index`, and the mixer's inputs, as soon as it is known what is read there."""
 
-        def start(mixer: Any, hidden: Tensor, pointer: Tensor, layout: TokenLayout) -> State | None:
+        def start(mixer: Any, hidden: Tensor, pointer: Tensor, layout: TokenLayout) -> tuple[Any, ...]:
             self._count_step(layout, hidden.device)
             state = self.slices.get(index)
-            if state is not None:
-                self._kept[index] = self._keep(index, state, mixer, hidden, pointer, layout)
-            return take_rows(state, layout.rows)
+            if state is None:
+                return (None,)
+            rows = cast(State, take_rows(state, layout.rows))
+            if self._reverse and isinstance(mixer, ReversibleMixer):
+                inputs = mixer.inputs(hidden, pointer, layout, rows[mixer.num_reversible :])
+                self._kept[index] = self._keep(index, state, mixer, mixer.total_decay(inputs), layout)
+                return rows, inputs
+            if self._reverse:
+                logger.warning_once(
+                    f"{type(mixer).__name__} cannot be run backwards: its state is stored for every piece"
+                )
+            self._kept[index] = None, state, ()
+            return (rows,)
 
         return start
 
@@ -347,22 +357,10 @@ class _RecordingLayer(StackformerCacheLayer):
         return taken
 
     def _keep(
-        self,
-        index: int,
-        state: State,
-        mixer: Any,
-        hidden: Tensor,
-        pointer: Tensor,
-        layout: TokenLayout,
+        self, index: int, state: State, mixer: ReversibleMixer, decay: Tensor, layout: TokenLayout
     ) -> Kept:
-        if not (self._reverse and isinstance(mixer, ReversibleMixer)):
-            if self._reverse:
-                logger.warning_once(
-                    f"{type(mixer).__name__} cannot be run backwards: its state is stored for every piece"
-                )
-            return None, state, ()
-        with _forked_randomness(hidden.device):
-            (decay,) = put_rows(None, (mixer.total_decay(hidden, pointer, layout),), layout)
+        """What to keep of a state whose memories will decay by `decay` [B', ...] in the piece."""
+        (decay,) = put_rows(None, (decay,), layout)
         memories, rest = state[: mixer.num_reversible], state[mixer.num_reversible :]
         sizes = memories[0].detach().flatten(decay.dim()).norm(dim=-1).log()
         decayed, least = self._undone.get(index, (0.0, math.inf))
@@ -394,22 +392,31 @@ class _RewindingLayer(StackformerCacheLayer):
         super().__init__()
         self._ends = dict(layer.slices)
         self._grads: dict[int, State] = {}
-        self._kept: dict[int, Kept] = {}
+        self._kept: dict[int, Any] = {}
         self._starts: dict[int, State] = {}  # leaves of the piece's graph
         self._recomputed: dict[int, State] = {}  # its end states, with the graph
         self._reversible: dict[int, tuple[int, int]] = {}  # tensors, and their leading dimensions
 
     def begin(self, kept: dict[int, Kept]) -> None:
         """Go on with the piece that kept `kept`."""
-        self._kept, self._starts, self._recomputed = kept, {}, {}
+        # What was not reversible is a leaf of the new graph as it is.
+        self._kept = {index: (*start, _leaves(rest)) for index, (*start, rest) in kept.items()}
+        self._starts, self._recomputed = {}, {}
 
     def read(self, index: int, layout: TokenLayout) -> Any:
-        """The state of slice `index` at the piece's start, as soon as it is known what is read there."""
+        """The state of slice `index` at the piece's start, and the mixer's inputs, as soon as it is known
+        what is read there."""
 
-        def start(mixer: Any, hidden: Tensor, pointer: Tensor, layout: TokenLayout) -> State | None:
-            if index in self._kept and index not in self._starts:  # it is there when a layer is checkpointed
-                self._starts[index] = self._rebuild(index, mixer, hidden, pointer, layout)
-            return take_rows(self._starts.get(index), layout.rows)
+        def start(mixer: Any, hidden: Tensor, pointer: Tensor, layout: TokenLayout) -> tuple[Any, ...]:
+            if index not in self._kept:
+                return (None,)
+            anchored, _, rest = self._kept[index]
+            known: tuple[Any, ...] = ()
+            if anchored is not None and not anchored.all():
+                known = (mixer.inputs(hidden, pointer, layout, take_rows(rest, layout.rows)),)
+            if index not in self._starts:  # it is there when a layer is checkpointed
+                self._starts[index] = self._rebuild(index, mixer, *known, layout=layout)
+            return take_rows(self._starts[index], layout.rows), *known
 
         return start
 
@@ -438,20 +445,16 @@ class _RewindingLayer(StackformerCacheLayer):
         return errors
 
     @torch.no_grad()
-    def _rebuild(self, index: int, mixer: Any, hidden: Tensor, pointer: Tensor, layout: TokenLayout) -> State:
-        anchored, start, rest = self._kept[index]
-        if anchored is not None:
-            end, anchors = self._ends[index], start
-            start = end[: len(anchors)]
-            self._reversible[index] = len(anchors), anchored.dim()
-            if not anchored.all():
-                with _forked_randomness(hidden.device):
-                    rebuilt = mixer.reverse(
-                        hidden, pointer, layout, take_rows(end, layout.rows), take_rows(rest, layout.rows)
-                    )
-                start = put_rows(start, rebuilt, layout)
-            start = tuple(x.index_put((anchored,), y) for x, y in zip(start, anchors, strict=True)) + rest
-        return tuple(tensor.detach().requires_grad_() for tensor in start)
+    def _rebuild(self, index: int, mixer: Any, *inputs: Any, layout: TokenLayout) -> State:
+        """The state of slice `index` at the piece's start, from the mixer's inputs unless all was kept."""
+        anchored, kept, rest = self._kept[index]
+        if anchored is None:
+            return _leaves(kept)
+        start = self._ends[index][: len(kept)]
+        self._reversible[index] = len(kept), anchored.dim()
+        if inputs:
+            start = put_rows(start, mixer.reverse(*inputs, take_rows(start, layout.rows)), layout)
+        return _leaves(x.index_put((anchored,), y) for x, y in zip(start, kept, strict=True)) + rest
 
     @torch.no_grad()
     def _errors(self, index: int) -> list[Tensor]:
@@ -471,42 +474,62 @@ class _RewindingLayer(StackformerCacheLayer):
         return [error.max() for error in errors if error.numel()]
 
 
+def _leaves(tensors: Iterable[Tensor]) -> State:
+    """The same, as leaves of a new graph."""
+    return tuple(tensor.detach().requires_grad_() for tensor in tensors)
+
+
 class _Storage:
-    """What the pieces keep: a stack of nested tuples, lists and dicts of tensors, on a device or in files."""
+    """What the pieces keep: a stack of nested tuples, lists and dicts of tensors, on a device or in files.
+
+    In memory, tensors are copied into slabs: small ones that stay between large ones that go would keep the
+    freed memory in fragments, which then grows with the number of pieces.
+    """
+
+    SLAB_BYTES = 2**20
 
     def __init__(self, place: str, device: torch.device):
         self.num_bytes = 0
-        self._place, self._device = place, device
+        self._device = device
+        self._folder = None if place in ("device", "cpu") else place
+        self._slab = torch.empty(0, dtype=torch.uint8, device="cpu" if place == "cpu" else device)
+        self._free = 0  # where the slab's unused part begins
+        self._files: tempfile.TemporaryDirectory | None = None
         self._pieces: list[Any] = []
-        self._folder: tempfile.TemporaryDirectory | None = None
 
     def __enter__(self) -> "_Storage":
-        if self._place not in ("device", "cpu"):
-            self._folder = tempfile.TemporaryDirectory(prefix="long-context-", dir=self._place)
+        if self._folder is not None:
+            self._files = tempfile.TemporaryDirectory(prefix="long-context-", dir=self._folder)
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        if self._folder is not None:
-            self._folder.cleanup()
+        if self._files is not None:
+            self._files.cleanup()
 
     def push(self, piece: Any) -> None:
         self.num_bytes += sum(leaf.nbytes for leaf in tree_leaves(piece) if isinstance(leaf, Tensor))
-        if self._folder is not None:
-            path = Path(self._folder.name) / f"{len(self._pieces)}.pt"
-            torch.save(
-                tree_map_only(Tensor, torch.clone, piece), path
-            )  # a view would bring all of its storage
+        if self._files is not None:
+            path = Path(self._files.name) / f"{len(self._pieces)}.pt"
+            # Clones, since a view would bring all of its storage.
+            torch.save(tree_map_only(Tensor, torch.clone, piece), path)
             piece = path
-        elif self._place == "cpu":
-            piece = tree_map_only(Tensor, Tensor.cpu, piece)
+        else:
+            piece = tree_map_only(Tensor, self._copy, piece)
         self._pieces.append(piece)
 
     def pop(self) -> Any:
         piece = self._pieces.pop()
-        if self._folder is not None:
+        if self._files is not None:
             path, piece = piece, torch.load(piece, map_location=self._device, weights_only=True)
             path.unlink()
         return tree_map_only(Tensor, lambda tensor: tensor.to(self._device), piece)
+
+    def _copy(self, tensor: Tensor) -> Tensor:
+        start = -(-self._free // 16) * 16  # a tensor's storage begins at a multiple of its elements
+        if start + tensor.nbytes > len(self._slab):
+            self._slab, start = self._slab.new_empty(max(tensor.nbytes, self.SLAB_BYTES)), 0
+        self._free = start + tensor.nbytes
+        return self._slab[start : self._free].view(tensor.dtype).view(tensor.shape).copy_(tensor)
 
 
 @contextmanager

@@ -147,7 +147,7 @@ def reverse_banked_linear_attention(
     write: Tensor,
     log_decay: Tensor,
     final_state: State,
-    chunk_size: int = 64,
+    chunk_size: int = 512,
 ) -> State:
     """The state before some tokens, from the state after them: their writes taken out, their decay undone.
 

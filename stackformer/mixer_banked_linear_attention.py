@@ -10,22 +10,24 @@ A mixer can be run backwards (long_context.py) if it also has
 
 - `num_reversible`: so many tensors of the state, the first ones, can be computed from what they became; the
   others are small, and kept,
-- `total_decay(hidden, pointer, layout)`: the nats by which each memory decays over the tokens [B', ...],
-  which are the leading dimensions of the reversible tensors,
-- `reverse(hidden, pointer, layout, state, kept)`: the reversible tensors before the tokens, from the state
-  after them and from those that were kept of the state before them.
+- `inputs(hidden, pointer, layout, kept)`: what the recurrence is fed with, from the tokens and from those
+  tensors of the state that are kept; `forward` takes it as a last argument, so that it is computed once,
+- `total_decay(inputs)`: the nats by which each memory decays over the tokens [B', ...], which are the leading
+  dimensions of the reversible tensors,
+- `reverse(inputs, state)`: the reversible tensors before the tokens, from what they are after them.
 
 What decays by a nats comes back with its rounding errors amplified by exp(a).
 
 Its tokens can be split over processes (sequence_parallel.py) if it also has
 
-- `state_before(hidden, pointer, layout, gather)`: the state before the tokens, for all B rows of the batch.
-  `gather` takes tensors [B', ...] and returns what each of the N processes gave it [N, B, ...], in the order
-  of their tokens, zeros for rows without active tokens, for this process and for those after it. All
-  processes call it equally often.
+- `state_before(hidden, pointer, layout, gather)`: the state before the tokens, for all B rows of the batch,
+  and what `forward` takes as its last argument. `gather` takes tensors [B', ...] and returns what each of the
+  N processes gave it [N, B, ...], in the order of their tokens, zeros for rows without active tokens, for
+  this process and for those after it. All processes call it equally often.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +42,14 @@ from .memory_bank import (
     reverse_banked_linear_attention,
 )
 from .processing_stack import TokenLayout, address_memories
+
+
+class BankInputs(NamedTuple):
+    """What tokens feed the recurrence with, as rows: the arguments of `banked_linear_attention`."""
+
+    operands: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]  # from query to log decay
+    bank_weights: tuple[Tensor, Tensor, Tensor]  # read, write, log decay by the write, each [n, H, N]
+    past: Tensor  # of the convolution, for what comes next
 
 
 class BankedLinearAttention(nn.Module):
@@ -69,7 +79,12 @@ class BankedLinearAttention(nn.Module):
         self.o_proj = ResidualProjection(size, size)
 
     def forward(
-        self, hidden: Tensor, pointer: Tensor, layout: TokenLayout, state: tuple[Tensor, ...] | None
+        self,
+        hidden: Tensor,
+        pointer: Tensor,
+        layout: TokenLayout,
+        state: tuple[Tensor, ...] | None,
+        inputs: BankInputs | None = None,
     ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, Tensor, Tensor]]:
         """Mix the active tokens along time.
 
@@ -77,50 +92,55 @@ class BankedLinearAttention(nn.Module):
             hidden: [n, d], normalised; pointer: [n, S]; layout: of the n tokens.
             state: memory [B', H, R, K, V] and normalizer [B', H, R, K], float32, and the last inputs of the
                 convolution [B', kernel - 1, 3 d]; `None` for the beginning of the sequences.
+            inputs: those of the tokens, if they are known already.
 
         Returns:
             The mixed tokens [n, d], the new state, and what each bank is read by, written by and decayed by
             (read, write, log decay), each [n, H, N].
         """
-        past = None if state is None else state[2]
-        inputs, weights, past = self._inputs(hidden, pointer, layout, past)
+        if inputs is None:
+            inputs = self.inputs(hidden, pointer, layout, () if state is None else state[2:])
         mixed, (memory, normalizer) = banked_linear_attention(
-            *inputs,
+            *inputs.operands,
             initial_state=None if state is None else (state[0], state[1]),
             chunk_size=self.chunk_size,
             max_decay=self.max_decay_rate,
         )
         mixed = self.norm(layout.to_tokens(mixed)).flatten(1)
         output = self.o_proj(nn.functional.silu(self.gate_proj(hidden)) * mixed)
-        return output, (memory, normalizer, past), weights
+        return output, (memory, normalizer, inputs.past), inputs.bank_weights
 
-    def total_decay(self, hidden: Tensor, pointer: Tensor, layout: TokenLayout) -> Tensor:
-        """Nats by which each memory decays over the tokens [B', H, R]."""
-        return -layout.to_rows(address_memories(pointer, self._gates(hidden)[2])).sum(1)
-
-    def reverse(
-        self,
-        hidden: Tensor,
-        pointer: Tensor,
-        layout: TokenLayout,
-        state: tuple[Tensor, ...],
-        kept: tuple[Tensor, ...],
-    ) -> tuple[Tensor, ...]:
-        """Memory and normalizer before the tokens.
+    def inputs(
+        self, hidden: Tensor, pointer: Tensor, layout: TokenLayout, kept: tuple[Tensor, ...]
+    ) -> BankInputs:
+        """What the tokens feed the recurrence with.
 
         Args:
             hidden, pointer, layout: as in `forward`.
-            state: after the tokens.
-            kept: the last inputs of the convolution before them.
+            kept: the last inputs of the convolution before the tokens; nothing for the beginning.
         """
-        (_, key, value, _, write, log_decay), _, _ = self._inputs(hidden, pointer, layout, kept[0])
-        memories = state[0], state[1]
-        return reverse_banked_linear_attention(key, value, write, log_decay, memories)
+        past = kept[0] if kept else None
+        rows, past = self.conv.slide(layout.to_rows(self.qkv_proj(hidden)), past, layout)
+        query, key, value = rows.unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(2)
+        query, key = self.feature_map(query), self.feature_map(key)
+        weights = self._gates(hidden)
+        read, write, log_decay = (layout.to_rows(address_memories(pointer, weight)) for weight in weights)
+        return BankInputs((query, key, value, read, write, log_decay), weights, past)
+
+    def total_decay(self, inputs: BankInputs) -> Tensor:
+        """Nats by which each memory decays over the tokens [B', H, R]."""
+        return -inputs.operands[-1].sum(1)
+
+    def reverse(self, inputs: BankInputs, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Memory and normalizer before the tokens, from those after them."""
+        _, key, value, _, write, log_decay = inputs.operands
+        return reverse_banked_linear_attention(key, value, write, log_decay, (state[0], state[1]))
 
     def state_before(
         self, hidden: Tensor, pointer: Tensor, layout: TokenLayout, gather: Callable[..., list[Tensor]]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The state [B, ...] before the tokens, where those before them are with other processes.
+    ) -> tuple[tuple[Tensor, Tensor, Tensor], BankInputs]:
+        """The state [B, ...] before the tokens, where those before them are with other processes, and what
+        they feed the recurrence with.
 
         Args:
             hidden, pointer, layout: as in `forward`.
@@ -134,22 +154,12 @@ class BankedLinearAttention(nn.Module):
             counts = layout.row_lengths.to(latest.dtype)
         past = _last_of_spans(*gather(latest, counts))
         past_here = past if layout.rows is None else past.index_select(0, layout.rows)
-        inputs, _, _ = self._inputs(hidden, pointer, layout, past_here)
+        inputs = self.inputs(hidden, pointer, layout, (past_here,))
         _, (memory, normalizer) = banked_linear_attention(
-            *inputs, chunk_size=self.chunk_size, max_decay=self.max_decay_rate
+            *inputs.operands, chunk_size=self.chunk_size, max_decay=self.max_decay_rate
         )
-        return *combine_spans(*gather(inputs[-1].sum(1), memory, normalizer)), past
-
-    def _inputs(
-        self, hidden: Tensor, pointer: Tensor, layout: TokenLayout, past: Tensor | None
-    ) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor], Tensor]:
-        """The inputs of the operator as rows, from query to log decay; the bank weights; the new past."""
-        rows, past = self.conv.slide(layout.to_rows(self.qkv_proj(hidden)), past, layout)
-        query, key, value = rows.unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(2)
-        query, key = self.feature_map(query), self.feature_map(key)
-        weights = self._gates(hidden)
-        read, write, log_decay = (layout.to_rows(address_memories(pointer, weight)) for weight in weights)
-        return (query, key, value, read, write, log_decay), weights, past
+        memory, normalizer = combine_spans(*gather(-self.total_decay(inputs), memory, normalizer))
+        return (memory, normalizer, past), inputs
 
     def _gates(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Read weights, write weights and log decay by the write, each [n, H, N], float32 at least."""

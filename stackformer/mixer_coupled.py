@@ -33,6 +33,8 @@ from .processing_stack import TokenLayout
 
 # A token's part of what is written to a state [B', 2 m], and whether it is one [B', 1], if not all are.
 Drive = tuple[Tensor, Tensor | None]
+# Tokens [B', T', d], and which slots [B', T', 1] hold one, if not all do.
+Rows = tuple[Tensor, Tensor | None]
 
 FRACTION_BITS = 20  # float32's f is good to about as many
 DEFAULT_CHUNK_SIZE = 64
@@ -57,18 +59,24 @@ class Coupled(nn.Module):
         self.o_proj = ResidualProjection(2 * state_size, size)
 
     def forward(
-        self, hidden: Tensor, pointer: Tensor, layout: TokenLayout, state: tuple[Tensor, ...] | None
+        self,
+        hidden: Tensor,
+        pointer: Tensor,
+        layout: TokenLayout,
+        state: tuple[Tensor, ...] | None,
+        inputs: Rows | None = None,
     ) -> tuple[Tensor, tuple[Tensor, ...], None]:
         """Mix the active tokens along time.
 
         Args:
             hidden: [n, d], normalised; pointer: [n, S], not used; layout: of the n tokens.
             state: both states [B', 2, m], float64; `None` for the beginning, which is zeros.
+            inputs: those of the tokens, if they are known already.
 
         Returns:
             The mixed tokens [n, d], the new state, and no bank weights.
         """
-        rows, real = layout.to_rows(hidden), _real_slots(layout)
+        rows, real = inputs or self.inputs(hidden, pointer, layout, ())
         if state is None:
             start = hidden.new_zeros(layout.num_rows, 2, self.state_size, dtype=torch.float64)
         else:
@@ -81,30 +89,23 @@ class Coupled(nn.Module):
             mixed, end = self.scan(rows, real, start)
         return layout.to_tokens(mixed), (end,), None
 
-    def total_decay(self, hidden: Tensor, pointer: Tensor, layout: TokenLayout) -> Tensor:
+    def inputs(self, hidden: Tensor, pointer: Tensor, layout: TokenLayout, kept: tuple[Tensor, ...]) -> Rows:
+        """The tokens as rows; nothing is kept."""
+        return layout.to_rows(hidden), _real_slots(layout)
+
+    def total_decay(self, inputs: Rows) -> Tensor:
         """Nats by which each state decays over the tokens [B', 2]: none."""
-        return hidden.new_zeros(layout.num_rows, 2)
+        return inputs[0].new_zeros(len(inputs[0]), 2)
 
-    def reverse(
-        self,
-        hidden: Tensor,
-        pointer: Tensor,
-        layout: TokenLayout,
-        state: tuple[Tensor, ...],
-        kept: tuple[Tensor, ...],
-    ) -> tuple[Tensor, ...]:
-        """The state before the tokens, from the one after them: every bit of it.
-
-        Args:
-            hidden, pointer, layout: as in `forward`, in the same batch: f must round as it did.
-            kept: nothing.
-        """
-        rows, real, (end,) = layout.to_rows(hidden), _real_slots(layout), state
-        for chunk in reversed(self.chunks(rows, real)):
+    def reverse(self, inputs: Rows, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """The state before the tokens, from the one after them: every bit of it, in the same batch, where f
+        rounds as it did."""
+        (end,) = state
+        for chunk in reversed(self.chunks(*inputs)):
             end = self.unread(*chunk, end)
         return (end,)
 
-    def chunks(self, rows: Tensor, real: Tensor | None) -> list[tuple[Tensor, Tensor | None]]:
+    def chunks(self, rows: Tensor, real: Tensor | None) -> list[Rows]:
         """Rows [B', T', d] and what is real of them, chunk by chunk."""
         parts = rows.split(self.chunk_size, dim=1)
         reals = [None] * len(parts) if real is None else real.split(self.chunk_size, dim=1)

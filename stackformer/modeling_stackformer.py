@@ -167,14 +167,17 @@ class StackformerCoreLayer(GradientCheckpointingLayer):
 
         A state is spread over the arguments, and the results, so that reentrant checkpointing sees its
         tensors. There are none at the beginning. A cache that has to know what is read before it can say
-        what the state was (long_context.py, sequence_parallel.py) hands over a function instead.
+        what the state was (long_context.py, sequence_parallel.py) hands over a function instead, which also
+        returns what the mixer need not compute again.
         """
-        normed, past, fed_past = self.input_layernorm(hidden), state or None, None
+        normed, fed_past = self.input_layernorm(hidden), None
+        past: Any = state or None
+        known: Any = ()
         if past is not None and callable(past[0]):
-            past = past[0](self.mixer, normed, pointer, layout)
+            past, *known = past[0](self.mixer, normed, pointer, layout)
         if self.mlp_has_past and past is not None:
             past, fed_past = past[:-1], past[-1]
-        mixed, new_state, bank_weights = self.mixer(normed, pointer, layout, past)
+        mixed, new_state, bank_weights = self.mixer(normed, pointer, layout, past, *known)
         hidden = hidden + mixed
         normed = self.post_attention_layernorm(hidden)
         if not self.mlp_has_past:

@@ -35,7 +35,7 @@ class SplittableMixer(Protocol):
 
     def state_before(
         self, hidden: Tensor, pointer: Tensor, layout: TokenLayout, gather: Callable[..., list[Tensor]]
-    ) -> State: ...
+    ) -> tuple[State, Any]: ...
 
 
 def shard_sequence(
@@ -137,7 +137,7 @@ class _SpanLayer(StackformerCacheLayer):
         received: list[Tensor] = []
         recorded = torch.is_grad_enabled()
 
-        def start(mixer: Any, hidden: Tensor, pointer: Tensor, layout: TokenLayout) -> State | None:
+        def start(mixer: Any, hidden: Tensor, pointer: Tensor, layout: TokenLayout) -> tuple[State | None, Any]:
             if not isinstance(mixer, SplittableMixer):
                 raise ValueError(
                     "`mixer_types` must be mixers whose tokens can be split over processes, got "
@@ -158,10 +158,10 @@ class _SpanLayer(StackformerCacheLayer):
                 return [part.unflatten(1, tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
 
             first = not received
-            state = mixer.state_before(hidden, pointer, layout, gather)
+            state, inputs = mixer.state_before(hidden, pointer, layout, gather)
             if first:
                 self._slices[index] = state
-            return take_rows(state, layout.rows)
+            return take_rows(state, layout.rows), inputs
 
         return start
 

@@ -81,6 +81,10 @@ class TaskArguments:
     )
     seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "Seeds of weights and training."})
     train_length: int = field(default=20, metadata={"help": "Longest sequences of the training."})
+    curriculum_steps: int = field(
+        default=0,
+        metadata={"help": "Steps until sequences are as long as that: the longest grow by a constant factor."},
+    )
     test_lengths: list[int] = field(
         default_factory=lambda: [20, 40, 80, 160], metadata={"help": "Lengths to test."}
     )
@@ -146,20 +150,31 @@ class Run:
             "config": config,
             "seed": self.seed,
             "train_length": args.train_length,
+            "curriculum_steps": args.curriculum_steps,
             "training": {name: training.to_dict()[name] for name in TRAINING_FIELDS},
         }
         return json.loads(json.dumps(values))
 
 
 class TaskCollator:
-    """Makes a batch of the indices that it is given: of one length, and the same for the same indices."""
+    """Makes a batch of the indices that it is given: of one length, and the same for the same indices.
 
-    def __init__(self, task: Task, lengths: Sequence[int], seed: int) -> None:
-        self.task, self.lengths, self.seed = task, lengths, seed
+    Args:
+        lengths: to draw from, ascending.
+        curriculum: the index from which on all lengths are drawn. Up to there, the longest one grows from the
+            shortest by a constant factor.
+    """
+
+    def __init__(self, task: Task, lengths: Sequence[int], seed: int, curriculum: int = 0) -> None:
+        self.task, self.lengths, self.seed, self.curriculum = task, lengths, seed, curriculum
 
     def __call__(self, indices: list[int]) -> dict[str, Tensor]:
         generator = seeded(TRAIN, self.seed, indices[0])
-        length = self.lengths[torch.randint(len(self.lengths), (), generator=generator)]
+        lengths = self.lengths
+        if indices[0] < self.curriculum:
+            longest = lengths[0] * (lengths[-1] / lengths[0]) ** (indices[0] / self.curriculum)
+            lengths = [length for length in lengths if length <= longest]
+        length = lengths[torch.randint(len(lengths), (), generator=generator)]
         input_ids, labels = self.task.sample(len(indices), length, generator)
         return {"input_ids": input_ids, "labels": labels, "shift_labels": labels}  # already in their places
 
@@ -204,19 +219,18 @@ def train(
 
     arguments = copy.copy(training)
     arguments.output_dir, arguments.seed, arguments.remove_unused_columns = str(run.folder), run.seed, False
+    if args.curriculum_steps:
+        arguments.train_sampling_strategy = "sequential"  # an index tells the step
     set_seed(run.seed)
     model = AutoModelForCausalLM.from_config(run.config)
+    per_step = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+    lengths = run.task.train_lengths(args.train_length)
     trainer = Trainer(
         model,
         arguments,
         # A sequence is made of its index, so that no run needs its data on disk and any can be resumed.
-        train_dataset=range(
-            arguments.max_steps
-            * arguments.train_batch_size
-            * arguments.gradient_accumulation_steps
-            * arguments.world_size
-        ),
-        data_collator=TaskCollator(run.task, run.task.train_lengths(args.train_length), run.seed),
+        train_dataset=range(arguments.max_steps * per_step),
+        data_collator=TaskCollator(run.task, lengths, run.seed, args.curriculum_steps * per_step),
         callbacks=list(callbacks),
     )
     started = time.perf_counter()
