@@ -184,7 +184,9 @@ def main(argv: list[str] | None = None) -> study.Rows:
     """Run what `argv` says (default: the command line); the numbers of each preset."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     study.add_arguments(parser)
-    parser.set_defaults(steps=100, learning_rate=3e-3, train_range="0:3600000", eval_range="3600000:3632768")
+    parser.set_defaults(
+        steps=100, warmup_steps=10, learning_rate=3e-3, train_range="0:3600000", eval_range="3600000:3632768"
+    )
     parser.add_argument("--rows", nargs="+", default=list(PRESETS), choices=PRESETS, help="presets")
     every = [*COLUMNS, TEXT]
     parser.add_argument("--columns", nargs="+", default=every, choices=every, help="what to measure")

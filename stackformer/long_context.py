@@ -56,6 +56,7 @@ class ReversibleMixer(Protocol):
     """What a mixer has if it can be run backwards; mixer_banked_linear_attention.py has the contract."""
 
     num_reversible: int
+    reverses_exactly: bool
 
     def inputs(self, hidden: Tensor, pointer: Tensor, layout: TokenLayout, kept: State) -> Any: ...
 
@@ -368,10 +369,12 @@ class _RecordingLayer(StackformerCacheLayer):
         largest = largest.masked_fill(largest.isneginf(), math.inf)  # nothing is there yet
         least = (decayed + largest).clamp(max=least)
         decayed = decayed + decay
-        if index in self._undone:
-            anchored = decayed + sizes - least > self._max_log_decay
-        else:  # a state from before the first piece: nothing else tells what it was
+        if index not in self._undone:  # a state from before the first piece: nothing else tells what it was
             anchored = torch.ones_like(decay, dtype=torch.bool)
+        elif mixer.reverses_exactly:
+            anchored = torch.zeros_like(decay, dtype=torch.bool)
+        else:
+            anchored = decayed + sizes - least > self._max_log_decay
         self._undone[index] = decayed.masked_fill(anchored, 0), least.masked_fill(anchored, math.inf)
         self.num_anchors += int(anchored.sum())
         return anchored, tuple(tensor[anchored] for tensor in memories), rest

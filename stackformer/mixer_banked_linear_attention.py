@@ -14,9 +14,9 @@ A mixer can be run backwards (long_context.py) if it also has
   tensors of the state that are kept; `forward` takes it as a last argument, so that it is computed once,
 - `total_decay(inputs)`: the nats by which each memory decays over the tokens [B', ...], which are the leading
   dimensions of the reversible tensors,
-- `reverse(inputs, state)`: the reversible tensors before the tokens, from what they are after them.
-
-What decays by a nats comes back with its rounding errors amplified by exp(a).
+- `reverse(inputs, state)`: the reversible tensors before the tokens, from what they are after them,
+- `reverses_exactly`: whether that is so to the last bit. Else what decays by a nats comes back with its
+  rounding errors amplified by exp(a).
 
 Its tokens can be split over processes (sequence_parallel.py) if it also has
 
@@ -56,6 +56,7 @@ class BankedLinearAttention(nn.Module):
     """Linear attention to S*N memories per head, picked from by stack pointer and softmax over banks."""
 
     num_reversible = 2  # memory and normalizer; the past of the convolution is kept
+    reverses_exactly = False
 
     def __init__(self, config: StackformerConfig):
         super().__init__()

@@ -44,6 +44,7 @@ class Coupled(nn.Module):
     """Two states that write to each other, and a gated read of both."""
 
     num_reversible = 1
+    reverses_exactly = True
 
     def __init__(self, config: StackformerConfig):
         super().__init__()

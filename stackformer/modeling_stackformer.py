@@ -120,7 +120,7 @@ class StackformerModelOutputWithPast(BaseModelOutputWithPast):
             padding. Gradients flow through it.
         ponder_distribution (`torch.FloatTensor` [B, T, P]): the mass that each token dropped at each ponder
             step, which is its distribution over halting steps; zeros for padding. Gradients flow through it.
-        stack_trace ([`StackTrace`]): with `output_stack_trace=True`.
+        stack_trace ([`StackTrace`]): with `output_stack_trace=True`; `None` where all is padding.
     """
 
     ponder_steps: Tensor | None = None
@@ -499,14 +499,15 @@ class StackformerModel(StackformerPreTrainedModel):
             for cache_layer in cache.layers:
                 cache_layer.advance(embeds.shape[1])
         hidden_states += [latest] * (config.max_ponder_steps + 1 - len(hidden_states))
-        trace = self._stack_steps(steps) if with_trace else None
+        trace = self._stack_steps(steps) if steps else None
         return outputs, distribution, tuple(hidden_states) if all_thoughts else None, trace
 
     def _actions(self, thought: Tensor) -> Tensor:
-        """Probabilities of enqueue, no-op and dequeue [n, 3]; zeros where there is one step only."""
+        """Probabilities of enqueue, no-op and dequeue [n, 3]. A model made for one step always returns."""
         dtype = at_least_float32(thought)
         if self.action_proj is None:
-            return thought.new_zeros(len(thought), 3, dtype=dtype)
+            dequeue = torch.arange(3, device=thought.device) == DEQUEUE
+            return dequeue.to(dtype).expand(len(thought), 3)
         # Over D normalised channels small steps of all weights add up: scaled, actions learn slowly.
         logits = self.action_proj(thought * thought.shape[-1] ** -0.5)
         return logits.to(dtype).softmax(-1)

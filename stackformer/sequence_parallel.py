@@ -137,7 +137,9 @@ class _SpanLayer(StackformerCacheLayer):
         received: list[Tensor] = []
         recorded = torch.is_grad_enabled()
 
-        def start(mixer: Any, hidden: Tensor, pointer: Tensor, layout: TokenLayout) -> tuple[State | None, Any]:
+        def start(
+            mixer: Any, hidden: Tensor, pointer: Tensor, layout: TokenLayout
+        ) -> tuple[State | None, Any]:
             if not isinstance(mixer, SplittableMixer):
                 raise ValueError(
                     "`mixer_types` must be mixers whose tokens can be split over processes, got "

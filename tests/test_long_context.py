@@ -5,8 +5,10 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
-from stackformer.long_context import DriftError, long_context_backward, long_context_loss
+from stackformer.long_context import DriftError, _Storage, long_context_backward, long_context_loss
+from stackformer.mixer_banked_linear_attention import BankedLinearAttention
 from tests.models import random_ids, tiny_model
 
 torch.set_num_threads(1)
@@ -203,6 +205,40 @@ def test_memory_does_not_grow_with_length():
     with SavedBytes() as saved:
         model(**inputs).loss.backward()
     assert saved.peak > 5 * peaks[1]
+
+
+def test_inputs_of_the_recurrence_are_computed_once(monkeypatch):
+    """For each layer and piece in either pass, not again to find its state."""
+    counts = {"inputs": 0, "forward": 0}
+
+    def count(name, method):
+        def counted(*args):
+            counts[name] += 1
+            return method(*args)
+
+        monkeypatch.setattr(BankedLinearAttention, name, counted)
+
+    count("inputs", BankedLinearAttention.inputs)
+    count("forward", BankedLinearAttention.forward)
+    output = long_context_backward(model_for("no decay"), **batch(), piece_size=PIECE)
+    assert output.num_anchors == 0
+    assert counts["inputs"] == counts["forward"] > 2 * LENGTH // PIECE
+
+
+def test_what_is_kept_lies_in_slabs():
+    """Not in as many places as there are tensors, and it comes back as it was."""
+    pieces = [
+        ({"mask": torch.rand(3, n) > 0.5, "empty": torch.randn(0, 2)}, [torch.randn(n, dtype=torch.float64)])
+        for n in range(1, 40)
+    ]
+    pieces.append(({"large": torch.randn(_Storage.SLAB_BYTES)}, []))
+    with _Storage("device", torch.device("cpu")) as storage:
+        for piece in pieces:
+            storage.push(piece)
+        places = {leaf.untyped_storage().data_ptr() for leaf in tree_leaves(storage._pieces)}
+        assert len(places) == 2
+        for piece in reversed(pieces):
+            torch.testing.assert_close(storage.pop(), piece, rtol=0, atol=0)
 
 
 def test_anchors_grow_with_what_is_forgotten():

@@ -129,9 +129,9 @@ def test_reversed_over_pieces():
     ids = random_ids(2, 23)
     expected, model = tiny_model(**shape).train(), tiny_model(**shape).train()
     expected(ids, labels=ids).loss.backward()
-    output = long_context_backward(model, ids, labels=ids, piece_size=6, method="reverse")
+    output = long_context_backward(model, ids, labels=ids, piece_size=6, method="reverse", max_log_decay=0)
     assert_same_gradients(model, expected)
-    assert output.drift < 1e-12 and output.num_anchors == 0
+    assert output.drift < 1e-12 and output.num_anchors == 0  # whatever it grows by: it is exact
 
 
 def test_states_are_fixed_point_numbers_in_any_model():

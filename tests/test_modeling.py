@@ -161,6 +161,23 @@ def test_halted_tokens_are_not_computed():
 
 
 @torch.no_grad()
+def test_a_model_made_for_one_step_takes_one():
+    model, ids = tiny_model(max_ponder_steps=1), random_ids(2, 9)
+    expected = model(ids).logits
+    model.config.max_ponder_steps = 3
+    outputs = model(ids)
+    torch.testing.assert_close(outputs.logits, expected)
+    assert (outputs.ponder_steps == 1).all()
+
+
+@torch.no_grad()
+def test_nobody_has_no_trace():
+    ids = random_ids(2, 5)
+    outputs = tiny_model()(ids, attention_mask=torch.zeros_like(ids), output_stack_trace=True)
+    assert outputs.stack_trace is None and not outputs.ponder_steps.any()
+
+
+@torch.no_grad()
 def test_halting_is_by_the_threshold():
     model, ids = tiny_model(), random_ids(2, 30)
     outputs = model(ids, output_stack_trace=True)

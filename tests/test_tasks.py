@@ -218,6 +218,13 @@ def test_training_draws_all_lengths_and_other_sequences_than_the_test():
     assert not torch.equal(test, train)
 
 
+def test_a_curriculum_begins_with_short_sequences():
+    task = run.build_task("word_problem", {"group": "S3"})
+    collate = run.TaskCollator(task, task.train_lengths(16), seed=0, curriculum=300)
+    lengths = [collate([index])["input_ids"].shape[1] for index in range(600)]
+    assert set(lengths[:50]) == {2} and max(lengths[:200]) == 7 and set(lengths[300:]) == set(range(2, 17))
+
+
 @pytest.mark.parametrize(
     "name, options, length, message",
     [

@@ -83,7 +83,7 @@ class TaskArguments:
     train_length: int = field(default=20, metadata={"help": "Longest sequences of the training."})
     curriculum_steps: int = field(
         default=0,
-        metadata={"help": "Steps until sequences are as long as that: the longest grow by a constant factor."},
+        metadata={"help": "Steps until all lengths are drawn; up to then the longest grows steadily."},
     )
     test_lengths: list[int] = field(
         default_factory=lambda: [20, 40, 80, 160], metadata={"help": "Lengths to test."}
