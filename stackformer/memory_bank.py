@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .memory_bank_cpu import CompiledAttention, is_available
+from .memory_bank_cpu import CompiledAttention, attend_once, is_available
 
 IMPLEMENTATIONS = ("recurrent", "chunk", "cpp", "triton")
 _HAS_TRITON = find_spec("triton") is not None
@@ -101,7 +101,8 @@ def banked_linear_attention(
         tensors = (query, key, value, read, write, log_decay, memory, normalizer)
         if implementation == "cpp":
             keep_states = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-            output, memory, normalizer = CompiledAttention.apply(*tensors, length, eps, keep_states)
+            attend = CompiledAttention.apply if keep_states or torch.compiler.is_compiling() else attend_once
+            output, memory, normalizer = attend(*tensors, length, eps, keep_states)
         elif implementation == "triton":
             from .memory_bank_triton import chunked_attention
 

@@ -176,6 +176,14 @@ if is_available():
     torch.library.register_fake("stackformer::chunk_backward", _empty_gradients, lib=_OPERATORS)
 
 
+def attend_once(*arguments) -> tuple[Tensor, Tensor, Tensor]:
+    """`CompiledAttention` without a graph and without the ways through torch, which take longer than a token:
+    output and final state."""
+    *inputs, memory, normalizer, length, eps, keep_states = arguments
+    output, _, memory, normalizer, *_ = _forward(inputs, memory, normalizer, length, eps, keep_states)
+    return output.to(inputs[2].dtype), memory, normalizer
+
+
 class CompiledAttention(torch.autograd.Function):
     """`banked_linear_attention` in C++; inputs as there, then the initial state, chunk length and `eps`."""
 

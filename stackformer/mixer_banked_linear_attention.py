@@ -33,7 +33,7 @@ import torch
 from torch import Tensor, nn
 
 from .configuration_stackformer import StackformerConfig
-from .layers_stackformer import ResidualProjection, ShortConvolution
+from .layers_stackformer import ResidualProjection, RMSNorm, ShortConvolution
 from .memory_bank import (
     FEATURE_MAPS,
     at_least_float32,
@@ -76,7 +76,7 @@ class BankedLinearAttention(nn.Module):
             self.read_proj = nn.Linear(size, self.num_heads * self.num_banks)
             self.write_proj = nn.Linear(size, self.num_heads * self.num_banks)
         self.gate_proj = nn.Linear(size, size, bias=False)
-        self.norm = nn.RMSNorm(self.head_dim, eps=config.rms_norm_eps)
+        self.norm = RMSNorm(self.head_dim, eps=config.rms_norm_eps)
         self.o_proj = ResidualProjection(size, size)
 
     def forward(

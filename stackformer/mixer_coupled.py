@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .configuration_stackformer import StackformerConfig
-from .layers_stackformer import ResidualProjection
+from .layers_stackformer import ResidualProjection, RMSNorm
 from .processing_stack import TokenLayout
 
 # A token's part of what is written to a state [B', 2 m], and whether it is one [B', 1], if not all are.
@@ -56,7 +56,7 @@ class Coupled(nn.Module):
         self.first_proj = nn.Linear(state_size, 2 * state_size, bias=False)
         self.second_proj = nn.Linear(state_size, 2 * state_size, bias=False)
         self.gate_proj = nn.Linear(size, 2 * state_size, bias=False)
-        self.norm = nn.RMSNorm(2 * state_size, eps=config.rms_norm_eps)
+        self.norm = RMSNorm(2 * state_size, eps=config.rms_norm_eps)
         self.o_proj = ResidualProjection(2 * state_size, size)
 
     def forward(

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .configuration_stackformer import StackformerConfig
-from .layers_stackformer import ResidualProjection, ShortConvolution
+from .layers_stackformer import ResidualProjection, RMSNorm, ShortConvolution
 from .memory_bank import at_least_float32
 from .processing_stack import TokenLayout
 
@@ -39,7 +39,7 @@ class DeltaRule(nn.Module):
         self.write_proj = nn.Linear(size, self.num_heads)
         self.decay_proj = nn.Linear(size, self.num_heads)
         self.gate_proj = nn.Linear(size, size, bias=False)
-        self.norm = nn.RMSNorm(self.head_dim, eps=config.rms_norm_eps)
+        self.norm = RMSNorm(self.head_dim, eps=config.rms_norm_eps)
         self.o_proj = ResidualProjection(size, size)
 
     def forward(

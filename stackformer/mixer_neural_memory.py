@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from .configuration_stackformer import StackformerConfig
-from .layers_stackformer import ResidualProjection, ShortConvolution
+from .layers_stackformer import ResidualProjection, RMSNorm, ShortConvolution
 from .memory_bank import at_least_float32
 from .mixer_attention import Attention, rotary_embedding, rotary_head_size
 from .processing_stack import BlockGrid, TokenLayout
@@ -163,7 +163,7 @@ class NeuralMemory(nn.Module):
         self.initial_memory = nn.Parameter(
             torch.empty(config.memory_depth, self.num_heads, self.head_dim, self.head_dim)
         )
-        self.norm = nn.RMSNorm(self.head_dim, eps=config.rms_norm_eps)
+        self.norm = RMSNorm(self.head_dim, eps=config.rms_norm_eps)
 
     def forward(
         self, hidden: Tensor, layout: TokenLayout, state: tuple[Tensor, ...] | None
@@ -288,7 +288,7 @@ class MemoryAsGate(nn.Module):
         size = config.core_size
         self.attention = Attention(config)
         self.attention.o_proj = nn.Identity()  # type: ignore[assignment]  # projected after the product
-        self.attention_norm = nn.RMSNorm(size, eps=config.rms_norm_eps)
+        self.attention_norm = RMSNorm(size, eps=config.rms_norm_eps)
         self.memory = NeuralMemory(config)
         self.o_proj = ResidualProjection(size, size)
 
@@ -327,7 +327,7 @@ class MemoryAsContext(nn.Module):
         self.persistent = None
         if config.num_persistent_tokens > 0:
             self.persistent = nn.Embedding(config.num_persistent_tokens, size)
-        self.attention_norm = nn.RMSNorm(size, eps=config.rms_norm_eps)
+        self.attention_norm = RMSNorm(size, eps=config.rms_norm_eps)
         self.o_proj = ResidualProjection(size, size)
 
     def forward(

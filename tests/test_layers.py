@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from stackformer.layers_stackformer import ShortConvolution
+from stackformer.layers_stackformer import _MANY, RMSNorm, ShortConvolution, _Normalise
 
 
 @pytest.mark.parametrize(
@@ -29,3 +29,31 @@ def test_short_convolution_is_torchs():
     expected = nn.functional.conv1d(window.mT, conv.weight, groups=6).mT
     torch.testing.assert_close(conv(window), expected)
     torch.testing.assert_close(conv(window[:, :4]), expected[:, :1])
+
+
+def test_rms_norm_has_torchs_gradients():
+    x = torch.randn(3, 2, 5, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(5, dtype=torch.float64, requires_grad=True)
+    torch.testing.assert_close(
+        _Normalise.apply(x, weight, 1e-3), nn.functional.rms_norm(x, (5,), weight, eps=1e-3)
+    )
+    assert torch.autograd.gradcheck(lambda x, weight: _Normalise.apply(x, weight, 1e-3), (x, weight))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, _MANY // 64])
+def test_rms_norm_is_torchs_for_few_rows_and_many(rows, dtype):
+    norm, torchs = RMSNorm(64, eps=1e-6).to(dtype), nn.RMSNorm(64, eps=1e-6).to(dtype)
+    with torch.no_grad():
+        norm.weight.normal_()
+        torchs.load_state_dict(norm.state_dict())
+    x = torch.randn(rows, 64, dtype=dtype, requires_grad=True)
+    results = []
+    for layer in (norm, torchs):
+        output = layer(x)
+        results.append([output, *torch.autograd.grad(output.float().square().sum(), [x, layer.weight])])
+    assert isinstance(results[0][0].grad_fn, torch.autograd.function.BackwardCFunction) == (
+        rows > 1 and dtype == torch.float32
+    )
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
