@@ -119,6 +119,28 @@ class ShortConvolution(nn.Conv1d):
         return self(window), layout.last_of_rows(window, history).to(at_least_float32(rows))
 
 
+class _SwishGate(torch.autograd.Function):
+    """silu(gate) * value, which keeps what it is given and nothing else for the backward pass."""
+
+    @staticmethod
+    def forward(ctx, gate: Tensor, value: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, value)
+        return nn.functional.silu(gate).mul_(value)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
+        gate, value = ctx.saved_tensors
+        grad_gate = torch.ops.aten.silu_backward(grad * value, gate)
+        return grad_gate, nn.functional.silu(gate).mul_(grad)
+
+
+def swish_gate(gate: Tensor, value: Tensor) -> Tensor:
+    """silu(gate) * value, both of one shape."""
+    if torch.is_grad_enabled() and gate.dtype == value.dtype and not torch.compiler.is_compiling():
+        return _SwishGate.apply(gate, value)
+    return nn.functional.silu(gate) * value
+
+
 class GatedMLP(nn.Module):
     """Gated feed-forward (Shazeer 2020, "GLU Variants Improve Transformer", equation 6)."""
 
@@ -128,6 +150,8 @@ class GatedMLP(nn.Module):
         self.up_proj = nn.Linear(input_size, intermediate_size, bias=False)
         self.down_proj = ResidualProjection(intermediate_size, output_size)
         self.act_fn = ACT2FN[hidden_act]
+        self.is_swish = hidden_act in ("silu", "swish")
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return self.down_proj(self.act_fn(self.gate_proj(hidden)) * self.up_proj(hidden))
+        gate, up = self.gate_proj(hidden), self.up_proj(hidden)
+        return self.down_proj(swish_gate(gate, up) if self.is_swish else self.act_fn(gate) * up)

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor, nn
 
 from .configuration_stackformer import StackformerConfig
-from .layers_stackformer import ResidualProjection, RMSNorm, ShortConvolution
+from .layers_stackformer import ResidualProjection, RMSNorm, ShortConvolution, swish_gate
 from .memory_bank import (
     FEATURE_MAPS,
     at_least_float32,
@@ -108,7 +108,7 @@ class BankedLinearAttention(nn.Module):
             max_decay=self.max_decay_rate,
         )
         mixed = self.norm(layout.to_tokens(mixed)).flatten(1)
-        output = self.o_proj(nn.functional.silu(self.gate_proj(hidden)) * mixed)
+        output = self.o_proj(swish_gate(self.gate_proj(hidden), mixed))
         return output, (memory, normalizer, inputs.past), inputs.bank_weights
 
     def inputs(

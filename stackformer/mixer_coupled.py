@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .configuration_stackformer import StackformerConfig
-from .layers_stackformer import ResidualProjection, RMSNorm
+from .layers_stackformer import ResidualProjection, RMSNorm, swish_gate
 from .processing_stack import TokenLayout
 
 # A token's part of what is written to a state [B', 2 m], and whether it is one [B', 1], if not all are.
@@ -131,7 +131,7 @@ class Coupled(nn.Module):
                 second = second + self._written(self.second_proj, first, *to_second)
                 states.append(torch.cat([first, second], dim=1))
             read = self.norm(torch.stack(states, dim=1).to(rows.dtype))
-            mixed = self.o_proj(nn.functional.silu(self.gate_proj(rows)) * read)
+            mixed = self.o_proj(swish_gate(self.gate_proj(rows), read))
         return mixed, torch.stack([first, second], dim=1)
 
     def unread(self, rows: Tensor, real: Tensor | None, state: Tensor) -> Tensor:

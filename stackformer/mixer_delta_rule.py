@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .configuration_stackformer import StackformerConfig
-from .layers_stackformer import ResidualProjection, RMSNorm, ShortConvolution
+from .layers_stackformer import ResidualProjection, RMSNorm, ShortConvolution, swish_gate
 from .memory_bank import at_least_float32
 from .processing_stack import TokenLayout
 
@@ -75,7 +75,7 @@ class DeltaRule(nn.Module):
             self.chunk_size,
         )
         mixed = self.norm(layout.to_tokens(mixed)).flatten(1)
-        output = self.o_proj(nn.functional.silu(self.gate_proj(hidden)) * mixed)
+        output = self.o_proj(swish_gate(self.gate_proj(hidden), mixed))
         return output, (weights, past), None
 
 

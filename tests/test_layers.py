@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from stackformer.layers_stackformer import _MANY, RMSNorm, ShortConvolution, _Normalise
+from stackformer.layers_stackformer import _MANY, RMSNorm, ShortConvolution, _Normalise, swish_gate
 
 
 @pytest.mark.parametrize(
@@ -57,3 +57,13 @@ def test_rms_norm_is_torchs_for_few_rows_and_many(rows, dtype):
     )
     for actual, expected in zip(*results, strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+
+def test_swish_gate_has_its_gradients_and_keeps_little():
+    gate, value = (torch.randn(7, 5, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    torch.testing.assert_close(swish_gate(gate, value), nn.functional.silu(gate) * value)
+    assert torch.autograd.gradcheck(swish_gate, (gate, value))
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.data_ptr()), lambda x: x):
+        swish_gate(gate, value)
+    assert set(kept) == {gate.data_ptr(), value.data_ptr()}

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from stackformer.memory_bank import (
+    FEATURE_MAPS,
     banked_linear_attention,
     banked_linear_attention_step,
     init_memory_bank,
@@ -331,3 +332,13 @@ def test_initial_state_defaults_to_zeros():
             banked_linear_attention(**inputs, implementation=implementation),
             banked_linear_attention(**inputs, implementation=implementation, initial_state=zeros),
         )
+
+
+def test_the_feature_map_keeps_its_result_only():
+    x = torch.randn(3, 7, dtype=torch.float64, requires_grad=True)
+    torch.testing.assert_close(FEATURE_MAPS["elu_plus_one"](x), torch.nn.functional.elu(x) + 1)
+    assert torch.autograd.gradcheck(FEATURE_MAPS["elu_plus_one"], x)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.data_ptr()), lambda x: x):
+        result = FEATURE_MAPS["elu_plus_one"](x)
+    assert kept == [result.data_ptr()]
