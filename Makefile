@@ -36,7 +36,10 @@ bench: $(VENV)/installed
 	$(BIN)/python -m benchmarks.training $(SMALL) --time 512 4096 --tokens_per_step 4096 \
 		--json outputs/bench/training.json
 	$(BIN)/python -m benchmarks.prefill $(SMALL) --time 512 2048 8192 --json outputs/bench/prefill.json
-	$(BIN)/python -m benchmarks.decode $(SMALL) --contexts 1024 32768 --json outputs/bench/decode.json
+	$(BIN)/python -m benchmarks.decode $(SMALL) --contexts 1024 32768 --models "plain core" stack llama mamba2 \
+		--no-compile --json outputs/bench/decode.json
+	$(BIN)/python -m benchmarks.decode $(SMALL) --contexts 1024 --batch_size 1 --models "plain core" llama \
+		--json outputs/bench/decode_compiled.json
 	$(BIN)/python -m benchmarks.halting $(SMALL) --time 1024 --json outputs/bench/halting.json
 	$(BIN)/python -m benchmarks.profile_model $(SMALL) --json outputs/bench/profile.json
 

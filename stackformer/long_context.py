@@ -478,8 +478,8 @@ class _RewindingLayer(StackformerCacheLayer):
 
 
 def _leaves(tensors: Iterable[Tensor]) -> State:
-    """The same, as leaves of a new graph."""
-    return tuple(tensor.detach().requires_grad_() for tensor in tensors)
+    """The same, as leaves of a new graph; counters and the like have no gradient."""
+    return tuple(tensor.detach().requires_grad_(tensor.is_floating_point()) for tensor in tensors)
 
 
 class _Storage:

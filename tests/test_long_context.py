@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_leaves
 
 from stackformer.long_context import DriftError, _Storage, long_context_backward, long_context_loss
 from stackformer.mixer_banked_linear_attention import BankedLinearAttention
-from tests.models import random_ids, tiny_model
+from tests.models import SHAPES, random_ids, tiny_model
 
 torch.set_num_threads(1)
 CLOSE = {"rtol": 1e-8, "atol": 1e-11}
@@ -298,6 +298,15 @@ def test_a_mixer_that_cannot_be_reversed_is_stored(monkeypatch):
     result = long_context_backward(model, **inputs, piece_size=PIECE)
     assert_same_gradients(model, expected)
     assert result.kept_bytes == stored.kept_bytes
+
+
+@pytest.mark.parametrize("shape", [name for name, fields in SHAPES.items() if not fields.get("feedback")])
+def test_any_mixer(shape):
+    """Also those with counters in their state, or with states that grow."""
+    model, expected, inputs = tiny_model(**SHAPES[shape]), tiny_model(**SHAPES[shape]), batch(True, length=30)
+    expected.train()(**inputs).loss.backward()
+    long_context_backward(model.train(), **inputs, piece_size=PIECE)
+    assert_same_gradients(model, expected)
 
 
 def test_known_depths_are_depths_found():
