@@ -14,7 +14,8 @@ differ in how a piece gets its initial state:
   what a memory became, too: one that has grown by exp(b) comes back with errors that are as much larger
   beside what it was. So a memory is copied instead, it is anchored, where decay and growth since it was last
   copied would come to more than `max_log_decay`.
-- "stored" copies all of the state at the start of every piece: exact, for any mixer and any decay.
+- "stored" copies all of the state at the start of every piece: exact, for any mixer and any decay. It is
+  what "reverse" does, too, for mixers that cannot be run backwards, and for models with feedback.
 - "truncated" cuts the graph between pieces: truncated backpropagation through time, for comparison.
 
 Besides states, a piece keeps the past of the convolutions, and the number of ponder steps of each token.
@@ -127,7 +128,7 @@ def long_context_backward(
             loss that is returned.
 
     Raises:
-        ValueError: for an argument out of range, or a model with feedback unless it is "truncated".
+        ValueError: for an argument out of range.
         DriftError: where memories computed backwards are off by more than `max_drift`; do not step the
             optimizer then.
     """
@@ -138,11 +139,11 @@ def long_context_backward(
 
     pieces = _Pieces(model, input_ids, shift_labels, attention_mask, piece_size)
     cache = pieces.initial(past_key_values)
-    if pieces.config.feedback and method != "truncated":
-        raise ValueError(
-            "`method` must be 'truncated' for a model with feedback, whose state is read many times in a "
-            f"piece, got {method!r}"
+    if pieces.config.feedback and method == "reverse":
+        logger.warning_once(
+            "A model with feedback cannot be run backwards: states are stored for every piece"
         )
+        method = "stored"
     run = {"num_items_in_batch": num_items_in_batch, "scale_loss": scale_loss or nn.Identity()}
     if method == "truncated":
         return _truncated(pieces, cache, **run)
@@ -262,7 +263,9 @@ def _truncated(pieces: _Pieces, cache: StackformerCache, **run: Any) -> LongCont
 
 def _read(pieces: _Pieces, recorder: StackformerCache, kept: "_Storage") -> None:
     """The forward pass: `recorder` ends in the state after all tokens, `kept` with what each piece needs."""
-    halts = pieces.config.halting_threshold > 0 and pieces.config.max_ponder_steps > 1
+    # With feedback there is no inverse whose errors could let a token halt at another step.
+    config = pieces.config
+    halts = config.halting_threshold > 0 and config.max_ponder_steps > 1 and not config.feedback
     for number in range(len(pieces)):
         pieces.read(number, recorder)
         depths, states = zip(*(layer.take() for layer in recorder.layers), strict=True)
@@ -318,15 +321,20 @@ class _RecordingLayer(StackformerCacheLayer):
         self._reverse, self._max_log_decay = method == "reverse", max_log_decay
         self._depths: Tensor | None = None  # [B, T], ponder steps of the piece's tokens
         self._kept: dict[int, Kept] = {}
+        self._begun: set[int] = set()  # slices that were read in the piece; with feedback, they are again
         # By slice, for the pieces that will be undone down to each memory's anchor: the nats by which it
         # decayed in them, and the least, over their starts, of these and the log of the size of its head's
         # memories. The piece that begins with the anchor need not be undone, so it does not count.
         self._undone: dict[int, tuple[Tensor | float, Tensor | float]] = {}
 
     def read(self, index: int, layout: TokenLayout) -> Any:
-        """The state of slice `index`, and the mixer's inputs, as soon as it is known what is read there."""
+        """The state of slice `index`, and the mixer's inputs, as soon as it is known what is read there. With
+        feedback, later reads find what was written since."""
+        if index in self._begun:
+            return take_rows(self.slices.get(index), layout.rows)
 
         def start(mixer: Any, hidden: Tensor, pointer: Tensor, layout: TokenLayout) -> tuple[Any, ...]:
+            self._begun.add(index)
             self._count_step(layout, hidden.device)
             state = self.slices.get(index)
             if state is None:
@@ -354,7 +362,7 @@ class _RecordingLayer(StackformerCacheLayer):
         """What has to be kept of the piece just read: the tokens' ponder steps, and for each slice that was
         there before the piece, what it takes to know what it was."""
         taken = self._depths, self._kept
-        self._depths, self._kept = None, {}
+        self._depths, self._kept, self._begun = None, {}, set()
         return taken
 
     def _keep(
@@ -408,7 +416,9 @@ class _RewindingLayer(StackformerCacheLayer):
 
     def read(self, index: int, layout: TokenLayout) -> Any:
         """The state of slice `index` at the piece's start, and the mixer's inputs, as soon as it is known
-        what is read there."""
+        what is read there. With feedback, later reads find what was written since."""
+        if index in self._recomputed:
+            return take_rows(self._recomputed[index], layout.rows)
 
         def start(mixer: Any, hidden: Tensor, pointer: Tensor, layout: TokenLayout) -> tuple[Any, ...]:
             if index not in self._kept:
@@ -425,7 +435,8 @@ class _RewindingLayer(StackformerCacheLayer):
 
     def write(self, index: int, state: State, layout: TokenLayout) -> None:
         """Take the end state of slice `index` for the rows of `layout`, with its graph."""
-        self._recomputed[index] = put_rows(self._starts.get(index), state, layout)
+        old = self._recomputed.get(index, self._starts.get(index))
+        self._recomputed[index] = put_rows(old, state, layout)
 
     def end_gradients(self) -> Iterator[tuple[Tensor, Tensor]]:
         """The piece's end states, with their graph, and the gradients that the pieces after it gave them."""

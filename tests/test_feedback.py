@@ -136,12 +136,13 @@ def test_depths_and_traces_of_packed_documents():
         torch.testing.assert_close(packed.logits[:, span], alone.logits, **CLOSE)
 
 
-def test_long_contexts_are_truncated_or_refused():
-    model, ids = tiny_model(**SHAPE).train(), random_ids(1, 4)
-    with pytest.raises(ValueError, match="`method` must be 'truncated' .* got 'stored'"):
-        long_context_backward(model, ids, labels=ids, piece_size=2, method="stored")
-    long_context_backward(model, ids, labels=ids, piece_size=4, method="truncated")
-    expected = tiny_model(**SHAPE).train()
+@pytest.mark.parametrize("method", ["reverse", "stored", "truncated"])
+def test_long_contexts_have_stored_states(method):
+    """Whatever the method is called; truncated at pieces they are what one piece has."""
+    model, expected, ids = tiny_model(**SHAPE).train(), tiny_model(**SHAPE).train(), random_ids(2, 11)
+    long_context_backward(
+        model, ids, labels=ids, piece_size=11 if method == "truncated" else 3, method=method
+    )
     expected(ids, labels=ids).loss.backward()
     for parameter, reference in zip(model.parameters(), expected.parameters(), strict=True):
         torch.testing.assert_close(parameter.grad, reference.grad, **CLOSE)

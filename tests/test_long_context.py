@@ -111,8 +111,9 @@ def test_the_state_is_kept_anywhere(tmp_path):
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
-def test_checkpointed_pieces(use_reentrant):
-    inputs, expected, model = batch(), model_for(), model_for()
+@pytest.mark.parametrize("feedback", [False, True], ids=["parallel", "feedback"])
+def test_checkpointed_pieces(feedback, use_reentrant):
+    inputs, expected, model = batch(), model_for(feedback=feedback), model_for(feedback=feedback)
     long_context_backward(expected, **inputs, piece_size=PIECE)
     model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
     long_context_backward(model, **inputs, piece_size=PIECE)
@@ -300,9 +301,9 @@ def test_a_mixer_that_cannot_be_reversed_is_stored(monkeypatch):
     assert result.kept_bytes == stored.kept_bytes
 
 
-@pytest.mark.parametrize("shape", [name for name, fields in SHAPES.items() if not fields.get("feedback")])
-def test_any_mixer(shape):
-    """Also those with counters in their state, or with states that grow."""
+@pytest.mark.parametrize("shape", SHAPES)
+def test_any_shape(shape):
+    """Also those with counters in their state, with states that grow, or with one that is read many times."""
     model, expected, inputs = tiny_model(**SHAPES[shape]), tiny_model(**SHAPES[shape]), batch(True, length=30)
     expected.train()(**inputs).loss.backward()
     long_context_backward(model.train(), **inputs, piece_size=PIECE)
