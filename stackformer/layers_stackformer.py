@@ -27,8 +27,10 @@ class _Normalise(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight, scale = ctx.saved_tensors
         product = (grad * x).flatten(0, -2)
-        along = (product @ weight).view_as(scale) * (scale**3 / -x.shape[-1])
-        return (grad * weight).mul_(scale).addcmul_(x, along), scale.flatten() @ product, None
+        with torch.autocast(x.device.type, enabled=False):
+            along = (product @ weight).view_as(scale) * (scale**3 / -x.shape[-1])
+            grad_weight = scale.flatten() @ product
+        return (grad * weight).mul_(scale).addcmul_(x, along), grad_weight, None
 
 
 class RMSNorm(nn.RMSNorm):

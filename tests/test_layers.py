@@ -40,6 +40,14 @@ def test_rms_norm_has_torchs_gradients():
     assert torch.autograd.gradcheck(lambda x, weight: _Normalise.apply(x, weight, 1e-3), (x, weight))
 
 
+def test_rms_norm_has_its_gradients_under_autocast():
+    norm, x = RMSNorm(64), torch.randn(_MANY // 64, 64)
+    (expected,) = torch.autograd.grad(norm(x).cos().sum(), norm.weight)
+    with torch.autocast("cpu", torch.bfloat16):
+        (actual,) = torch.autograd.grad(norm(x).cos().sum(), norm.weight)
+    assert actual.dtype == torch.float32 and torch.equal(actual, expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [1, _MANY // 64])
 def test_rms_norm_is_torchs_for_few_rows_and_many(rows, dtype):
