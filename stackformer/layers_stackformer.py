@@ -39,7 +39,8 @@ class RMSNorm(nn.RMSNorm):
     def forward(self, x: Tensor) -> Tensor:
         plain = x.device.type == "cpu" and x.dtype == self.weight.dtype and x.dtype.itemsize >= 4
         if plain and x.numel() >= _MANY and not torch.compiler.is_compiling():
-            return _Normalise.apply(x, self.weight, self.eps)
+            eps = torch.finfo(x.dtype).eps if self.eps is None else self.eps
+            return _Normalise.apply(x, self.weight, eps)
         return super().forward(x)
 
 
