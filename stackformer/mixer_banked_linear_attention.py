@@ -124,6 +124,8 @@ class BankedLinearAttention(nn.Module):
         rows, past = self.conv.slide(layout.to_rows(self.qkv_proj(hidden)), past, layout)
         query, key, value = rows.unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(2)
         query, key = self.feature_map(query), self.feature_map(key)
+        if torch.is_grad_enabled():  # a view would keep all three until the backward pass
+            value = value.contiguous()
         weights = self._gates(hidden)
         read, write, log_decay = (layout.to_rows(address_memories(pointer, weight)) for weight in weights)
         return BankInputs((query, key, value, read, write, log_decay), weights, past)
