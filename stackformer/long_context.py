@@ -248,8 +248,11 @@ class _Pieces:
 
     @contextmanager
     def _randomness(self, number: int) -> Iterator[None]:
-        with _forked_randomness(self.device):
-            torch.manual_seed(self.seed + number)
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            if self.device.type == "cpu":  # `torch.manual_seed` keeps a stack trace for each other backend
+                torch.default_generator.manual_seed(self.seed + number)
+            else:
+                torch.manual_seed(self.seed + number)
             yield
 
 
@@ -544,13 +547,6 @@ class _Storage:
             self._slab, start = self._slab.new_empty(max(tensor.nbytes, self.SLAB_BYTES)), 0
         self._free = start + tensor.nbytes
         return self._slab[start : self._free].view(tensor.dtype).view(tensor.shape).copy_(tensor)
-
-
-@contextmanager
-def _forked_randomness(device: torch.device) -> Iterator[None]:
-    """What is drawn inside leaves the random state outside as it was."""
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        yield
 
 
 def next_labels(input_ids: Tensor, labels: Tensor | None, shift_labels: Tensor | None) -> Tensor:
