@@ -45,6 +45,9 @@ ROWS = {
     "stack, P = 4": Row("max_ponder_steps=4"),
     "stack, P = 8": Row("max_ponder_steps=8"),
     "untied, 4 x the layers, P = 1": Row("max_ponder_steps=1,stack_depth=1,num_hidden_layers=8"),
+    # As many layers with the parameters of the stack, and as many parameters with its layers.
+    "8 narrow layers, P = 1": Row("max_ponder_steps=1,stack_depth=1,num_hidden_layers=8,bottleneck_size=80"),
+    "2 wide layers, P = 1": Row("max_ponder_steps=1,stack_depth=1,bottleneck_size=320"),
     "attention": Row(f'{PLAIN},hidden_size=192,intermediate_size=528,mixer_types=["attention","attention"]'),
     "linear attention": Row(f"{PLAIN},hidden_size=176,intermediate_size=568,max_decay_rate=0"),
     "no stack, no halting, P = 4": Row("max_ponder_steps=4,stack_depth=1", depth=4),
