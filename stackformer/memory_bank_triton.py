@@ -390,6 +390,10 @@ class _Plan:
         self.dtype = torch.bfloat16 if dtypes == {torch.bfloat16} else torch.float32
         exact = torch.float32 in dtypes and not torch.backends.cuda.matmul.allow_tf32
         precision = "tf32x3" if exact else "tf32"
+        # Two sets of tiles [BLOCK, K], [BLOCK, V] and [BLOCK, R] have to fit, and few registers be spilled.
+        wide = max(self.key_size, self.value_size) > 64 or self.memories > 32
+        large = self.dtype == torch.float32 and wide
+        block = min(chunk, _MAX_BLOCK // 2 if large else _MAX_BLOCK)
         self.gates = {"H": self.heads, "R": self.memories, "CHUNK": chunk, "BLOCK_R": _tile(self.memories)}
         self.sizes = {
             "H": self.heads,
@@ -397,7 +401,7 @@ class _Plan:
             "K": self.key_size,
             "V": self.value_size,
             "CHUNK": chunk,
-            "BLOCK": max(16, min(chunk, _MAX_BLOCK)),
+            "BLOCK": max(16, block),
             "BLOCK_V": min(_tile(self.value_size), _MAX_BLOCK),
             "PRECISION": precision,
         }

@@ -208,7 +208,7 @@ def test_kernels_compile_for_a_gpu():
     }  # fmt: skip
     for kernel in kernels:
         assert kernel["shared_bytes"] <= 227 * 1024, kernel
-        assert kernel["stack_bytes"] <= (64 if kernel["dtype"] == "bfloat16" else 2048), kernel
+        assert kernel["stack_bytes"] <= (64 if kernel["dtype"] == "bfloat16" else 1024), kernel
 
 
 @pytest.mark.parametrize("failure", [None, "raises", "wrong"])
