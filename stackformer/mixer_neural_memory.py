@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from .configuration_stackformer import StackformerConfig
-from .layers_stackformer import ResidualProjection, RMSNorm, ShortConvolution
+from .layers_stackformer import ResidualProjection, RMSNorm, ShortConvolution, swish_gate
 from .memory_bank import at_least_float32
 from .mixer_attention import Attention, rotary_embedding, rotary_head_size
 from .processing_stack import BlockGrid, TokenLayout
@@ -273,7 +273,7 @@ class MemoryAsLayer(nn.Module):
     ) -> tuple[Tensor, tuple[Tensor, ...], None]:
         """Mix the active tokens [n, d] along time, whatever their pointer. See `NeuralMemory.forward`."""
         mixed, state = self.memory(hidden, layout, state)
-        return self.o_proj(nn.functional.silu(self.gate_proj(hidden)) * mixed), state, None
+        return self.o_proj(swish_gate(self.gate_proj(hidden), mixed)), state, None
 
 
 class MemoryAsGate(nn.Module):
@@ -300,7 +300,7 @@ class MemoryAsGate(nn.Module):
         past, remembered = (None, None) if state is None else (state[:3], state[3:])
         attended, past, _ = self.attention(hidden, pointer, layout, past)
         mixed, remembered = self.memory(hidden, layout, remembered)
-        output = self.o_proj(nn.functional.silu(self.attention_norm(attended)) * mixed)
+        output = self.o_proj(swish_gate(self.attention_norm(attended), mixed))
         return output, (*past, *remembered), None
 
 
@@ -365,7 +365,7 @@ class MemoryAsContext(nn.Module):
 
         mixed = layout.to_tokens(segments.to_rows(torch.stack(attended, dim=1)))
         read = self.memory.collect(answers, hidden, layout, segments)
-        output = self.o_proj(nn.functional.silu(mixed) * read)
+        output = self.o_proj(swish_gate(mixed, read))
 
         seen, kept = segments.to_rows(torch.stack(contexts, dim=1)), self.memory.chunk_size - 1
         if past is None:
