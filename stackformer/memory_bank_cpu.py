@@ -6,6 +6,7 @@ build does for every version. Nothing depends on it: without it, memory_bank.py 
 """
 
 import ctypes
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -13,6 +14,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 _INPUTS = ("query", "key", "value", "read", "write", "log_decay")
+# `Precision` of csrc/memory_bank.cpp, by the dtype of queries, keys, values and output.
+_PRECISIONS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
 
 
 class _Tokens(ctypes.Structure):
@@ -65,9 +68,20 @@ def _dense(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
 
 
+def _dtypes(inputs: Sequence[Tensor], dtype: torch.dtype) -> list[torch.dtype]:
+    """What the library takes the inputs in: the dtype of the state; bfloat16 for query, key and value if all
+    of them are."""
+    low = dtype == torch.float32 and all(tensor.dtype == torch.bfloat16 for tensor in inputs[:3])
+    return [torch.bfloat16 if low else dtype] * 3 + [dtype] * 3
+
+
+def _as_taken(inputs: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    return [_dense(tensor, taken) for tensor, taken in zip(inputs, _dtypes(inputs, dtype), strict=True)]
+
+
 def _run(problem: _Problem, dtype: torch.dtype, backwards: bool) -> None:
     assert _LIBRARY is not None
-    if _LIBRARY.stackformer_memory_bank(problem, dtype == torch.float64, backwards, torch.get_num_threads()):
+    if _LIBRARY.stackformer_memory_bank(problem, _PRECISIONS[dtype], backwards, torch.get_num_threads()):
         raise MemoryError("no memory for the work space of banked linear attention")
 
 
@@ -92,10 +106,10 @@ def _problem(inputs: list[Tensor], output: Tensor, denominator: Tensor, length: 
 def _forward(
     inputs: list[Tensor], memory: Tensor, normalizer: Tensor, length: int, eps: float, keep_states: bool
 ) -> list[Tensor]:
-    """Output [B, T, H, V], denominator [B, T, H, 1], the final state, and the states at the start of each
-    chunk [B, H, chunks, ...], empty if not `keep_states`."""
-    dtype = memory.dtype
-    inputs = [_dense(tensor, dtype) for tensor in inputs]
+    """Output [B, T, H, V], in bfloat16 if the tokens are, else the dtype of the state; denominator
+    [B, T, H, 1], the final state, and the states at the start of each chunk [B, H, chunks, ...], empty if not
+    `keep_states`."""
+    inputs = _as_taken(inputs, memory.dtype)
     memory, normalizer = memory.contiguous(), normalizer.contiguous()
     results = _empty_results(inputs, memory, normalizer, length, eps, keep_states)
     problem = _problem(inputs, results[0], results[1], length, eps)
@@ -103,7 +117,7 @@ def _forward(
     problem.final_memory, problem.final_normalizer = results[2].data_ptr(), results[3].data_ptr()
     if keep_states:
         problem.start_memory, problem.start_normalizer = results[4].data_ptr(), results[5].data_ptr()
-    _run(problem, dtype, False)
+    _run(problem, results[0].dtype, False)
     return results
 
 
@@ -111,7 +125,7 @@ def _empty_results(inputs, memory, normalizer, length, eps, keep_states) -> list
     batch, time, heads, _ = inputs[0].shape
     chunks = -(-time // min(length, time)) if keep_states else 0
     return [
-        memory.new_empty(batch, time, heads, memory.shape[-1]),
+        memory.new_empty(batch, time, heads, memory.shape[-1], dtype=_dtypes(inputs, memory.dtype)[0]),
         memory.new_empty(batch, time, heads, 1),
         torch.empty_like(memory, memory_format=torch.contiguous_format),
         torch.empty_like(normalizer, memory_format=torch.contiguous_format),
@@ -134,9 +148,9 @@ def _backward(
 ) -> list[Tensor]:
     """Gradients of the six inputs and of the initial state, from those of output and final state."""
     dtype = denominator.dtype
-    inputs = [_dense(tensor, dtype) for tensor in inputs]
-    output, grad_output = _dense(output, dtype), _dense(grad_output, dtype)
-    grads = [torch.empty(tensor.shape, dtype=dtype) for tensor in inputs]
+    inputs = _as_taken(inputs, dtype)
+    output, grad_output = _dense(output, inputs[0].dtype), _dense(grad_output, inputs[0].dtype)
+    grads = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in inputs]
     # Copies: the gradients of the final state are overwritten with those of the initial one.
     states = [
         x.to(dtype).clone(memory_format=torch.contiguous_format) for x in (grad_memory, grad_normalizer)
@@ -147,15 +161,16 @@ def _backward(
     problem.grad_output = _tokens(grad_output)
     for name, grad in zip(_INPUTS, grads, strict=True):
         setattr(problem, f"grad_{name}", _tokens(grad))
-    _run(problem, dtype, True)
+    _run(problem, output.dtype, True)
     return grads + states
 
 
 def _empty_gradients(
     inputs, output, denominator, memory, normalizer, grad_output, grad_memory, grad_normalizer, *_
 ):
-    dtype = denominator.dtype
-    return [torch.empty(x.shape, dtype=dtype) for x in (*inputs, grad_memory, grad_normalizer)]
+    dtypes = _dtypes(inputs, denominator.dtype) + [denominator.dtype] * 2
+    shapes = [x.shape for x in (*inputs, grad_memory, grad_normalizer)]
+    return [denominator.new_empty(shape, dtype=dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
 
 
 if is_available():

@@ -57,7 +57,7 @@ def results_and_gradients(inputs, implementation, **kwargs):
     output, (memory, normalizer) = run(inputs, implementation, **kwargs)
     generator = torch.Generator().manual_seed(0)
     loss = sum(
-        (result * torch.randn(result.shape, generator=generator, dtype=result.dtype)).sum()
+        (result * torch.randn(result.shape, generator=generator).to(result.dtype)).sum()
         for result in (output, memory, normalizer)
     )
     gradients = torch.autograd.grad(loss, list(inputs.values()))
@@ -242,6 +242,31 @@ def test_low_precision_inputs_keep_a_float32_state():
     assert output.dtype == torch.bfloat16
     assert all(tensor.dtype == torch.float32 for tensor in state)
     assert (output - expected).abs().max() < 0.02 * expected.abs().max()
+
+
+@pytest.mark.parametrize("implementation", CHUNKED)
+@pytest.mark.parametrize(
+    "time, key_size, value_size, memories", [(1, 5, 3, 3), (150, 64, 64, 1), (77, 33, 17, 16), (130, 8, 130, 2)]
+)
+def test_bfloat16_tokens(implementation, time, key_size, value_size, memories):
+    """Products may round what they take to bfloat16: every result is as close as a few of its roundings, and
+    states and gates keep float32."""
+    exact = make_inputs(2, time, 3, key_size, value_size, memories, rate=0.1, dtype=torch.float32)
+    inputs = {
+        name: (tensor.bfloat16() if name in NAMES[:3] else tensor).detach().requires_grad_()
+        for name, tensor in exact.items()
+    }
+    expected = {name: tensor.detach().double().requires_grad_() for name, tensor in inputs.items()}
+    expected = results_and_gradients(expected, "recurrent")
+    actual = results_and_gradients(inputs, implementation)
+    for name, tensor in actual.items():
+        low = name.split()[-1] in (*NAMES[:3], "output")
+        assert tensor.dtype == (torch.bfloat16 if low else torch.float32), name
+    if memories == 1:  # what one memory is read with cancels from numerator and denominator
+        expected.pop("gradient of read")
+    for name, reference in expected.items():
+        error = (actual[name].double() - reference).norm() / reference.norm()
+        assert error < 0.015, f"{name}: relative error {error:.2e}"
 
 
 @pytest.mark.parametrize("implementation", CHUNKED)

@@ -17,7 +17,9 @@
 
 extern "C" {
 
-// A tensor [B, T, H, F] or [B, H, ...]; `data` is null where it is not wanted.
+// A tensor [B, T, H, F] or [B, H, ...]; `data` is null where it is not wanted. Queries, keys, values, output and their
+// gradients may be bfloat16 where all else is float32. Products then take bfloat16 operands and add up in float32, if
+// the processor has instructions for that, as they do on a GPU.
 struct Tokens {
     void* data;
     int64_t batch, time, head;  // strides
@@ -44,6 +46,30 @@ struct Problem {
 
 namespace {
 
+struct bfloat16 {
+    uint16_t bits;
+};
+
+template <class to, class from>
+INLINE to same_bits(from value) {
+    static_assert(sizeof(to) == sizeof(from), "as many bits");
+    to result;
+    std::memcpy(&result, &value, sizeof result);
+    return result;
+}
+
+INLINE double number(double value) { return value; }
+INLINE float number(float value) { return value; }
+INLINE float number(bfloat16 value) { return same_bits<float>(uint32_t(value.bits) << 16); }
+
+INLINE void assign(double& to, double value) { to = value; }
+INLINE void assign(float& to, float value) { to = value; }
+// To the nearest, ties to even; what is no number stays none.
+INLINE void assign(bfloat16& to, float value) {
+    const uint32_t bits = same_bits<uint32_t>(value);
+    to.bits = value != value ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+
 template <class real>
 INLINE real* at(const Tokens& tokens, int64_t b, int64_t t, int64_t h) {
     return static_cast<real*>(tokens.data) + b * tokens.batch + t * tokens.time + h * tokens.head;
@@ -54,19 +80,58 @@ INLINE int64_t round_up(int64_t size, int64_t multiple) { return (size + multipl
 // What is zero in a product A B of square matrices, and therefore skipped.
 enum Shape { FULL, LOWER_A, UPPER_A, LOWER_RESULT };
 
-// One chunk of one head. `BYTES` is the width of a vector, `ROWS` the rows of a register block of 2 vectors.
-template <class real, int BYTES, int ROWS>
+// One chunk of one head. `token` is the type of queries, keys, values and output, `real` that of all else; `BYTES` is the
+// width of a vector, `ROWS` the rows of a register block of 2 vectors; `PAIRS`, whether products take bfloat16, which
+// processors multiply in pairs.
+template <class real, class token, int BYTES, int ROWS, bool PAIRS>
 struct Chunk {
     static constexpr int LANES = BYTES / sizeof(real);
     // Sizes are padded to whole vectors, register blocks and tiles of a transposition.
     static constexpr int TILE = 8, PAD = LANES > TILE ? LANES : TILE;
+    typedef typename std::conditional<sizeof(real) == 4, int32_t, int64_t>::type integer;
     typedef real vec __attribute__((vector_size(BYTES), aligned(sizeof(real)), may_alias));
+    typedef integer lanes __attribute__((vector_size(BYTES)));
 
     static INLINE vec load(const real* from) { return *reinterpret_cast<const vec*>(from); }
     static INLINE void store(real* to, vec value) { *reinterpret_cast<vec*>(to) = value; }
 
-    // ROWS x (COLUMNS vectors) of C = beta C + A B, in registers.
-    template <int COLUMNS>
+    // Two vectors of float32 as one of bfloat16, and sums + a * b of two neighbours in each of its lanes.
+    static INLINE vec rounded(vec first, vec second) {
+        vec result;
+        asm("vcvtne2ps2bf16 %1, %2, %0" : "=v"(result) : "v"(first), "v"(second));
+        return result;
+    }
+    static INLINE vec add_pairs(vec sums, vec a, vec b) {
+        asm("vdpbf16ps %1, %2, %0" : "+v"(sums) : "v"(a), "v"(b));
+        return sums;
+    }
+
+    // A [rows, columns], whose rows are `stride` apart, with the columns in pairs: [rows, columns / 2].
+    static INLINE void pair_columns(const real* A, int64_t rows, int64_t columns, int64_t stride, real* to) {
+        for (int64_t i = 0; i < rows; i++)
+            // What the last vector is too long by is overwritten by the next row, or by what comes behind the last.
+            for (int64_t j = 0; j < columns; j += 2 * LANES) {
+                const real* from = A + i * stride + j;
+                const vec second = j + LANES < columns ? load(from + LANES) : vec{};
+                store(to + (i * columns + j) / 2, rounded(load(from), second));
+            }
+    }
+
+    // The same with the rows in pairs: [rows / 2, columns].
+    static INLINE void pair_rows(const real* A, int64_t rows, int64_t columns, int64_t stride, real* to) {
+        typedef int16_t halves __attribute__((vector_size(64)));  // PAIRS is for BYTES = 64 only
+        halves order;
+        for (int j = 0; j < LANES; j++) order[2 * j] = j, order[2 * j + 1] = LANES + j;
+        for (int64_t i = 0; i < rows; i += 2)
+            for (int64_t j = 0; j < columns; j += LANES) {
+                const real* from = A + i * stride + j;
+                const vec both = rounded(load(from), load(from + stride));
+                store(to + i / 2 * columns + j, (vec)__builtin_shuffle((halves)both, order));
+            }
+    }
+
+    // ROWS x (COLUMNS vectors) of C = beta C + A B, in registers. `PAIRED`: k counts pairs of bfloat16.
+    template <int COLUMNS, bool PAIRED>
     static INLINE void block(int64_t k_begin, int64_t k_end, const real* A, int64_t a_row, int64_t a_column,
                              const real* B, int64_t b_row, real* C, int64_t c_row, real beta) {
         vec sums[ROWS][COLUMNS];
@@ -77,8 +142,13 @@ struct Chunk {
             for (int n = 0; n < COLUMNS; n++) b[n] = load(B + k * b_row + n * LANES);
 #pragma GCC unroll 8
             for (int i = 0; i < ROWS; i++) {
-                const real a = A[i * a_row + k * a_column];
-                for (int n = 0; n < COLUMNS; n++) sums[i][n] += a * b[n];
+                if constexpr (PAIRED) {
+                    const lanes a = lanes{} + same_bits<int32_t>(A[i * a_row + k * a_column]);
+                    for (int n = 0; n < COLUMNS; n++) sums[i][n] = add_pairs(sums[i][n], (vec)a, b[n]);
+                } else {
+                    const real a = A[i * a_row + k * a_column];
+                    for (int n = 0; n < COLUMNS; n++) sums[i][n] += a * b[n];
+                }
             }
         }
         for (int i = 0; i < ROWS; i++)
@@ -88,19 +158,29 @@ struct Chunk {
             }
     }
 
-    // C [M, N] = beta C + A [M, inner] B [inner, N]; M is a multiple of ROWS, N of LANES.
-    template <Shape SHAPE>
-    static INLINE void product(int64_t M, int64_t N, int64_t inner, const real* A, int64_t a_row, int64_t a_column,
-                               const real* B, int64_t b_row, real* C, int64_t c_row, real beta) {
+    // C [M, N] = beta C + A [M, inner] B [inner, N]; M is a multiple of ROWS, N of LANES, `inner` of PAD if PAIRED.
+    // One of `a_row` and `a_column` is 1.
+    template <Shape SHAPE, bool PAIRED = PAIRS>
+    INLINE void product(int64_t M, int64_t N, int64_t inner, const real* A, int64_t a_row, int64_t a_column,
+                        const real* B, int64_t b_row, real* C, int64_t c_row, real beta) {
+        constexpr int64_t TOGETHER = PAIRED ? 2 : 1;
+        if constexpr (PAIRED) {
+            real *a = pairs, *b = pairs + M * inner / 2;
+            a_column == 1 ? pair_columns(A, M, inner, a_row, a) : pair_rows(A, inner, M, a_column, a);
+            a_column == 1 ? (void)(a_row = inner / 2) : (void)(a_column = M);
+            pair_rows(B, inner, N, b_row, b);
+            A = a, B = b, b_row = N;
+        }
         for (int64_t m = 0; m < M; m += ROWS) {
-            const int64_t k_begin = SHAPE == UPPER_A ? m : 0;
-            const int64_t k_end = SHAPE == LOWER_A && m + ROWS < inner ? m + ROWS : inner;
+            const int64_t k_begin = SHAPE == UPPER_A ? m / TOGETHER : 0;
+            const int64_t k_end = (SHAPE == LOWER_A && m + ROWS < inner ? m + ROWS : inner) / TOGETHER;
             const int64_t columns = SHAPE == LOWER_RESULT ? round_up(m + ROWS, LANES) : N;
+            const real* a = A + m * a_row;
+            real* c = C + m * c_row;
             int64_t n = 0;
             for (; n + 2 * LANES <= columns; n += 2 * LANES)
-                block<2>(k_begin, k_end, A + m * a_row, a_row, a_column, B + n, b_row, C + m * c_row + n, c_row, beta);
-            if (n < columns)
-                block<1>(k_begin, k_end, A + m * a_row, a_row, a_column, B + n, b_row, C + m * c_row + n, c_row, beta);
+                block<2, PAIRED>(k_begin, k_end, a, a_row, a_column, B + n, b_row, c + n, c_row, beta);
+            if (n < columns) block<1, PAIRED>(k_begin, k_end, a, a_row, a_column, B + n, b_row, c + n, c_row, beta);
         }
     }
 
@@ -126,6 +206,7 @@ struct Chunk {
     real *from_start, *to_end, *from_center, *to_center;                  // [R, Cp]
     real *read_state, *write_state, *read_inside, *write_inside, *decay;  // [R, Cp], decay [R]
     real *memory, *normalizer;                                            // [R, Kp, Vp], [R, Kp]
+    real* pairs;                                                          // operands of a product, as bfloat16
     // Backward only.
     real *g, *gT, *grad_denominator;           // [Cp, Vp], [Vp, Cp], [Cp]
     real *grad_weights, *grad_inside;          // [Cp, Cp]
@@ -156,6 +237,8 @@ struct Chunk {
         read_state = take(free, R * Cp), write_state = take(free, R * Cp);
         read_inside = take(free, R * Cp), write_inside = take(free, R * Cp), decay = take(free, R);
         memory = take(free, R * Kp * Vp), normalizer = take(free, R * Kp);
+        const int64_t widest = Cp > wide ? Cp : wide;
+        pairs = take(free, PAIRS ? widest * widest : 0);
         if (backward) {
             vT = take(free, Cp * Vp), g = take(free, Cp * Vp), gT = take(free, Cp * Vp);
             grad_denominator = take(free, Cp);
@@ -170,24 +253,26 @@ struct Chunk {
     }
 
     // `size` numbers to a row of `padded`, zeros behind.
-    static INLINE void load_row(real* row, const real* from, int64_t size, int64_t padded) {
+    template <class source>
+    static INLINE void load_row(real* row, const source* from, int64_t size, int64_t padded) {
         int64_t j = 0;
-        for (; j + LANES <= size; j += LANES) store(row + j, load(from + j));
-        for (; j < size; j++) row[j] = from[j];
+        for (; j + LANES <= size; j += LANES)  // a loop of known length, of which the compiler makes vectors
+            for (int n = 0; n < LANES; n++) row[j + n] = number(from[j + n]);
+        for (; j < size; j++) row[j] = number(from[j]);
         for (; j < padded; j++) row[j] = 0;
     }
 
     // Asks for the row that the next chunk will need: rows of one head are too far apart for the hardware to guess.
-    INLINE void prefetch(const real* row, const Tokens& tokens, int64_t size) const {
-        const real* next = row + direction * C * tokens.time;
-        for (int64_t j = 0; j < size; j += 64 / sizeof(real)) __builtin_prefetch(next + j);
+    INLINE void prefetch(const token* row, const Tokens& tokens, int64_t size) const {
+        const token* next = row + direction * C * tokens.time;
+        for (int64_t j = 0; j < size; j += 64 / sizeof(token)) __builtin_prefetch(next + j);
     }
 
     // Tokens [length, size] to a tile [Cp, padded], zeros around.
     INLINE void load_tile(real* tile, const Tokens& tokens, int64_t b, int64_t t, int64_t h, int64_t size,
                           int64_t padded) {
         for (int64_t i = 0; i < Cp; i++) {
-            const real* row = i < length ? at<real>(tokens, b, t + i, h) : nullptr;
+            const token* row = i < length ? at<token>(tokens, b, t + i, h) : nullptr;
             load_row(tile + i * padded, row, row ? size : 0, padded);
             if (row) prefetch(row, tokens, size);
         }
@@ -197,11 +282,10 @@ struct Chunk {
     // that differ in bit d change places with rows that do (Eklundh 1972).
     static INLINE void transpose(const real* from, int64_t rows, int64_t columns, real* to) {
         typedef real row __attribute__((vector_size(TILE * sizeof(real)), aligned(sizeof(real)), may_alias));
-        typedef typename std::conditional<sizeof(real) == 4, int32_t, int64_t>::type integer;
-        typedef integer lanes __attribute__((vector_size(TILE * sizeof(real))));
-        const lanes even[3] = {
+        typedef integer places __attribute__((vector_size(TILE * sizeof(real))));
+        const places even[3] = {
             {0, 8, 2, 10, 4, 12, 6, 14}, {0, 1, 8, 9, 4, 5, 12, 13}, {0, 1, 2, 3, 8, 9, 10, 11}};
-        const lanes odd[3] = {
+        const places odd[3] = {
             {1, 9, 3, 11, 5, 13, 7, 15}, {2, 3, 10, 11, 6, 7, 14, 15}, {4, 5, 6, 7, 12, 13, 14, 15}};
         for (int64_t i = 0; i < rows; i += TILE)
             for (int64_t j = 0; j < columns; j += TILE) {
@@ -271,7 +355,7 @@ struct Chunk {
         }
         transpose(k, Cp, Kp, kT);
         product<LOWER_RESULT>(Cp, Cp, Kp, q, Kp, 1, kT, Cp, scores, Cp, 0);
-        product<LOWER_RESULT>(Cp, Cp, R, read_inside, 1, Cp, write_inside, Cp, inside, Cp, 0);
+        product<LOWER_RESULT, false>(Cp, Cp, R, read_inside, 1, Cp, write_inside, Cp, inside, Cp, 0);
         // Rows up to the end of the diagonal's tile, where products that skip what is zero still look.
         for (int64_t i = 0; i < Cp; i++) {
             const int64_t stop = round_up(i + 1, PAD);
@@ -307,32 +391,34 @@ struct Chunk {
     // One token of one head: the recurrence itself, in one pass over the state.
     static INLINE void step(const Problem& p, int64_t b, int64_t h) {
         const int64_t K = p.key_size, V = p.value_size, head = b * p.heads + h;
-        const real *query = at<real>(p.query, b, 0, h), *key = at<real>(p.key, b, 0, h);
-        const real *value = at<real>(p.value, b, 0, h), *read = at<real>(p.read, b, 0, h);
-        const real *write = at<real>(p.write, b, 0, h), *log_decay = at<real>(p.log_decay, b, 0, h);
-        real* __restrict output = at<real>(p.output, b, 0, h);
+        const token *query = at<token>(p.query, b, 0, h), *key = at<token>(p.key, b, 0, h);
+        const real *read = at<real>(p.read, b, 0, h), *write = at<real>(p.write, b, 0, h);
+        const real* log_decay = at<real>(p.log_decay, b, 0, h);
+        real value[V], sums[V];
+        load_row(value, at<token>(p.value, b, 0, h), V, V);
         real denominator = 0;
-        for (int64_t j = 0; j < V; j++) output[j] = 0;
+        for (int64_t j = 0; j < V; j++) sums[j] = 0;
         for (int64_t r = 0; r < p.memories; r++) {
             const real decay = std::exp(log_decay[r]);
             for (int64_t i = 0; i < K; i++) {
                 const int64_t row = (head * p.memories + r) * K + i;
-                const real written = write[r] * key[i], weight = read[r] * query[i];
-                const real sum = decay * static_cast<real*>(p.normalizer)[row] + written;
-                static_cast<real*>(p.final_normalizer)[row] = sum;
-                denominator += weight * sum;
+                const real written = write[r] * number(key[i]), weight = read[r] * number(query[i]);
+                const real key_sum = decay * static_cast<real*>(p.normalizer)[row] + written;
+                static_cast<real*>(p.final_normalizer)[row] = key_sum;
+                denominator += weight * key_sum;
                 const real* from = static_cast<real*>(p.memory) + row * V;
                 real* __restrict to = static_cast<real*>(p.final_memory) + row * V;
                 for (int64_t j = 0; j < V; j++) {
                     const real kept = decay * from[j] + written * value[j];
                     to[j] = kept;
-                    output[j] += weight * kept;
+                    sums[j] += weight * kept;
                 }
             }
         }
         denominator += static_cast<real>(p.eps);
         *at<real>(p.denominator, b, 0, h) = denominator;
-        for (int64_t j = 0; j < V; j++) output[j] /= denominator;
+        token* output = at<token>(p.output, b, 0, h);
+        for (int64_t j = 0; j < V; j++) assign(output[j], sums[j] / denominator);
     }
 
     INLINE void forward(const Problem& p, int64_t b, int64_t h) {
@@ -359,9 +445,9 @@ struct Chunk {
                 for (int64_t i = 0; i < length; i++) denominators[i] += dot(scaled + i * Kp, normalizer + r * Kp, Kp);
             }
             for (int64_t i = 0; i < length; i++) {
-                real* output = at<real>(p.output, b, t + i, h);
+                token* output = at<token>(p.output, b, t + i, h);
                 const real scale = 1 / denominators[i];
-                for (int64_t j = 0; j < V; j++) output[j] = sums[i * Vp + j] * scale;
+                for (int64_t j = 0; j < V; j++) assign(output[j], sums[i * Vp + j] * scale);
                 *at<real>(p.denominator, b, t + i, h) = denominators[i];
             }
             write_chunk();
@@ -375,9 +461,9 @@ struct Chunk {
                                const real* transposed, int64_t size, int64_t padded) {
         if (transposed) transpose(transposed, padded, Cp, scaled);
         for (int64_t i = 0; i < length; i++) {
-            real* to = at<real>(tokens, b, t + i, h);
+            token* to = at<token>(tokens, b, t + i, h);
             for (int64_t j = 0; j < size; j++)
-                to[j] = gradient[i * padded + j] + (transposed ? scaled[i * padded + j] : 0);
+                assign(to[j], gradient[i * padded + j] + (transposed ? scaled[i * padded + j] : 0));
         }
     }
 
@@ -391,7 +477,7 @@ struct Chunk {
             real along = 0;
             if (i < length) {
                 const real scale = 1 / *at<real>(p.denominator, b, t + i, h);
-                const real* output = at<real>(p.output, b, t + i, h);
+                const token* output = at<token>(p.output, b, t + i, h);
                 prefetch(output, p.output, V);
                 load_row(sums, output, V, Vp);
                 for (int64_t j = 0; j < Vp; j += LANES) store(g + i * Vp + j, scale * load(g + i * Vp + j));
@@ -410,7 +496,7 @@ struct Chunk {
                 grad_inside[row + j] = gradient * scores[row + j];
                 scores[row + j] = gradient * inside[row + j];  // the gradient of the scores from here on
             }
-                    }
+        }
         product<LOWER_A>(Cp, Kp, Cp, scores, Cp, 1, k, Kp, grad_q, Kp, 0);
         product<UPPER_A>(Cp, Kp, Cp, scores, 1, Cp, q, Kp, grad_k, Kp, 0);
         product<UPPER_A>(Cp, Vp, Cp, weights, 1, Cp, g, Vp, grad_v, Vp, 0);
@@ -520,38 +606,47 @@ struct Chunk {
 typedef bool (*Run)(const Problem&, int64_t, bool);
 
 // The same code for several instruction sets; the processor's best is taken when the library runs.
-template <class real>
+template <class real, class token>
 bool run_portable(const Problem& p, int64_t head, bool backwards) {
-    return Chunk<real, 16, 8>().run(p, head, backwards);
+    return Chunk<real, token, 16, 8, false>().run(p, head, backwards);
 }
 #ifdef __x86_64__
-template <class real>
+#define AVX512 "avx512f,avx512vl,avx512dq,avx512bw,avx2,fma"
+template <class real, class token>
 __attribute__((target("avx2,fma"))) bool run_avx2(const Problem& p, int64_t head, bool backwards) {
-    return Chunk<real, 32, 4>().run(p, head, backwards);
+    return Chunk<real, token, 32, 4, false>().run(p, head, backwards);
 }
-template <class real>
-__attribute__((target("avx512f,avx512vl,avx512dq,avx512bw,avx2,fma"))) bool run_avx512(const Problem& p, int64_t head,
-                                                                                    bool backwards) {
-    return Chunk<real, 64, 8>().run(p, head, backwards);
+template <class real, class token>
+__attribute__((target(AVX512))) bool run_avx512(const Problem& p, int64_t head, bool backwards) {
+    return Chunk<real, token, 64, 8, false>().run(p, head, backwards);
+}
+__attribute__((target(AVX512))) bool run_avx512_bf16(const Problem& p, int64_t head, bool backwards) {
+    return Chunk<float, bfloat16, 64, 8, true>().run(p, head, backwards);
 }
 #endif
 
-template <class real>
+template <class real, class token>
 Run choose() {
 #ifdef __x86_64__
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512bw"))
-        return run_avx512<real>;
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return run_avx2<real>;
+        __builtin_cpu_supports("avx512bw")) {
+        if (sizeof(token) == 2 && __builtin_cpu_supports("avx512bf16")) return run_avx512_bf16;
+        return run_avx512<real, token>;
+    }
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return run_avx2<real, token>;
 #endif
-    return run_portable<real>;
+    return run_portable<real, token>;
 }
+
+enum Precision { FLOAT32, FLOAT64, BFLOAT16 };
 
 }  // namespace
 
 // Runs all heads on `threads` threads. Returns 0, or 1 if there was no memory for the work space.
-extern "C" int stackformer_memory_bank(const Problem* problem, int double_precision, int backwards, int threads) {
-    const Run run = double_precision ? choose<double>() : choose<float>();
+extern "C" int stackformer_memory_bank(const Problem* problem, int precision, int backwards, int threads) {
+    const Run run = precision == FLOAT64    ? choose<double, double>()
+                    : precision == BFLOAT16 ? choose<float, bfloat16>()
+                                            : choose<float, float>();
     int failed = 0;
 // A single token is too little work to wake other threads for, unless there are many heads of it.
     const bool parallel = problem->time > 1 || problem->batch * problem->heads >= 16;
