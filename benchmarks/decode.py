@@ -5,7 +5,7 @@
     python -m benchmarks.decode --contexts 1024 32768 1048576 --batch_size 1 --models "plain core" llama
 
 A greedy loop calls every model on one token after another, from the state after a context; all have the same
-number of parameters within 2%, float32, and the same threads. "compiled" is `torch.compile` of the whole
+number of parameters within 2%, one dtype, and the same threads. "compiled" is `torch.compile` of the whole
 step with a static cache. The contexts:
 - ours: random bytes that are really read, in pieces
 - Llama: random keys and values of that length; it is left out where they would take more than
@@ -101,7 +101,8 @@ def check_compiled(sides: dict[str, GreedyLoop]) -> None:
     for name in models.OURS:
         if name + COMPILED in sides:
             expected, actual = sides[name](), sides[name + COMPILED]()
-            torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-3)
+            tolerance = 1e-3 if expected.dtype == torch.float32 else 0.1
+            torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
 
 
 def measure(
@@ -161,8 +162,7 @@ def main(argv: list[str] | None = None) -> dict:
     args = parser.parse_args(argv)
     # All models share the code object that is compiled: by default, it may have 8 graphs.
     torch._dynamo.config.recompile_limit = 256
-    built = models.build_all(args)
-    models.check_cache(built)
+    built = models.build_to_infer(args)
     lengths = sorted(args.contexts)
     states = {}
     for name in set(built) & set(models.OURS):

@@ -114,6 +114,12 @@ def add_arguments(parser: argparse.ArgumentParser, models: Iterable[str]) -> Non
     parser.add_argument("--parameters", type=int, default=10_000_000, help="parameters of every model")
     parser.add_argument("--threads", type=int, default=None, help="threads; torch's default if not given")
     parser.add_argument("--layers", type=int, default=8, help="layers; the stack has half, mamba2 twice")
+    parser.add_argument(
+        "--dtype",
+        default="float32",
+        choices=["float32", "bfloat16"],
+        help="of the weights; in training, they are float32 and bfloat16 is what autocast makes of products",
+    )
 
 
 def build_all(args: argparse.Namespace) -> dict[str, PreTrainedModel]:
@@ -122,6 +128,13 @@ def build_all(args: argparse.Namespace) -> dict[str, PreTrainedModel]:
         torch.set_num_threads(args.threads)
     configs = {name: matched_config(FAMILIES[name], args.parameters, args.layers) for name in args.models}
     return {name: build(config).to(args.device) for name, config in configs.items()}
+
+
+def build_to_infer(args: argparse.Namespace) -> dict[str, PreTrainedModel]:
+    """`build_all`, checked by `check_cache`, with weights of `args.dtype`."""
+    models = build_all(args)
+    check_cache(models)
+    return {name: model.to(getattr(torch, args.dtype)) for name, model in models.items()}
 
 
 def build(config: PreTrainedConfig) -> PreTrainedModel:

@@ -4,8 +4,8 @@
     python -m benchmarks.prefill --time 512 2048 8192 16384 --json outputs/prefill.json
 
 A prompt of random bytes is read at once, into a cache, and the logits after its last token are computed. All
-models have the same number of parameters within 2%, float32, and the same threads. Before anything is timed,
-every model must give the same logits for a text read at once and in pieces.
+models have the same number of parameters within 2%, one dtype, and the same threads. Before anything is
+timed, every model must give the same logits for a text read at once and in pieces.
 """
 
 import torch
@@ -39,8 +39,7 @@ def main(argv: list[str] | None = None) -> dict:
     parser.add_argument("--batch_size", type=int, default=1, help="prompts read together")
     parser.add_argument("--max_rwkv", type=int, default=512, help="longest T for RWKV, a loop over tokens")
     args = parser.parse_args(argv)
-    built = models.build_all(args)
-    models.check_cache(built)
+    built = models.build_to_infer(args)
     rows = [row for length in args.time for row in measure(length, built, args)]
     return harness.report_speed(
         args, rows, models.describe(built), "prefill", "Peak memory, with the cache", "prompt length T"

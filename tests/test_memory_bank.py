@@ -246,7 +246,8 @@ def test_low_precision_inputs_keep_a_float32_state():
 
 @pytest.mark.parametrize("implementation", CHUNKED)
 @pytest.mark.parametrize(
-    "time, key_size, value_size, memories", [(1, 5, 3, 3), (150, 64, 64, 1), (77, 33, 17, 16), (130, 8, 130, 2)]
+    "time, key_size, value_size, memories",
+    [(1, 5, 3, 3), (150, 64, 64, 1), (77, 33, 17, 16), (130, 8, 130, 2)],
 )
 def test_bfloat16_tokens(implementation, time, key_size, value_size, memories):
     """Products may round what they take to bfloat16: every result is as close as a few of its roundings, and
