@@ -265,7 +265,15 @@ struct Chunk {
     // Asks for the row that the next chunk will need: rows of one head are too far apart for the hardware to guess.
     INLINE void prefetch(const token* row, const Tokens& tokens, int64_t size) const {
         const token* next = row + direction * C * tokens.time;
-        for (int64_t j = 0; j < size; j += 64 / sizeof(token)) __builtin_prefetch(next + j);
+        for (int64_t j = 0; j < size; j += 64 / sizeof(token)) __builtin_prefetch(next + j, 0, 2);
+    }
+
+    // Asks for the rows of this chunk that will be written.
+    INLINE void prefetch_written(const Tokens& tokens, int64_t b, int64_t t, int64_t h, int64_t size) const {
+        for (int64_t i = 0; i < length; i++) {
+            const token* row = at<token>(tokens, b, t + i, h);
+            for (int64_t j = 0; j < size; j += 64 / sizeof(token)) __builtin_prefetch(row + j, 1, 2);
+        }
     }
 
     // Tokens [length, size] to a tile [Cp, padded], zeros around.
@@ -432,6 +440,7 @@ struct Chunk {
             if (p.start_memory)
                 store_state(memory, normalizer, static_cast<real*>(p.start_memory) + (head * chunks + chunk) * size,
                             static_cast<real*>(p.start_normalizer) + (head * chunks + chunk) * keys);
+            prefetch_written(p.output, b, t, h, V);
             product<LOWER_A>(Cp, Vp, Cp, weights, Cp, 1, v, Vp, sums, Vp, 0);
             real denominators[Cp];
             for (int64_t i = 0; i < Cp; i++) {
@@ -516,6 +525,9 @@ struct Chunk {
         }
 
         // Through the states.
+        prefetch_written(p.grad_query, b, t, h, K);
+        prefetch_written(p.grad_key, b, t, h, K);
+        prefetch_written(p.grad_value, b, t, h, V);
         std::memset(grad_qT, 0, Cp * Kp * sizeof(real));
         std::memset(grad_kT, 0, Cp * Kp * sizeof(real));
         for (int64_t r = 0; r < R; r++) {
