@@ -64,7 +64,8 @@ def _tokens(tensor: Tensor) -> _Tokens:
 
 def _dense(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """In the dtype, and with a last dimension that is dense."""
-    tensor = tensor.to(dtype)
+    if tensor.dtype != dtype:  # to ask takes a tenth of `to`, of which a token of decoding has many
+        tensor = tensor.to(dtype)
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
 
 

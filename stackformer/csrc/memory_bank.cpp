@@ -93,6 +93,11 @@ struct Chunk {
     typedef integer lanes __attribute__((vector_size(BYTES)));
 
     static INLINE vec load(const real* from) { return *reinterpret_cast<const vec*>(from); }
+    static INLINE vec load(const bfloat16* from) {
+        lanes bits;
+        for (int i = 0; i < LANES; i++) bits[i] = from[i].bits;
+        return (vec)(bits << 16);
+    }
     static INLINE void store(real* to, vec value) { *reinterpret_cast<vec*>(to) = value; }
 
     // Two vectors of float32 as one of bfloat16, and sums + a * b of two neighbours in each of its lanes.
@@ -256,8 +261,7 @@ struct Chunk {
     template <class source>
     static INLINE void load_row(real* row, const source* from, int64_t size, int64_t padded) {
         int64_t j = 0;
-        for (; j + LANES <= size; j += LANES)  // a loop of known length, of which the compiler makes vectors
-            for (int n = 0; n < LANES; n++) row[j + n] = number(from[j + n]);
+        for (; j + LANES <= size; j += LANES) store(row + j, load(from + j));
         for (; j < size; j++) row[j] = number(from[j]);
         for (; j < padded; j++) row[j] = 0;
     }
