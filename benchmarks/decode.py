@@ -83,7 +83,7 @@ def context_cache(
 ) -> Any:
     """A cache of `batch` rows after `length` tokens; `None` where it is not to be had, see above."""
     if name == models.LLAMA:
-        if batch * length * models.bytes_per_token(model.config) > args.max_cache_bytes:
+        if batch * length * models.bytes_per_token(model) > args.max_cache_bytes:
             return None
         room = args.tokens * (args.repeats + 1) if static else None  # for the warm-up and all repeats
         return models.keys_and_values(model, batch, length, room)

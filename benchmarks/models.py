@@ -243,9 +243,11 @@ def state_bytes(cache: Any) -> int:
     return sum(found.values())
 
 
-def bytes_per_token(config: LlamaConfig) -> int:
-    """Of a float32 cache of keys and values."""
-    return 2 * 4 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+def bytes_per_token(model: PreTrainedModel) -> int:
+    """Of Llama's cache of keys and values."""
+    config = model.config
+    numbers = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    return numbers * model.dtype.itemsize
 
 
 def keys_and_values(model: PreTrainedModel, batch: int, length: int, room: int | None = None) -> Any:
@@ -258,7 +260,7 @@ def keys_and_values(model: PreTrainedModel, batch: int, length: int, room: int |
     cache = DynamicCache(config=config) if room is None else StaticCache(config, max_cache_len=length + room)
     heads, size = config.num_key_value_heads, config.head_dim
     for index in range(config.num_hidden_layers):
-        keys, values = torch.randn(2, batch, heads, length, size, device=model.device)
+        keys, values = torch.randn(2, batch, heads, length, size, device=model.device, dtype=model.dtype)
         cache.update(keys, values, index)
     return cache
 
