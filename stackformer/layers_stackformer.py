@@ -1,14 +1,17 @@
 # Copyright 2026 The Stackformer authors. Licensed under the Apache License, Version 2.0.
 """Small layers that the model and its mixers share; a type of its own gets an initial value of its own."""
 
-from functools import cache
-
 import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from .memory_bank import at_least_float32
 from .processing_stack import TokenLayout
+
+# The dtypes that oneDNN has fast convolutions for on this processor.
+_CONVOLVED_BY_ONEDNN = {torch.float32}
+if torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    _CONVOLVED_BY_ONEDNN.add(torch.bfloat16)
 
 # Elements from which on a normalisation is memory traffic rather than calls.
 _MANY = 2**14
@@ -89,13 +92,6 @@ class _DepthwiseConvolution(torch.autograd.Function):
         return grad_window, torch.stack(sums, dim=-1).unsqueeze(1)
 
 
-@cache
-def _convolved_by_onednn() -> tuple[torch.dtype, ...]:
-    """The dtypes that oneDNN has fast kernels for on this processor."""
-    low = torch.ops.mkldnn._is_mkldnn_bf16_supported() if torch.backends.mkldnn.is_available() else False
-    return (torch.float32, torch.bfloat16) if low else (torch.float32,)
-
-
 def _convolve(window: Tensor, weight: Tensor) -> Tensor:
     image = window.transpose(1, 2).unsqueeze(2)
     return nn.functional.conv2d(image, weight.unsqueeze(2), groups=len(weight)).squeeze(2).transpose(1, 2)
@@ -113,7 +109,7 @@ class ShortConvolution(nn.Conv1d):
         length = window.shape[1] - weight.shape[-1] + 1
         if length == 1:
             return (window * weight.squeeze(1).t()).sum(1, keepdim=True)
-        if window.device.type == "cpu" and window.dtype in _convolved_by_onednn():
+        if window.device.type == "cpu" and window.dtype in _CONVOLVED_BY_ONEDNN:
             return _DepthwiseConvolution.apply(window, weight)
         taps = weight.squeeze(1).unbind(-1)
         mixed = window[:, :length] * taps[0]

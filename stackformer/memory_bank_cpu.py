@@ -39,11 +39,25 @@ class _Problem(ctypes.Structure):
     )
 
 
+class _Step(ctypes.Structure):
+    """`Step` of csrc/memory_bank.cpp, field by field."""
+
+    _fields_ = (
+        [(n, ctypes.c_int64) for n in ("batch", "heads", "size", "banks", "levels", "taps")]
+        + [(n, ctypes.c_double) for n in ("eps", "norm_eps")]
+        + [(n, ctypes.c_void_p) for n in ("projected", "conv_weight", "pointer", "read", "write", "log_decay")]
+        + [(n, ctypes.c_void_p) for n in ("norm_weight", "gate", "past", "memory", "normalizer")]
+        + [(n, ctypes.c_void_p) for n in ("new_past", "new_memory", "new_normalizer", "output")]
+    )
+
+
 def _load_library() -> ctypes.CDLL | None:
     for path in Path(__file__).parent.glob("_memory_bank.*"):
         try:
             library = ctypes.CDLL(str(path))
             library.stackformer_memory_bank.argtypes = [ctypes.POINTER(_Problem)] + [ctypes.c_int] * 3
+            library.stackformer_step.argtypes = [ctypes.POINTER(_Step)] + [ctypes.c_int] * 2
+            library.stackformer_step.restype = None
             return library
         except (OSError, AttributeError):  # built for another platform
             continue
@@ -78,6 +92,10 @@ def _dtypes(inputs: Sequence[Tensor], dtype: torch.dtype) -> list[torch.dtype]:
 
 def _as_taken(inputs: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
     return [_dense(tensor, taken) for tensor, taken in zip(inputs, _dtypes(inputs, dtype), strict=True)]
+
+
+def _contiguous(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return (tensor if tensor.dtype == dtype else tensor.to(dtype)).contiguous()
 
 
 def _run(problem: _Problem, dtype: torch.dtype, backwards: bool) -> None:
@@ -224,3 +242,55 @@ class CompiledAttention(torch.autograd.Function):
         )  # fmt: skip
         of_inputs = [grad.to(x.dtype) for grad, x in zip(grads[:6], inputs, strict=True)]
         return *of_inputs, *grads[6:], None, None, None
+
+
+def mix_once(
+    projected: Tensor,
+    conv_weight: Tensor,
+    pointer: Tensor,
+    bank_weights: tuple[Tensor, Tensor, Tensor],
+    norm_weight: Tensor,
+    gate: Tensor,
+    state: tuple[Tensor, Tensor, Tensor],
+    norm_eps: float,
+    eps: float = 1e-6,
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+    """One token of `BankedLinearAttention` in one call, without gradients: what lies between its projections.
+
+    Args:
+        projected: [B, 3 H F], queries, keys and values before the convolution; conv_weight: [3 H F, 1, taps].
+        pointer: [B, S]; bank_weights: read, write and log decay, [B, H, N] each.
+        norm_weight: [F]; gate: [B, H F].
+        state: memory [B, H, S N, F, F], normalizer [B, H, S N, F], past of the convolution
+            [B, taps - 1, 3 H F].
+
+    Returns:
+        What the output is projected from [B, H F], in the dtype of `projected`, and the new state.
+    """
+    assert _LIBRARY is not None
+    batch, heads, banks = bank_weights[0].shape
+    dtype = projected.dtype if projected.dtype in _PRECISIONS else torch.float32
+    arguments = {"projected": projected, "conv_weight": conv_weight, "norm_weight": norm_weight, "gate": gate}
+    arguments = {name: _contiguous(tensor, dtype) for name, tensor in arguments.items()}
+    arguments["output"] = torch.empty_like(arguments["gate"])
+    gates = {"pointer": pointer, **dict(zip(("read", "write", "log_decay"), bank_weights, strict=True))}
+    names = ("memory", "normalizer", "past")
+    accurate = torch.promote_types(dtype, torch.float32)
+    for name, tensor in {**gates, **dict(zip(names, state, strict=True))}.items():
+        arguments[name] = _contiguous(tensor, accurate)
+    new_state = tuple(torch.empty_like(arguments[name]) for name in names)
+    arguments |= {f"new_{name}": tensor for name, tensor in zip(names, new_state, strict=True)}
+    step = _Step(
+        batch=batch,
+        heads=heads,
+        size=state[0].shape[-1],
+        banks=banks,
+        levels=pointer.shape[-1],
+        taps=conv_weight.shape[-1],
+        eps=eps,
+        norm_eps=norm_eps,
+        **{name: tensor.data_ptr() for name, tensor in arguments.items()},
+    )
+    _LIBRARY.stackformer_step(step, _PRECISIONS[dtype], torch.get_num_threads())
+    output = arguments["output"]
+    return output if output.dtype == projected.dtype else output.to(projected.dtype), new_state

@@ -41,6 +41,7 @@ from .memory_bank import (
     combine_spans,
     reverse_banked_linear_attention,
 )
+from .memory_bank_cpu import is_available, mix_once
 from .processing_stack import TokenLayout, address_memories
 
 
@@ -99,6 +100,13 @@ class BankedLinearAttention(nn.Module):
             The mixed tokens [n, d], the new state, and what each bank is read by, written by and decayed by
             (read, write, log decay), each [n, H, N].
         """
+        if inputs is None and state is not None and self._can_mix_once(hidden, layout):
+            weights = self._gates(hidden)
+            projected, gate = self.qkv_proj(hidden), self.gate_proj(hidden)
+            mixed, state = mix_once(
+                projected, self.conv.weight, pointer, weights, self.norm.weight, gate, state, self.norm.eps
+            )
+            return self.o_proj(mixed), state, weights
         if inputs is None:
             inputs = self.inputs(hidden, pointer, layout, () if state is None else state[2:])
         mixed, (memory, normalizer) = banked_linear_attention(
@@ -110,6 +118,17 @@ class BankedLinearAttention(nn.Module):
         mixed = self.norm(layout.to_tokens(mixed)).flatten(1)
         output = self.o_proj(swish_gate(self.gate_proj(hidden), mixed))
         return output, (memory, normalizer, inputs.past), inputs.bank_weights
+
+    def _can_mix_once(self, hidden: Tensor, layout: TokenLayout) -> bool:
+        """Whether these tokens may take the short way of decoding: one of each row, on a CPU, without
+        gradients, and through modules that are as they were built."""
+        if layout.row_length != 1 or layout.thinking is not None or hidden.device.type != "cpu":
+            return False
+        if not is_available() or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return False
+        if self.feature_map is not FEATURE_MAPS["elu_plus_one"]:
+            return False
+        return _is_untouched(self.conv, ShortConvolution) and _is_untouched(self.norm, RMSNorm)
 
     def inputs(
         self, hidden: Tensor, pointer: Tensor, layout: TokenLayout, kept: tuple[Tensor, ...]
@@ -177,6 +196,13 @@ class BankedLinearAttention(nn.Module):
             return one, one, log_decay
         write = logits(self.write_proj).softmax(-1)
         return logits(self.read_proj).softmax(-1), write, write * log_decay
+
+
+def _is_untouched(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether calling a module does what its class says and nothing else: it may have been replaced, as by an
+    adapter, have another `forward`, as accelerate gives to modules whose weights it moves, or hooks."""
+    hooks = module._forward_hooks or module._forward_pre_hooks
+    return type(module) is kind and "forward" not in vars(module) and not hooks
 
 
 def _last_of_spans(latest: Tensor, counts: Tensor) -> Tensor:

@@ -42,6 +42,18 @@ struct Problem {
     Tokens grad_output, grad_query, grad_key, grad_value, grad_read, grad_write, grad_log_decay;
 };
 
+// One token of a whole mixer, from the projections of its input to what its output is projected from: short convolution,
+// feature map, recurrence, normalisation, gate. All dense; F is the head size, N banks, S levels, R = S N.
+struct Step {
+    int64_t batch, heads, size, banks, levels, taps;
+    double eps, norm_eps;
+    const void *projected, *conv_weight;             // queries, keys, values [B, 3 H F], their taps [3 H F, taps]
+    const void *pointer, *read, *write, *log_decay;  // [B, S], [B, H, N]
+    const void *norm_weight, *gate;                  // [F], [B, H F]
+    const void *past, *memory, *normalizer;          // [B, taps - 1, 3 H F], [B, H, R, F, F], [B, H, R, F]
+    void *new_past, *new_memory, *new_normalizer, *output;  // output [B, H F]
+};
+
 }  // extern "C"
 
 namespace {
@@ -400,26 +412,22 @@ struct Chunk {
         }
     }
 
-    // One token of one head: the recurrence itself, in one pass over the state.
-    static INLINE void step(const Problem& p, int64_t b, int64_t h) {
-        const int64_t K = p.key_size, V = p.value_size, head = b * p.heads + h;
-        const token *query = at<token>(p.query, b, 0, h), *key = at<token>(p.key, b, 0, h);
-        const real *read = at<real>(p.read, b, 0, h), *write = at<real>(p.write, b, 0, h);
-        const real* log_decay = at<real>(p.log_decay, b, 0, h);
-        real value[V], sums[V];
-        load_row(value, at<token>(p.value, b, 0, h), V, V);
+    // One token of one head: the recurrence itself, in one pass over the state [R, K, V], [R, K]. Returns the denominator
+    // of the `sums` [V].
+    static INLINE real recur(int64_t R, int64_t K, int64_t V, const real* query, const real* key, const real* value,
+                             const real* read, const real* write, const real* log_decay, const real* memory,
+                             const real* normalizer, real* new_memory, real* new_normalizer, real* __restrict sums) {
         real denominator = 0;
         for (int64_t j = 0; j < V; j++) sums[j] = 0;
-        for (int64_t r = 0; r < p.memories; r++) {
+        for (int64_t r = 0; r < R; r++) {
             const real decay = std::exp(log_decay[r]);
-            for (int64_t i = 0; i < K; i++) {
-                const int64_t row = (head * p.memories + r) * K + i;
-                const real written = write[r] * number(key[i]), weight = read[r] * number(query[i]);
-                const real key_sum = decay * static_cast<real*>(p.normalizer)[row] + written;
-                static_cast<real*>(p.final_normalizer)[row] = key_sum;
+            for (int64_t row = r * K; row < (r + 1) * K; row++) {
+                const real written = write[r] * key[row - r * K], weight = read[r] * query[row - r * K];
+                const real key_sum = decay * normalizer[row] + written;
+                new_normalizer[row] = key_sum;
                 denominator += weight * key_sum;
-                const real* from = static_cast<real*>(p.memory) + row * V;
-                real* __restrict to = static_cast<real*>(p.final_memory) + row * V;
+                const real* from = memory + row * V;
+                real* __restrict to = new_memory + row * V;
                 for (int64_t j = 0; j < V; j++) {
                     const real kept = decay * from[j] + written * value[j];
                     to[j] = kept;
@@ -427,10 +435,75 @@ struct Chunk {
                 }
             }
         }
+        return denominator;
+    }
+
+    static INLINE void step(const Problem& p, int64_t b, int64_t h) {
+        const int64_t K = p.key_size, V = p.value_size, states = (b * p.heads + h) * p.memories * K;
+        real query[K], key[K], value[V], sums[V];
+        load_row(query, at<token>(p.query, b, 0, h), K, K);
+        load_row(key, at<token>(p.key, b, 0, h), K, K);
+        load_row(value, at<token>(p.value, b, 0, h), V, V);
+        real denominator = recur(
+            p.memories, K, V, query, key, value, at<real>(p.read, b, 0, h), at<real>(p.write, b, 0, h),
+            at<real>(p.log_decay, b, 0, h), static_cast<real*>(p.memory) + states * V,
+            static_cast<real*>(p.normalizer) + states, static_cast<real*>(p.final_memory) + states * V,
+            static_cast<real*>(p.final_normalizer) + states, sums);
         denominator += static_cast<real>(p.eps);
         *at<real>(p.denominator, b, 0, h) = denominator;
         token* output = at<token>(p.output, b, 0, h);
         for (int64_t j = 0; j < V; j++) assign(output[j], sums[j] / denominator);
+    }
+
+    // `Step` for one head of one row.
+    static INLINE void mix(const Step& p, int64_t head) {
+        const int64_t b = head / p.heads, h = head % p.heads, F = p.size, S = p.levels, N = p.banks, R = S * N;
+        const int64_t width = p.heads * F, channels = 3 * width, history = p.taps - 1;
+        // The convolution of queries, keys and values with their past, which moves on by one.
+        real features[3 * F], sums[F];
+        for (int64_t part = 0; part < 3; part++) {
+            const int64_t first = part * width + h * F;
+            const token* projected = static_cast<const token*>(p.projected) + b * channels + first;
+            const token* taps = static_cast<const token*>(p.conv_weight) + first * p.taps;
+            const real* past = static_cast<const real*>(p.past) + b * history * channels + first;
+            real* new_past = static_cast<real*>(p.new_past) + b * history * channels + first;
+            real* to = features + part * F;
+            for (int64_t j = 0; j < F; j++) to[j] = number(projected[j]) * number(taps[j * p.taps + history]);
+            for (int64_t t = 0; t < history; t++)
+                for (int64_t j = 0; j < F; j++) {
+                    to[j] += past[t * channels + j] * number(taps[j * p.taps + t]);
+                    new_past[t * channels + j] =
+                        t + 1 < history ? past[(t + 1) * channels + j] : real(number(projected[j]));
+                }
+        }
+        for (int64_t j = 0; j < 2 * F; j++)  // elu + 1
+            features[j] = features[j] > 0 ? features[j] + 1 : std::exp(features[j]);
+
+        // The memories of each level have the pointer's weight there.
+        real read[R], write[R], log_decay[R];
+        for (int64_t r = 0; r < R; r++) {
+            const real weight = static_cast<const real*>(p.pointer)[b * S + r / N];
+            const int64_t bank = head * N + r % N;
+            read[r] = weight * static_cast<const real*>(p.read)[bank];
+            write[r] = weight * static_cast<const real*>(p.write)[bank];
+            log_decay[r] = weight * static_cast<const real*>(p.log_decay)[bank];
+        }
+        const int64_t states = head * R * F;
+        const real denominator =
+            recur(R, F, F, features, features + F, features + 2 * F, read, write, log_decay,
+                  static_cast<const real*>(p.memory) + states * F, static_cast<const real*>(p.normalizer) + states,
+                  static_cast<real*>(p.new_memory) + states * F, static_cast<real*>(p.new_normalizer) + states, sums);
+
+        real square = 0;
+        const real scale = 1 / (denominator + static_cast<real>(p.eps));
+        for (int64_t j = 0; j < F; j++) sums[j] *= scale, square += sums[j] * sums[j];
+        const real norm = 1 / std::sqrt(square / F + static_cast<real>(p.norm_eps));
+        for (int64_t j = 0; j < F; j++) {
+            const real gate = number(static_cast<const token*>(p.gate)[b * width + h * F + j]);
+            const real weight = number(static_cast<const token*>(p.norm_weight)[j]);
+            assign(static_cast<token*>(p.output)[b * width + h * F + j],
+                   sums[j] * norm * weight * gate / (1 + std::exp(-gate)));
+        }
     }
 
     INLINE void forward(const Problem& p, int64_t b, int64_t h) {
@@ -619,55 +692,72 @@ struct Chunk {
     }
 };
 
-typedef bool (*Run)(const Problem&, int64_t, bool);
+struct Functions {
+    bool (*run)(const Problem&, int64_t head, bool backwards);
+    void (*mix)(const Step&, int64_t head);
+};
 
 // The same code for several instruction sets; the processor's best is taken when the library runs.
-template <class real, class token>
-bool run_portable(const Problem& p, int64_t head, bool backwards) {
-    return Chunk<real, token, 16, 8, false>().run(p, head, backwards);
-}
+#define FUNCTIONS(name, target, ...)                                                     \
+    template <class real, class token>                                                   \
+    struct name {                                                                        \
+        typedef __VA_ARGS__ Code;                                                        \
+        target static bool run(const Problem& p, int64_t head, bool backwards) {         \
+            return Code().run(p, head, backwards);                                       \
+        }                                                                                \
+        target static void mix(const Step& p, int64_t head) { Code::mix(p, head); }      \
+        static Functions get() { return {run, mix}; }                                    \
+    };
+FUNCTIONS(Portable, , Chunk<real, token, 16, 8, false>)
 #ifdef __x86_64__
-#define AVX512 "avx512f,avx512vl,avx512dq,avx512bw,avx2,fma"
-template <class real, class token>
-__attribute__((target("avx2,fma"))) bool run_avx2(const Problem& p, int64_t head, bool backwards) {
-    return Chunk<real, token, 32, 4, false>().run(p, head, backwards);
-}
-template <class real, class token>
-__attribute__((target(AVX512))) bool run_avx512(const Problem& p, int64_t head, bool backwards) {
-    return Chunk<real, token, 64, 8, false>().run(p, head, backwards);
-}
-__attribute__((target(AVX512))) bool run_avx512_bf16(const Problem& p, int64_t head, bool backwards) {
-    return Chunk<float, bfloat16, 64, 8, true>().run(p, head, backwards);
-}
+#define AVX512 __attribute__((target("avx512f,avx512vl,avx512dq,avx512bw,avx2,fma")))
+FUNCTIONS(Avx2, __attribute__((target("avx2,fma"))), Chunk<real, token, 32, 4, false>)
+FUNCTIONS(Avx512, AVX512, Chunk<real, token, 64, 8, false>)
+FUNCTIONS(Avx512Bf16, AVX512, Chunk<real, token, 64, 8, true>)
 #endif
 
 template <class real, class token>
-Run choose() {
+Functions choose() {
 #ifdef __x86_64__
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512bw")) {
-        if (sizeof(token) == 2 && __builtin_cpu_supports("avx512bf16")) return run_avx512_bf16;
-        return run_avx512<real, token>;
+        if constexpr (sizeof(token) == 2)
+            if (__builtin_cpu_supports("avx512bf16")) return Avx512Bf16<real, token>::get();
+        return Avx512<real, token>::get();
     }
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return run_avx2<real, token>;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return Avx2<real, token>::get();
 #endif
-    return run_portable<real, token>;
+    return Portable<real, token>::get();
 }
 
 enum Precision { FLOAT32, FLOAT64, BFLOAT16 };
+
+Functions choose(int precision) {
+    return precision == FLOAT64    ? choose<double, double>()
+           : precision == BFLOAT16 ? choose<float, bfloat16>()
+                                   : choose<float, float>();
+}
+
+// A single token is too little work to wake other threads for, unless there are many heads of it.
+bool is_much(int64_t heads) { return heads >= 16; }
 
 }  // namespace
 
 // Runs all heads on `threads` threads. Returns 0, or 1 if there was no memory for the work space.
 extern "C" int stackformer_memory_bank(const Problem* problem, int precision, int backwards, int threads) {
-    const Run run = precision == FLOAT64    ? choose<double, double>()
-                    : precision == BFLOAT16 ? choose<float, bfloat16>()
-                                            : choose<float, float>();
+    const Functions functions = choose(precision);
+    const int64_t heads = problem->batch * problem->heads;
     int failed = 0;
-// A single token is too little work to wake other threads for, unless there are many heads of it.
-    const bool parallel = problem->time > 1 || problem->batch * problem->heads >= 16;
-#pragma omp parallel for if (parallel) num_threads(threads) reduction(| : failed) schedule(dynamic)
-    for (int64_t head = 0; head < problem->batch * problem->heads; head++)
-        failed |= !run(*problem, head, backwards != 0);
+#pragma omp parallel for if (problem->time > 1 || is_much(heads)) num_threads(threads) reduction(| : failed) \
+    schedule(dynamic)
+    for (int64_t head = 0; head < heads; head++) failed |= !functions.run(*problem, head, backwards != 0);
     return failed;
+}
+
+// One token of a mixer, all heads on `threads` threads.
+extern "C" void stackformer_step(const Step* step, int precision, int threads) {
+    const Functions functions = choose(precision);
+    const int64_t heads = step->batch * step->heads;
+#pragma omp parallel for if (is_much(heads)) num_threads(threads)
+    for (int64_t head = 0; head < heads; head++) functions.mix(*step, head);
 }
