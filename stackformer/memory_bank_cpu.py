@@ -45,7 +45,8 @@ class _Step(ctypes.Structure):
     _fields_ = (
         [(n, ctypes.c_int64) for n in ("batch", "heads", "size", "banks", "levels", "taps")]
         + [(n, ctypes.c_double) for n in ("eps", "norm_eps")]
-        + [(n, ctypes.c_void_p) for n in ("projected", "conv_weight", "pointer", "read", "write", "log_decay")]
+        + [(n, ctypes.c_void_p) for n in ("projected", "conv_weight")]
+        + [(n, ctypes.c_void_p) for n in ("pointer", "read", "write", "log_decay")]
         + [(n, ctypes.c_void_p) for n in ("norm_weight", "gate", "past", "memory", "normalizer")]
         + [(n, ctypes.c_void_p) for n in ("new_past", "new_memory", "new_normalizer", "output")]
     )
@@ -251,10 +252,10 @@ def mix_once(
     bank_weights: tuple[Tensor, Tensor, Tensor],
     norm_weight: Tensor,
     gate: Tensor,
-    state: tuple[Tensor, Tensor, Tensor],
+    state: tuple[Tensor, ...],
     norm_eps: float,
     eps: float = 1e-6,
-) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+) -> tuple[Tensor, tuple[Tensor, ...]]:
     """One token of `BankedLinearAttention` in one call, without gradients: what lies between its projections.
 
     Args:
@@ -268,18 +269,17 @@ def mix_once(
         What the output is projected from [B, H F], in the dtype of `projected`, and the new state.
     """
     assert _LIBRARY is not None
-    batch, heads, banks = bank_weights[0].shape
-    dtype = projected.dtype if projected.dtype in _PRECISIONS else torch.float32
-    arguments = {"projected": projected, "conv_weight": conv_weight, "norm_weight": norm_weight, "gate": gate}
-    arguments = {name: _contiguous(tensor, dtype) for name, tensor in arguments.items()}
-    arguments["output"] = torch.empty_like(arguments["gate"])
+    low = projected.dtype if projected.dtype in _PRECISIONS else torch.float32
+    high = torch.promote_types(low, torch.float32)
+    tokens = {"projected": projected, "conv_weight": conv_weight, "norm_weight": norm_weight, "gate": gate}
     gates = {"pointer": pointer, **dict(zip(("read", "write", "log_decay"), bank_weights, strict=True))}
-    names = ("memory", "normalizer", "past")
-    accurate = torch.promote_types(dtype, torch.float32)
-    for name, tensor in {**gates, **dict(zip(names, state, strict=True))}.items():
-        arguments[name] = _contiguous(tensor, accurate)
-    new_state = tuple(torch.empty_like(arguments[name]) for name in names)
-    arguments |= {f"new_{name}": tensor for name, tensor in zip(names, new_state, strict=True)}
+    past = dict(zip(("memory", "normalizer", "past"), state, strict=True))
+    arguments = {name: _contiguous(tensor, low) for name, tensor in tokens.items()}
+    arguments |= {name: _contiguous(tensor, high) for name, tensor in (gates | past).items()}
+    output = torch.empty_like(arguments["gate"])
+    new_state = tuple(torch.empty_like(arguments[name]) for name in past)
+    arguments |= {"output": output, **{f"new_{name}": x for name, x in zip(past, new_state, strict=True)}}
+    batch, heads, banks = bank_weights[0].shape
     step = _Step(
         batch=batch,
         heads=heads,
@@ -291,6 +291,5 @@ def mix_once(
         norm_eps=norm_eps,
         **{name: tensor.data_ptr() for name, tensor in arguments.items()},
     )
-    _LIBRARY.stackformer_step(step, _PRECISIONS[dtype], torch.get_num_threads())
-    output = arguments["output"]
-    return output if output.dtype == projected.dtype else output.to(projected.dtype), new_state
+    _LIBRARY.stackformer_step(step, _PRECISIONS[low], torch.get_num_threads())
+    return output if low == projected.dtype else output.to(projected.dtype), new_state

@@ -77,6 +77,7 @@ class BankedLinearAttention(nn.Module):
             self.read_proj = nn.Linear(size, self.num_heads * self.num_banks)
             self.write_proj = nn.Linear(size, self.num_heads * self.num_banks)
         self.gate_proj = nn.Linear(size, size, bias=False)
+        self.norm_eps = config.rms_norm_eps
         self.norm = RMSNorm(self.head_dim, eps=config.rms_norm_eps)
         self.o_proj = ResidualProjection(size, size)
 
@@ -104,7 +105,7 @@ class BankedLinearAttention(nn.Module):
             weights = self._gates(hidden)
             projected, gate = self.qkv_proj(hidden), self.gate_proj(hidden)
             mixed, state = mix_once(
-                projected, self.conv.weight, pointer, weights, self.norm.weight, gate, state, self.norm.eps
+                projected, self.conv.weight, pointer, weights, self.norm.weight, gate, state, self.norm_eps
             )
             return self.o_proj(mixed), state, weights
         if inputs is None:

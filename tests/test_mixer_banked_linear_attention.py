@@ -1,0 +1,141 @@
+"""Decoding in one call of the C++ library, against the modules that it stands for."""
+
+import pytest
+import torch
+
+from stackformer import mixer_banked_linear_attention
+from stackformer.memory_bank_cpu import is_available
+from stackformer.processing_stack import TokenLayout
+from tests.models import tiny_model
+
+pytestmark = pytest.mark.skipif(not is_available(), reason="the C++ library was not built")
+
+TOLERANCES = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 0.03, torch.float16: 5e-3}
+
+
+def example(dtype=torch.float64, rows=3, **fields):
+    """A mixer whose weights are all random, tokens for it, and a state from before."""
+    torch.manual_seed(0)
+    model = tiny_model(torch.float64, **fields)
+    mixer = model.model.layers[0].mixer
+    for parameter in mixer.parameters():
+        parameter.data.add_(0.3 * torch.randn_like(parameter))
+    size, levels = model.config.core_size, model.config.stack_depth
+    hidden = torch.randn(5 * rows, size, dtype=torch.float64)
+    pointer = torch.rand(5 * rows, levels, dtype=torch.float64) / levels
+    with torch.no_grad():
+        _, state, _ = mixer(hidden, pointer, TokenLayout.full(rows, 5), None)
+    accurate = torch.promote_types(dtype, torch.float32)
+    state = tuple(tensor.to(accurate) for tensor in state)
+    return mixer.to(dtype), (hidden[:rows].to(dtype), pointer[:rows].to(accurate)), state
+
+
+def in_one_call(monkeypatch):
+    """The calls that are made, as they come."""
+    calls = []
+
+    def counted(*args):
+        calls.append(args)
+        return original(*args)
+
+    original = mixer_banked_linear_attention.mix_once
+    monkeypatch.setattr(mixer_banked_linear_attention, "mix_once", counted)
+    return calls
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"stack_depth": 1, "max_ponder_steps": 1, "num_memory_banks": 1},
+        {"num_memory_banks": 3, "conv_kernel_size": 2},
+        {"num_memory_banks": 1, "conv_kernel_size": 1, "num_attention_heads": 1},
+    ],
+    ids=["plain", "banks", "no past"],
+)
+def test_is_what_the_modules_do(monkeypatch, fields, dtype):
+    mixer, tokens, state = example(dtype, **fields)
+    calls = in_one_call(monkeypatch)
+    layout = TokenLayout.full(len(tokens[0]), 1)
+    expected = mixer(*tokens, layout, state)  # with gradients, and so one module after another
+    assert not calls
+    before = [tensor.clone() for tensor in state]
+    with torch.no_grad():
+        actual = mixer(*tokens, layout, state)
+    assert len(calls) == 1
+    assert all(map(torch.equal, before, state)), "the old state was written to"
+    for one, other in zip(
+        (actual[0], *actual[1], *actual[2]), (expected[0], *expected[1], *expected[2]), strict=True
+    ):
+        assert one.dtype == other.dtype and one.shape == other.shape
+        assert (one - other).norm() <= TOLERANCES[dtype] * max(1, other.norm())
+
+
+def test_many_heads_on_several_threads():
+    mixer, tokens, state = example(rows=9, num_attention_heads=4)
+    layout = TokenLayout.full(9, 1)
+    expected = mixer(*tokens, layout, state)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        with torch.no_grad():
+            actual = mixer(*tokens, layout, state)
+    finally:
+        torch.set_num_threads(threads)
+    torch.testing.assert_close(actual[0], expected[0])
+    torch.testing.assert_close(actual[1], expected[1])
+
+
+def test_under_autocast(monkeypatch):
+    mixer, tokens, state = example(torch.float32)
+    layout = TokenLayout.full(len(tokens[0]), 1)
+    calls = in_one_call(monkeypatch)
+    expected = mixer(*tokens, layout, state)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        actual = mixer(*tokens, layout, state)
+    assert calls and actual[0].dtype == torch.bfloat16 and actual[1][0].dtype == torch.float32
+    assert (actual[0] - expected[0]).norm() < 0.03 * expected[0].norm()
+
+
+@pytest.mark.parametrize("name", ["conv", "norm"])
+@pytest.mark.parametrize("change", ["hook", "forward", "module"])
+def test_modules_that_were_changed_are_called(name, change):
+    mixer, tokens, state = example()
+    module, called = getattr(mixer, name), []
+    if change == "hook":
+        module.register_forward_hook(lambda *_: called.append(name))
+    elif change == "forward":
+        original = module.forward
+        module.forward = lambda *args: called.append(name) or original(*args)
+    else:
+
+        class Other(type(module)):
+            def forward(self, *args):
+                called.append(name)
+                return super().forward(*args)
+
+        module.__class__ = Other
+    with torch.no_grad():
+        mixer(*tokens, TokenLayout.full(len(tokens[0]), 1), state)
+    assert called == [name]
+
+
+def test_not_for_another_feature_map(monkeypatch):
+    mixer, tokens, state = example(feature_map="relu")
+    calls = in_one_call(monkeypatch)
+    layout = TokenLayout.full(len(tokens[0]), 1)
+    with torch.no_grad():
+        actual = mixer(*tokens, layout, state)[0]
+    assert not calls
+    torch.testing.assert_close(actual, mixer(*tokens, layout, state)[0])
+
+
+def test_tokens_that_no_longer_think_leave_the_convolution(monkeypatch):
+    """Where tokens are masked, not left out, the past of those that are done does not move."""
+    mixer, tokens, state = example()
+    calls = in_one_call(monkeypatch)
+    thinking = torch.tensor([True, False, True])
+    with torch.no_grad():
+        _, (*_, past), _ = mixer(*tokens, TokenLayout.full(3, 1).masked(thinking), state)
+    assert not calls
+    assert torch.equal(past[1], state[2][1]) and not torch.equal(past[0], state[2][0])
