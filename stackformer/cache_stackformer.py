@@ -2,6 +2,7 @@
 """The recurrent state of a Stackformer as a transformers `Cache`: constant in size, whatever was read."""
 
 import copy
+import functools
 import os
 import tempfile
 import weakref
@@ -12,13 +13,14 @@ from typing import NamedTuple
 import torch
 from huggingface_hub import HfApi
 from torch import Tensor
+from torch.nn import Module
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import cached_file
 
 from .configuration_stackformer import StackformerConfig
 from .memory_file import JSON_FILE, TENSORS_FILE, model_identity, read_memory, write_memory
-from .processing_stack import TokenLayout
+from .processing_stack import StateOfAllRows, TokenLayout
 
 State = tuple[Tensor, ...]
 # Tokens that can be rolled back by default: far more than assisted decoding drafts at once.
@@ -91,17 +93,31 @@ class StackformerCacheLayer(CacheLayerMixin):
         self._private.clear()
         self._slices = slices
 
-    def read(self, index: int, layout: TokenLayout) -> State | None:
-        """The state of slice `index` for the rows of `layout`; `None` before the first write."""
+    def read(self, index: int, layout: TokenLayout) -> State | Callable[..., tuple[State]] | None:
+        """The state of slice `index` for the rows of `layout`, or a function that gives it to a mixer; `None`
+        before the first write."""
+        if layout.rows is not None and self._may_overwrite(index):
+            return functools.partial(self._lend, index)
         return take_rows(self._slices.get(index), layout.rows)
+
+    def _lend(self, index: int, mixer: Module, hidden: Tensor, pointer: Tensor, layout: TokenLayout):
+        """The state of the rows of `layout`, or of all of them to a mixer that writes in place."""
+        state = self._slices[index]
+        writes_in_place = getattr(mixer, "writes_in_place", None)
+        if writes_in_place is not None and writes_in_place(hidden, layout, state):
+            return (StateOfAllRows(state),)
+        return (take_rows(state, layout.rows),)
 
     def write(self, index: int, state: State, layout: TokenLayout) -> None:
         """Replace the state of slice `index` for the rows of `layout`."""
         old = self._slices.get(index)
-        if layout.rows is not None and self._may_overwrite(index, state):
-            for past, tensor in zip(old, state, strict=True):  # type: ignore[arg-type]  # it is there
-                past.index_copy_(0, layout.rows, tensor)
-            return
+        if layout.rows is not None and old is not None and self._may_overwrite(index):
+            if all(new is past for past, new in zip(old, state, strict=True)):
+                return  # the mixer wrote in place
+            if all(new.shape[1:] == past.shape[1:] for past, new in zip(old, state, strict=True)):
+                for past, new in zip(old, state, strict=True):
+                    past.index_copy_(0, layout.rows, new)
+                return
         self._slices[index] = put_rows(old, state, layout)
         self.is_initialized = True
         if layout.rows is None or torch.is_grad_enabled():
@@ -109,12 +125,9 @@ class StackformerCacheLayer(CacheLayerMixin):
         else:
             self._private.add(index)
 
-    def _may_overwrite(self, index: int, state: State) -> bool:
-        """Whether to write slice `index` in place: no graph, no anchor, nobody else holds it, nor does it
-        grow."""
+    def _may_overwrite(self, index: int) -> bool:
+        """Whether slice `index` may be written in place: no graph, no anchor, nobody else holds it."""
         if index not in self._private or self.record_past or torch.is_grad_enabled():
-            return False
-        if any(old.shape[1:] != new.shape[1:] for old, new in zip(self._slices[index], state, strict=True)):
             return False
         return torch.is_inference_mode_enabled() or not self._slices[index][0].is_inference()
 

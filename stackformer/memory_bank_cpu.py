@@ -48,7 +48,7 @@ class _Step(ctypes.Structure):
         + [(n, ctypes.c_void_p) for n in ("projected", "conv_weight")]
         + [(n, ctypes.c_void_p) for n in ("pointer", "read", "write", "log_decay")]
         + [(n, ctypes.c_void_p) for n in ("norm_weight", "gate", "past", "memory", "normalizer")]
-        + [(n, ctypes.c_void_p) for n in ("new_past", "new_memory", "new_normalizer", "output")]
+        + [(n, ctypes.c_void_p) for n in ("new_past", "new_memory", "new_normalizer", "output", "rows")]
     )
 
 
@@ -254,6 +254,7 @@ def mix_once(
     gate: Tensor,
     state: tuple[Tensor, ...],
     norm_eps: float,
+    rows: Tensor | None = None,
     eps: float = 1e-6,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """One token of `BankedLinearAttention` in one call, without gradients: what lies between its projections.
@@ -264,6 +265,7 @@ def mix_once(
         norm_weight: [F]; gate: [B, H F].
         state: memory [B, H, S N, F, F], normalizer [B, H, S N, F], past of the convolution
             [B, taps - 1, 3 H F].
+        rows: [B], whose states those are among more, which are then dense and written in place.
 
     Returns:
         What the output is projected from [B, H F], in the dtype of `projected`, and the new state.
@@ -277,7 +279,9 @@ def mix_once(
     arguments = {name: _contiguous(tensor, low) for name, tensor in tokens.items()}
     arguments |= {name: _contiguous(tensor, high) for name, tensor in (gates | past).items()}
     output = torch.empty_like(arguments["gate"])
-    new_state = tuple(torch.empty_like(arguments[name]) for name in past)
+    new_state = state
+    if rows is None:
+        new_state = tuple(torch.empty_like(arguments[name]) for name in past)
     arguments |= {"output": output, **{f"new_{name}": x for name, x in zip(past, new_state, strict=True)}}
     batch, heads, banks = bank_weights[0].shape
     step = _Step(
@@ -289,6 +293,7 @@ def mix_once(
         taps=conv_weight.shape[-1],
         eps=eps,
         norm_eps=norm_eps,
+        rows=None if rows is None else rows.data_ptr(),
         **{name: tensor.data_ptr() for name, tensor in arguments.items()},
     )
     _LIBRARY.stackformer_step(step, _PRECISIONS[low], torch.get_num_threads())

@@ -18,6 +18,11 @@ A mixer can be run backwards (long_context.py) if it also has
 - `reverses_exactly`: whether that is so to the last bit. Else what decays by a nats comes back with its
   rounding errors amplified by exp(a).
 
+Decoding need not copy the states of rows that go on pondering where others have halted if it also has
+
+- `writes_in_place(hidden, layout, state)`: whether `forward`, called with these tokens without gradients,
+  takes a `StateOfAllRows` [B, ...] and returns the same tensors with the rows of `layout` written.
+
 Its tokens can be split over processes (sequence_parallel.py) if it also has
 
 - `state_before(hidden, pointer, layout, gather)`: the state before the tokens, for all B rows of the batch,
@@ -42,7 +47,7 @@ from .memory_bank import (
     reverse_banked_linear_attention,
 )
 from .memory_bank_cpu import is_available, mix_once
-from .processing_stack import TokenLayout, address_memories
+from .processing_stack import StateOfAllRows, TokenLayout, address_memories
 
 
 class BankInputs(NamedTuple):
@@ -104,8 +109,17 @@ class BankedLinearAttention(nn.Module):
         if inputs is None and state is not None and self._can_mix_once(hidden, layout):
             weights = self._gates(hidden)
             projected, gate = self.qkv_proj(hidden), self.gate_proj(hidden)
+            rows = layout.rows if isinstance(state, StateOfAllRows) else None
             mixed, state = mix_once(
-                projected, self.conv.weight, pointer, weights, self.norm.weight, gate, state, self.norm_eps
+                projected,
+                self.conv.weight,
+                pointer,
+                weights,
+                self.norm.weight,
+                gate,
+                state,
+                self.norm_eps,
+                rows,
             )
             return self.o_proj(mixed), state, weights
         if inputs is None:
@@ -130,6 +144,12 @@ class BankedLinearAttention(nn.Module):
         if self.feature_map is not FEATURE_MAPS["elu_plus_one"]:
             return False
         return _is_untouched(self.conv, ShortConvolution) and _is_untouched(self.norm, RMSNorm)
+
+    def writes_in_place(self, hidden: Tensor, layout: TokenLayout, state: tuple[Tensor, ...]) -> bool:
+        """Whether to hand over a `StateOfAllRows` of `state` [B, ...]: if it is this mixer's, no more."""
+        dense = all(tensor.is_contiguous() for tensor in state)
+        accurate = torch.promote_types(hidden.dtype, torch.float32)
+        return len(state) == 3 and dense and state[0].dtype == accurate and self._can_mix_once(hidden, layout)
 
     def inputs(
         self, hidden: Tensor, pointer: Tensor, layout: TokenLayout, kept: tuple[Tensor, ...]

@@ -179,6 +179,10 @@ def address_memories(pointer: Tensor, bank_weights: Tensor) -> Tensor:
     return (pointer[:, None, :, None] * bank_weights.unsqueeze(-2)).flatten(-2)
 
 
+class StateOfAllRows(tuple):
+    """A mixer's state [B, ...], of which it writes the rows of its layout in place."""
+
+
 @dataclass(frozen=True)
 class TokenLayout:
     """Which tokens of a batch [B, T] are active, and where they go when only they are computed.

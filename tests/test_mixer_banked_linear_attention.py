@@ -5,7 +5,8 @@ import torch
 
 from stackformer import mixer_banked_linear_attention
 from stackformer.memory_bank_cpu import is_available
-from stackformer.processing_stack import TokenLayout
+from stackformer.mixer_banked_linear_attention import BankedLinearAttention
+from stackformer.processing_stack import StateOfAllRows, TokenLayout
 from tests.models import tiny_model
 
 pytestmark = pytest.mark.skipif(not is_available(), reason="the C++ library was not built")
@@ -139,3 +140,48 @@ def test_tokens_that_no_longer_think_leave_the_convolution(monkeypatch):
         _, (*_, past), _ = mixer(*tokens, TokenLayout.full(3, 1).masked(thinking), state)
     assert not calls
     assert torch.equal(past[1], state[2][1]) and not torch.equal(past[0], state[2][0])
+
+
+def test_rows_in_place(monkeypatch):
+    """As with a state of these rows only; the others are as they were."""
+    mixer, tokens, state = example(rows=5, num_memory_banks=2)
+    rows = torch.tensor([0, 3])
+    layout = TokenLayout.from_mask(torch.tensor([True, False, False, True, False]).unsqueeze(1))
+    tokens = [tensor[rows] for tensor in tokens]
+    own, whole = (tuple(x[rows] for x in state), tuple(x.clone() for x in state))
+    with torch.no_grad():
+        expected = mixer(*tokens, layout, own)
+        actual = mixer(*tokens, layout, StateOfAllRows(whole))
+    assert torch.equal(actual[0], expected[0])
+    for new, written, part, before in zip(actual[1], whole, expected[1], state, strict=True):
+        assert new is written
+        assert torch.equal(written[rows], part)
+        assert torch.equal(written[[1, 2, 4]], before[[1, 2, 4]])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("feed_forward_type", ["gated", "rwkv_channel_mix"])
+def test_decoding_in_place_changes_nothing(monkeypatch, dtype, feed_forward_type):
+    """Where rows halt at different depths. A feed-forward with a past has a part of the state that the mixer
+    knows nothing of: it is not written in place."""
+    fields = {"num_memory_banks": 2, "stack_depth": 3, "max_ponder_steps": 4, "halting_threshold": 0.4}
+    model = tiny_model(dtype, feed_forward_type=feed_forward_type, **fields)
+    ids = torch.randint(0, 256, (6, 20), generator=torch.Generator().manual_seed(0))
+
+    @torch.no_grad()
+    def decode():
+        outputs = model(ids[:, :2])
+        logits = []
+        for t in range(2, ids.shape[1]):
+            outputs = model(ids[:, t : t + 1], past_key_values=outputs.past_key_values)
+            logits.append(outputs.logits)
+        return torch.stack(logits), [layer.slices for layer in outputs.past_key_values.layers]
+
+    calls = in_one_call(monkeypatch)
+    logits, slices = decode()
+    in_place = [args for args in calls if args[-1] is not None]
+    assert len(in_place) > 10 if feed_forward_type == "gated" else not in_place
+    monkeypatch.delattr(BankedLinearAttention, "writes_in_place")
+    expected_logits, expected_slices = decode()
+    assert torch.equal(logits, expected_logits)
+    torch.testing.assert_close(slices, expected_slices, rtol=0, atol=0)

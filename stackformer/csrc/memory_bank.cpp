@@ -52,6 +52,7 @@ struct Step {
     const void *norm_weight, *gate;                  // [F], [B, H F]
     const void *past, *memory, *normalizer;          // [B, taps - 1, 3 H F], [B, H, R, F, F], [B, H, R, F]
     void *new_past, *new_memory, *new_normalizer, *output;  // output [B, H F]
+    const int64_t* rows;  // [B], whose states these are, if not in order; the new ones may be in place of the old
 };
 
 }  // extern "C"
@@ -427,8 +428,9 @@ struct Chunk {
                 new_normalizer[row] = key_sum;
                 denominator += weight * key_sum;
                 const real* from = memory + row * V;
-                real* __restrict to = new_memory + row * V;
-                for (int64_t j = 0; j < V; j++) {
+                real* to = new_memory + row * V;
+#pragma GCC ivdep
+                for (int64_t j = 0; j < V; j++) {  // may be in place
                     const real kept = decay * from[j] + written * value[j];
                     to[j] = kept;
                     sums[j] += weight * kept;
@@ -458,6 +460,7 @@ struct Chunk {
     // `Step` for one head of one row.
     static INLINE void mix(const Step& p, int64_t head) {
         const int64_t b = head / p.heads, h = head % p.heads, F = p.size, S = p.levels, N = p.banks, R = S * N;
+        const int64_t row = p.rows ? p.rows[b] : b;
         const int64_t width = p.heads * F, channels = 3 * width, history = p.taps - 1;
         // The convolution of queries, keys and values with their past, which moves on by one.
         real features[3 * F], sums[F];
@@ -465,8 +468,8 @@ struct Chunk {
             const int64_t first = part * width + h * F;
             const token* projected = static_cast<const token*>(p.projected) + b * channels + first;
             const token* taps = static_cast<const token*>(p.conv_weight) + first * p.taps;
-            const real* past = static_cast<const real*>(p.past) + b * history * channels + first;
-            real* new_past = static_cast<real*>(p.new_past) + b * history * channels + first;
+            const real* past = static_cast<const real*>(p.past) + row * history * channels + first;
+            real* new_past = static_cast<real*>(p.new_past) + row * history * channels + first;
             real* to = features + part * F;
             for (int64_t j = 0; j < F; j++) to[j] = number(projected[j]) * number(taps[j * p.taps + history]);
             for (int64_t t = 0; t < history; t++)
@@ -488,7 +491,7 @@ struct Chunk {
             write[r] = weight * static_cast<const real*>(p.write)[bank];
             log_decay[r] = weight * static_cast<const real*>(p.log_decay)[bank];
         }
-        const int64_t states = head * R * F;
+        const int64_t states = (row * p.heads + h) * R * F;
         const real denominator =
             recur(R, F, F, features, features + F, features + 2 * F, read, write, log_decay,
                   static_cast<const real*>(p.memory) + states * F, static_cast<const real*>(p.normalizer) + states,
