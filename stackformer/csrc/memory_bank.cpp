@@ -716,7 +716,10 @@ FUNCTIONS(Portable, , Chunk<real, token, 16, 8, false>)
 #define AVX512 __attribute__((target("avx512f,avx512vl,avx512dq,avx512bw,avx2,fma")))
 FUNCTIONS(Avx2, __attribute__((target("avx2,fma"))), Chunk<real, token, 32, 4, false>)
 FUNCTIONS(Avx512, AVX512, Chunk<real, token, 64, 8, false>)
+#if __GNUC__ >= 11  // that know these instructions
+#define HAS_PAIRS
 FUNCTIONS(Avx512Bf16, AVX512, Chunk<real, token, 64, 8, true>)
+#endif
 #endif
 
 template <class real, class token>
@@ -724,8 +727,10 @@ Functions choose() {
 #ifdef __x86_64__
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512bw")) {
+#ifdef HAS_PAIRS
         if constexpr (sizeof(token) == 2)
             if (__builtin_cpu_supports("avx512bf16")) return Avx512Bf16<real, token>::get();
+#endif
         return Avx512<real, token>::get();
     }
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return Avx2<real, token>::get();
