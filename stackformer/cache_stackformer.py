@@ -58,9 +58,10 @@ class StackformerCacheLayer(CacheLayerMixin):
     of tensors, batch first.
 
     Tensors are replaced, so gradients flow through the cache, and a state that is kept for a rollback costs
-    no copy. Written in place are only tensors that the layer itself made, without a gradient, to replace some
-    of the rows, and only as long as nobody can hold them: looking at `slices` ends that. Without this, the
-    rows of tokens that have halted would be copied at every step, which takes as long as computing them.
+    no copy. Written in place, without gradients, are only tensors that the layer itself made, for some of the
+    rows or for a mixer that can, and only as long as nobody can hold them: looking at `slices` ends that.
+    Without this, decoding would copy the rows of tokens that have halted at every step, which takes as long
+    as computing them, and large states would be new memory at every token.
 
     While it records the past, the layer holds an anchor (an older state) and what was read since, and `crop`
     computes the state in between again.
@@ -96,25 +97,30 @@ class StackformerCacheLayer(CacheLayerMixin):
     def read(self, index: int, layout: TokenLayout) -> State | Callable[..., tuple[State]] | None:
         """The state of slice `index` for the rows of `layout`, or a function that gives it to a mixer; `None`
         before the first write."""
-        if layout.rows is not None and self._may_overwrite(index):
+        if index in self._slices and self._may_write_in_place(index):
             return functools.partial(self._lend, index)
         return take_rows(self._slices.get(index), layout.rows)
 
     def _lend(self, index: int, mixer: Module, hidden: Tensor, pointer: Tensor, layout: TokenLayout):
-        """The state of the rows of `layout`, or of all of them to a mixer that writes in place."""
+        """The state of the rows of `layout`; of all rows to a mixer that writes in place, copied first if
+        others may hold it."""
         state = self._slices[index]
         writes_in_place = getattr(mixer, "writes_in_place", None)
-        if writes_in_place is not None and writes_in_place(hidden, layout, state):
-            return (StateOfAllRows(state),)
-        return (take_rows(state, layout.rows),)
+        if writes_in_place is None or not writes_in_place(hidden, layout, state):
+            return (take_rows(state, layout.rows),)
+        if index not in self._private:
+            state = self._slices[index] = tuple(map(torch.clone, state))
+            self._private.add(index)
+        return (StateOfAllRows(state),)
 
     def write(self, index: int, state: State, layout: TokenLayout) -> None:
         """Replace the state of slice `index` for the rows of `layout`."""
         old = self._slices.get(index)
-        if layout.rows is not None and old is not None and self._may_overwrite(index):
+        if old is not None and index in self._private and self._may_write_in_place(index):
             if all(new is past for past, new in zip(old, state, strict=True)):
                 return  # the mixer wrote in place
-            if all(new.shape[1:] == past.shape[1:] for past, new in zip(old, state, strict=True)):
+            same = all(new.shape[1:] == past.shape[1:] for past, new in zip(old, state, strict=True))
+            if layout.rows is not None and same:
                 for past, new in zip(old, state, strict=True):
                     past.index_copy_(0, layout.rows, new)
                 return
@@ -125,9 +131,9 @@ class StackformerCacheLayer(CacheLayerMixin):
         else:
             self._private.add(index)
 
-    def _may_overwrite(self, index: int) -> bool:
-        """Whether slice `index` may be written in place: no graph, no anchor, nobody else holds it."""
-        if index not in self._private or self.record_past or torch.is_grad_enabled():
+    def _may_write_in_place(self, index: int) -> bool:
+        """Whether slice `index` may be written in place if nobody else holds it: no graph, no anchor."""
+        if self.record_past or torch.is_grad_enabled():
             return False
         return torch.is_inference_mode_enabled() or not self._slices[index][0].is_inference()
 
@@ -295,6 +301,10 @@ class StackformerStaticCacheLayer(StackformerCacheLayer):
         super().__init__()
         self.num_slices = num_slices
         self._seen: Tensor | None = None  # a tensor, since a counter in Python would recompile every step
+
+    def read(self, index: int, layout: TokenLayout) -> State | None:
+        """The state of slice `index` for the rows of `layout`; `None` before the first write."""
+        return take_rows(self._slices.get(index), layout.rows)
 
     def write(self, index: int, state: State, layout: TokenLayout) -> None:
         """Copy the new state of slice `index` into its buffers; the first call allocates all slices."""

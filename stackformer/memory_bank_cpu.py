@@ -255,6 +255,7 @@ def mix_once(
     state: tuple[Tensor, ...],
     norm_eps: float,
     rows: Tensor | None = None,
+    in_place: bool = False,
     eps: float = 1e-6,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """One token of `BankedLinearAttention` in one call, without gradients: what lies between its projections.
@@ -265,7 +266,9 @@ def mix_once(
         norm_weight: [F]; gate: [B, H F].
         state: memory [B, H, S N, F, F], normalizer [B, H, S N, F], past of the convolution
             [B, taps - 1, 3 H F].
-        rows: [B], whose states those are among more, which are then dense and written in place.
+        rows: [B], whose states these are, if the state has more; written in place then.
+        in_place: whether to write the new state in place of the old one, which is dense and in float32
+            (float64 for float64 tokens) then.
 
     Returns:
         What the output is projected from [B, H F], in the dtype of `projected`, and the new state.
@@ -280,7 +283,7 @@ def mix_once(
     arguments |= {name: _contiguous(tensor, high) for name, tensor in (gates | past).items()}
     output = torch.empty_like(arguments["gate"])
     new_state = state
-    if rows is None:
+    if not in_place:
         new_state = tuple(torch.empty_like(arguments[name]) for name in past)
     arguments |= {"output": output, **{f"new_{name}": x for name, x in zip(past, new_state, strict=True)}}
     batch, heads, banks = bank_weights[0].shape

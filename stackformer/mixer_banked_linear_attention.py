@@ -109,7 +109,7 @@ class BankedLinearAttention(nn.Module):
         if inputs is None and state is not None and self._can_mix_once(hidden, layout):
             weights = self._gates(hidden)
             projected, gate = self.qkv_proj(hidden), self.gate_proj(hidden)
-            rows = layout.rows if isinstance(state, StateOfAllRows) else None
+            in_place = isinstance(state, StateOfAllRows)
             mixed, state = mix_once(
                 projected,
                 self.conv.weight,
@@ -119,7 +119,8 @@ class BankedLinearAttention(nn.Module):
                 gate,
                 state,
                 self.norm_eps,
-                rows,
+                rows=layout.rows if in_place else None,
+                in_place=in_place,
             )
             return self.o_proj(mixed), state, weights
         if inputs is None:

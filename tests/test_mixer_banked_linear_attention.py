@@ -1,5 +1,7 @@
 """Decoding in one call of the C++ library, against the modules that it stands for."""
 
+import copy
+
 import pytest
 import torch
 
@@ -32,12 +34,12 @@ def example(dtype=torch.float64, rows=3, **fields):
 
 
 def in_one_call(monkeypatch):
-    """The calls that are made, as they come."""
+    """The options of the calls that are made, as they come."""
     calls = []
 
-    def counted(*args):
-        calls.append(args)
-        return original(*args)
+    def counted(*args, **options):
+        calls.append(options)
+        return original(*args, **options)
 
     original = mixer_banked_linear_attention.mix_once
     monkeypatch.setattr(mixer_banked_linear_attention, "mix_once", counted)
@@ -179,9 +181,37 @@ def test_decoding_in_place_changes_nothing(monkeypatch, dtype, feed_forward_type
 
     calls = in_one_call(monkeypatch)
     logits, slices = decode()
-    in_place = [args for args in calls if args[-1] is not None]
-    assert len(in_place) > 10 if feed_forward_type == "gated" else not in_place
+    some_rows = [options for options in calls if options["in_place"] and options["rows"] is not None]
+    all_rows = [options for options in calls if options["in_place"] and options["rows"] is None]
+    if feed_forward_type == "gated":
+        assert len(some_rows) > 10 and len(all_rows) > 10
+    else:
+        assert not some_rows and not all_rows
     monkeypatch.delattr(BankedLinearAttention, "writes_in_place")
     expected_logits, expected_slices = decode()
     assert torch.equal(logits, expected_logits)
     torch.testing.assert_close(slices, expected_slices, rtol=0, atol=0)
+
+
+def test_what_others_hold_is_not_written():
+    """Neither a tensor that somebody looked at, nor a copy of the cache, nor one that was copied."""
+    model = tiny_model(num_memory_banks=2, stack_depth=2, max_ponder_steps=2, halting_threshold=0.0)
+    ids = torch.randint(0, 256, (2, 8), generator=torch.Generator().manual_seed(0))
+
+    @torch.no_grad()
+    def go_on(cache, start):
+        return torch.stack(
+            [model(ids[:, t : t + 1], past_key_values=cache).logits for t in range(start, ids.shape[1])]
+        )
+
+    with torch.no_grad():
+        cache = model(ids[:, :2], use_cache=True).past_key_values
+        for t in (2, 3):
+            model(ids[:, t : t + 1], past_key_values=cache)
+    held = [tensor for layer in cache.layers for state in layer.slices.values() for tensor in state]
+    before = [tensor.clone() for tensor in held]
+    branch, clone = copy.deepcopy(cache), cache.clone()
+    expected = go_on(cache, 4)
+    assert all(map(torch.equal, held, before))
+    assert torch.equal(go_on(branch, 4), expected)
+    assert torch.equal(go_on(clone, 4), expected)
