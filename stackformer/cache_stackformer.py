@@ -261,15 +261,21 @@ class StackformerCacheLayer(CacheLayerMixin):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row i becomes what row `beam_idx[i]` was."""
-        self.map_(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
+        self._copy_rows(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row `repeats` times."""
-        self.map_(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
+        self._copy_rows(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the rows `indices` (integers or a boolean mask)."""
-        self.map_(lambda tensor: tensor[indices.to(tensor.device)])
+        self._copy_rows(lambda tensor: tensor[indices.to(tensor.device)])
+
+    def _copy_rows(self, function: Callable[[Tensor], Tensor]) -> None:
+        """`map_` for a function whose results are new tensors, which nobody else holds."""
+        self.map_(function)
+        if not (self.record_past or torch.is_grad_enabled()):
+            self._private.update(self._slices)
 
     def offload(self) -> None:
         """Move the state to the CPU; `prefetch` moves it back."""

@@ -215,3 +215,17 @@ def test_what_others_hold_is_not_written():
     assert all(map(torch.equal, held, before))
     assert torch.equal(go_on(branch, 4), expected)
     assert torch.equal(go_on(clone, 4), expected)
+
+
+def test_reordered_rows_are_not_copied_again():
+    """What beam search does at every token leaves a state that only the cache holds."""
+    model = tiny_model(num_memory_banks=2, stack_depth=1, max_ponder_steps=1)
+    ids = torch.randint(0, 256, (2, 8), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        cache = model(ids[:, :7], use_cache=True).past_key_values
+        cache.reorder_cache(torch.tensor([1, 0]))
+        addresses = [tensor.data_ptr() for tensor in cache.layers[0]._slices[0]]
+        logits = model(ids[[1, 0], 7:], past_key_values=cache).logits
+        expected = model(ids[[1, 0]]).logits[:, 7:]
+    assert [tensor.data_ptr() for tensor in cache.layers[0].slices[0]] == addresses
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
