@@ -272,8 +272,19 @@ def mix_once(
 
     Returns:
         What the output is projected from [B, H F], in the dtype of `projected`, and the new state.
+
+    Raises:
+        ValueError: if the state is of other shapes than go with the tokens.
     """
     assert _LIBRARY is not None
+    batch, heads, banks = bank_weights[0].shape
+    levels, taps, channels = pointer.shape[-1], conv_weight.shape[-1], projected.shape[-1]
+    count, size = (batch if rows is None else len(state[0])), channels // (3 * heads)
+    memory_shape = (count, heads, levels * banks, size, size)
+    shapes = [memory_shape, memory_shape[:-1], (count, taps - 1, channels)]
+    if [tuple(tensor.shape) for tensor in state] != shapes:
+        got = [tuple(tensor.shape) for tensor in state]
+        raise ValueError(f"`state` must have shapes {shapes} to go with {batch} tokens, got {got}")
     low = projected.dtype if projected.dtype in _PRECISIONS else torch.float32
     high = torch.promote_types(low, torch.float32)
     tokens = {"projected": projected, "conv_weight": conv_weight, "norm_weight": norm_weight, "gate": gate}
@@ -286,14 +297,13 @@ def mix_once(
     if not in_place:
         new_state = tuple(torch.empty_like(arguments[name]) for name in past)
     arguments |= {"output": output, **{f"new_{name}": x for name, x in zip(past, new_state, strict=True)}}
-    batch, heads, banks = bank_weights[0].shape
     step = _Step(
         batch=batch,
         heads=heads,
-        size=state[0].shape[-1],
+        size=size,
         banks=banks,
-        levels=pointer.shape[-1],
-        taps=conv_weight.shape[-1],
+        levels=levels,
+        taps=taps,
         eps=eps,
         norm_eps=norm_eps,
         rows=None if rows is None else rows.data_ptr(),

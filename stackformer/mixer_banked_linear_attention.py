@@ -106,10 +106,10 @@ class BankedLinearAttention(nn.Module):
             The mixed tokens [n, d], the new state, and what each bank is read by, written by and decayed by
             (read, write, log decay), each [n, H, N].
         """
-        if inputs is None and state is not None and self._can_mix_once(hidden, layout):
+        in_place = isinstance(state, StateOfAllRows)
+        if state is not None and inputs is None and (in_place or self._can_mix_once(hidden, layout)):
             weights = self._gates(hidden)
             projected, gate = self.qkv_proj(hidden), self.gate_proj(hidden)
-            in_place = isinstance(state, StateOfAllRows)
             mixed, state = mix_once(
                 projected,
                 self.conv.weight,
@@ -148,9 +148,10 @@ class BankedLinearAttention(nn.Module):
 
     def writes_in_place(self, hidden: Tensor, layout: TokenLayout, state: tuple[Tensor, ...]) -> bool:
         """Whether to hand over a `StateOfAllRows` of `state` [B, ...]: if it is this mixer's, no more."""
-        dense = all(tensor.is_contiguous() for tensor in state)
-        accurate = torch.promote_types(hidden.dtype, torch.float32)
-        return len(state) == 3 and dense and state[0].dtype == accurate and self._can_mix_once(hidden, layout)
+        if len(state) != 3 or len(state[0]) != layout.batch_size or not self._can_mix_once(hidden, layout):
+            return False
+        dtype = at_least_float32(hidden)
+        return all(tensor.is_contiguous() and tensor.dtype == dtype for tensor in state)
 
     def inputs(
         self, hidden: Tensor, pointer: Tensor, layout: TokenLayout, kept: tuple[Tensor, ...]

@@ -229,3 +229,16 @@ def test_reordered_rows_are_not_copied_again():
         expected = model(ids[[1, 0]]).logits[:, 7:]
     assert [tensor.data_ptr() for tensor in cache.layers[0].slices[0]] == addresses
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("halting_threshold", [0.0, 0.4])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_cache_of_another_batch(rows, halting_threshold):
+    """It raises, and reads nothing that is not there."""
+    fields = {"num_memory_banks": 2, "stack_depth": 2, "max_ponder_steps": 3}
+    model = tiny_model(halting_threshold=halting_threshold, **fields)
+    ids = torch.randint(0, 256, (3, 5), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        cache = model(ids[:2, :4], use_cache=True).past_key_values
+        with pytest.raises(ValueError, match="must have shape"):
+            model(ids[:rows, 4:], past_key_values=cache)
