@@ -308,9 +308,9 @@ class StackformerStaticCacheLayer(StackformerCacheLayer):
         self.num_slices = num_slices
         self._seen: Tensor | None = None  # a tensor, since a counter in Python would recompile every step
 
-    def read(self, index: int, layout: TokenLayout) -> State | None:
-        """The state of slice `index` for the rows of `layout`; `None` before the first write."""
-        return take_rows(self._slices.get(index), layout.rows)
+    def _may_write_in_place(self, index: int) -> bool:
+        """Only the layer itself does, by `write`."""
+        return False
 
     def write(self, index: int, state: State, layout: TokenLayout) -> None:
         """Copy the new state of slice `index` into its buffers; the first call allocates all slices."""

@@ -95,10 +95,6 @@ def _as_taken(inputs: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
     return [_dense(tensor, taken) for tensor, taken in zip(inputs, _dtypes(inputs, dtype), strict=True)]
 
 
-def _contiguous(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return (tensor if tensor.dtype == dtype else tensor.to(dtype)).contiguous()
-
-
 def _run(problem: _Problem, dtype: torch.dtype, backwards: bool) -> None:
     assert _LIBRARY is not None
     if _LIBRARY.stackformer_memory_bank(problem, _PRECISIONS[dtype], backwards, torch.get_num_threads()):
@@ -290,8 +286,8 @@ def mix_once(
     tokens = {"projected": projected, "conv_weight": conv_weight, "norm_weight": norm_weight, "gate": gate}
     gates = {"pointer": pointer, **dict(zip(("read", "write", "log_decay"), bank_weights, strict=True))}
     past = dict(zip(("memory", "normalizer", "past"), state, strict=True))
-    arguments = {name: _contiguous(tensor, low) for name, tensor in tokens.items()}
-    arguments |= {name: _contiguous(tensor, high) for name, tensor in (gates | past).items()}
+    arguments = {name: _dense(tensor, low).contiguous() for name, tensor in tokens.items()}
+    arguments |= {name: _dense(tensor, high).contiguous() for name, tensor in (gates | past).items()}
     output = torch.empty_like(arguments["gate"])
     new_state = state
     if not in_place:

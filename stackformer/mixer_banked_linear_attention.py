@@ -18,7 +18,7 @@ A mixer can be run backwards (long_context.py) if it also has
 - `reverses_exactly`: whether that is so to the last bit. Else what decays by a nats comes back with its
   rounding errors amplified by exp(a).
 
-Decoding need not copy the states of rows that go on pondering where others have halted if it also has
+Decoding writes its states where they are, without new memory and copies of rows, if it also has
 
 - `writes_in_place(hidden, layout, state)`: whether `forward`, called with these tokens without gradients,
   takes a `StateOfAllRows` [B, ...] and returns the same tensors with the rows of `layout` written.
@@ -32,7 +32,7 @@ Its tokens can be split over processes (sequence_parallel.py) if it also has
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -82,7 +82,6 @@ class BankedLinearAttention(nn.Module):
             self.read_proj = nn.Linear(size, self.num_heads * self.num_banks)
             self.write_proj = nn.Linear(size, self.num_heads * self.num_banks)
         self.gate_proj = nn.Linear(size, size, bias=False)
-        self.norm_eps = config.rms_norm_eps
         self.norm = RMSNorm(self.head_dim, eps=config.rms_norm_eps)
         self.o_proj = ResidualProjection(size, size)
 
@@ -118,7 +117,7 @@ class BankedLinearAttention(nn.Module):
                 self.norm.weight,
                 gate,
                 state,
-                self.norm_eps,
+                cast(float, self.norm.eps),
                 rows=layout.rows if in_place else None,
                 in_place=in_place,
             )
