@@ -25,7 +25,7 @@ from transformers import (
     StaticCache,
 )
 
-from stackformer import StackformerCache, StackformerConfig
+from stackformer import StackformerCache, StackformerConfig, StackformerStaticCache
 
 VOCABULARY = 261
 HEAD = 64
@@ -265,9 +265,9 @@ def keys_and_values(model: PreTrainedModel, batch: int, length: int, room: int |
     return cache
 
 
-def static_copy(cache: StackformerCache, config: StackformerConfig) -> StackformerCache:
+def static_copy(cache: StackformerCache, config: StackformerConfig) -> StackformerStaticCache:
     """The same state in buffers that are written in place, for a compiled model."""
-    static = StackformerCache(config, static=True)
+    static = StackformerStaticCache(config)
     for new, old in zip(static.layers, cache.clone().layers, strict=True):
         new.load(old.slices, old.get_seq_length(), old.slices[0][0].device)
     return static

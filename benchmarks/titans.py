@@ -28,9 +28,11 @@ from benchmarks import harness
 from benchmarks.models import build
 from benchmarks.tasks import run
 from stackformer import StackformerConfig
-from stackformer.layers_stackformer import ShortConvolution
+from stackformer.layers_stackformer import ShortConvolution, convolve
+from stackformer.mixer import Mixer
 from stackformer.modeling_stackformer import MIXERS
 from stackformer.processing_stack import TokenLayout
+from stackformer.state import StateSpec
 
 try:
     from titans_pytorch import NeuralMemory
@@ -41,13 +43,14 @@ OURS, PER_TOKEN, PER_CHUNK = "ours", "titans-pytorch, gates per token", "titans-
 GRID = "benchmarks/tasks/titans.json"
 
 
-class TitansPytorch(nn.Module):
+class TitansPytorch(Mixer):
     """titans-pytorch's memory as a mixer, for whole texts: it keeps no state."""
 
     def __init__(self, config: StackformerConfig, gates_per_token: bool):
         super().__init__()
         size = config.core_size
-        self.conv = ShortConvolution(size, config.conv_kernel_size)
+        self.kernel_size = config.conv_kernel_size
+        self.conv = ShortConvolution(size, self.kernel_size)
         self.memory = NeuralMemory(
             size,
             chunk_size=1 if gates_per_token else config.memory_chunk_size,
@@ -62,10 +65,14 @@ class TitansPytorch(nn.Module):
         for module in self.memory.modules():
             module._is_hf_initialized = True  # type: ignore[assignment]  # the initial values are its own
 
+    def state_spec(self) -> StateSpec:
+        """Nothing."""
+        return ()
+
     def forward(
         self, hidden: Tensor, pointer: Tensor, layout: TokenLayout, state: None
     ) -> tuple[Tensor, tuple[()], None]:
-        rows, _ = self.conv.slide(layout.to_rows(hidden), None, layout)
+        rows, _ = convolve(self.conv, self.kernel_size, layout.to_rows(hidden), None, layout)
         return layout.to_tokens(self.memory(rows)[0]), (), None
 
 

@@ -27,6 +27,7 @@ from scripts.report import machine_line, write_text
 from scripts.text8 import is_dump, write_text8
 from scripts.train import read_preset
 from stackformer.configuration_stackformer import StackformerConfig
+from stackformer.layers_stackformer import convolve
 from stackformer.mixer_banked_linear_attention import BankedLinearAttention
 from stackformer.modeling_stackformer import MIXERS
 from stackformer.processing_stack import TokenLayout
@@ -94,7 +95,8 @@ class FastTransformersAttention(BankedLinearAttention):
         """Mix the tokens along time. There is no state to go on from."""
         if state is not None or layout.row_lengths is not None:
             raise ValueError(f"`state` must be None and rows of equal length, got {state} and {layout}")
-        rows, _ = self.conv.slide(layout.to_rows(self.qkv_proj(hidden)), None, layout)
+        rows = layout.to_rows(self.qkv_proj(hidden))
+        rows, _ = convolve(self.conv, self.kernel_size, rows, None, layout)
         query, key, value = rows.unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(2)
         lengths = LengthMask(torch.full((len(rows),), rows.shape[1], device=rows.device))
         attention = CausalLinearAttention(self.head_dim)

@@ -9,7 +9,7 @@ from transformers import (
     AutoModelForTokenClassification,
 )
 
-from .cache_stackformer import StackformerCache
+from .cache_stackformer import StackformerCache, StackformerStaticCache
 from .configuration_stackformer import StackformerConfig
 from .memory_bank import banked_linear_attention
 from .modeling_stackformer import (
@@ -45,6 +45,7 @@ __all__ = [
     "StackformerForTokenClassification",
     "StackformerModel",
     "StackformerPreTrainedModel",
+    "StackformerStaticCache",
     "TextTrace",
     "banked_linear_attention",
     "build_byte_tokenizer",

@@ -5,24 +5,24 @@ import copy
 import functools
 import os
 import tempfile
-import weakref
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from huggingface_hub import HfApi
 from torch import Tensor
 from torch.nn import Module
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, StaticCache
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import cached_file
 
 from .configuration_stackformer import StackformerConfig
-from .memory_file import JSON_FILE, TENSORS_FILE, model_identity, read_memory, write_memory
+from .identity import Mark, active_adapters, model_identity, unwrap
+from .memory_file import JSON_FILE, MEMORY_FILE, has_description, read_memory, write_memory
 from .processing_stack import StateOfAllRows, TokenLayout
+from .state import State, StateSpec, find_mismatch
 
-State = tuple[Tensor, ...]
 # Tokens that can be rolled back by default: far more than assisted decoding drafts at once.
 ROLLBACK_WINDOW = 256
 
@@ -71,11 +71,17 @@ class StackformerCacheLayer(CacheLayerMixin):
     is_compileable = False
     supports_early_init = False
     is_shared = False  # by processes that all have to read and write each slice
+    is_of_stackformer = True  # where types are not: the package and a copy of it from a checkpoint may meet
 
     def __init__(self, rollback_window: int = ROLLBACK_WINDOW, **kwargs):
         super().__init__()
+        self.is_initialized: bool = False
         self._slices: dict[int, State] = {}
         self._private: set[int] = set()  # slices whose tensors only this layer holds
+        self._overwritten = False  # whether the call that is under way wrote in place
+        self._is_broken = False  # by a call that failed halfway
+        self._fits: tuple[int, int] | None = None  # the model's number and the rows that were checked last
+        self.mark: Mark | None = None  # whose state this is
         self.seen_tokens = 0
         self.rollback_window = rollback_window
         self.record_past = False
@@ -87,12 +93,52 @@ class StackformerCacheLayer(CacheLayerMixin):
     def slices(self) -> dict[int, State]:
         """The state of each slice that was written. Its tensors will not be written in place."""
         self._private.clear()
+        self._fits = None  # whoever holds the dictionary may change it
         return self._slices
 
     @slices.setter
     def slices(self, slices: dict[int, State]) -> None:
         self._private.clear()
+        self._fits, self._is_broken = None, False
         self._slices = slices
+
+    def check(self, spec: StateSpec, num_slices: int, batch_size: int) -> str | None:
+        """Says what keeps this layer's state from being read for a batch; `None` if nothing does.
+
+        Args:
+            spec: of the state of the model's core layer; num_slices: how many of them there are.
+            batch_size: rows of the input.
+        """
+        if self._is_broken:
+            return "a state that a failed call left incomplete: `reset` it, or go on from a copy"
+        if unknown := [index for index in self._slices if not 0 <= index < num_slices]:
+            return f"states of ponder steps {unknown} in a model whose states are {list(range(num_slices))}"
+        for state in self._slices.values():
+            if mismatch := find_mismatch(state, spec):
+                return mismatch
+            if len(state[0]) != batch_size:
+                return (
+                    f"{len(state[0])} rows for an input of {batch_size}: repeat or select its rows with "
+                    "`batch_repeat_interleave` or `batch_select_indices`"
+                )
+        return None
+
+    def begin_call(self) -> Callable[[], None]:
+        """Returns a function that undoes what a call of the model has done to this layer since.
+
+        A state that was written in place cannot be had back: the layer refuses to be read then.
+        """
+        before = (dict(self._slices), set(self._private), self.seen_tokens, self.is_initialized)
+        anchor, recorded = dict(self._anchor), self._recorded_tokens
+        calls = {index: list(calls) for index, calls in self._calls.items()}
+        self._overwritten = False
+
+        def undo() -> None:
+            self._slices, self._private, self.seen_tokens, self.is_initialized = before
+            self._anchor, self._calls, self._recorded_tokens = anchor, calls, recorded
+            self._fits, self._is_broken = None, self._overwritten
+
+        return undo
 
     def read(self, index: int, layout: TokenLayout) -> State | Callable[..., tuple[State]] | None:
         """The state of slice `index` for the rows of `layout`, or a function that gives it to a mixer; `None`
@@ -111,6 +157,8 @@ class StackformerCacheLayer(CacheLayerMixin):
         if index not in self._private:
             state = self._slices[index] = tuple(map(torch.clone, state))
             self._private.add(index)
+        else:
+            self._overwritten = True
         return (StateOfAllRows(state),)
 
     def write(self, index: int, state: State, layout: TokenLayout) -> None:
@@ -121,6 +169,7 @@ class StackformerCacheLayer(CacheLayerMixin):
                 return  # the mixer wrote in place
             same = all(new.shape[1:] == past.shape[1:] for past, new in zip(old, state, strict=True))
             if layout.rows is not None and same:
+                self._overwritten = True
                 for past, new in zip(old, state, strict=True):
                     past.index_copy_(0, layout.rows, new)
                 return
@@ -232,7 +281,9 @@ class StackformerCacheLayer(CacheLayerMixin):
         """Copies and pickles hold the state, not the layers that computed it."""
         slices = self.slices  # the copy will hold them, too
         anchor = dict(slices) if self.record_past else {}
-        state = {"_anchor": anchor, "_private": set(), "_calls": {}, "_recorded_tokens": 0}
+        state = {
+            "_anchor": anchor, "_private": set(), "_calls": {}, "_recorded_tokens": 0, "_fits": None,
+        }  # fmt: skip
         return {**self.__dict__, **state}
 
     @property
@@ -255,21 +306,39 @@ class StackformerCacheLayer(CacheLayerMixin):
     def reset(self) -> None:
         """Forget everything."""
         self.slices = {}
+        self.mark = None
         self.seen_tokens = 0
         self.is_initialized = False
         self._restart_window()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row i becomes what row `beam_idx[i]` was."""
+        self._check_rows("beam_idx", beam_idx)
         self._copy_rows(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row `repeats` times."""
+        if repeats < 1:
+            raise ValueError(f"`repeats` must be at least 1, got {repeats}")
         self._copy_rows(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the rows `indices` (integers or a boolean mask)."""
+        self._check_rows("indices", indices)
         self._copy_rows(lambda tensor: tensor[indices.to(tensor.device)])
+
+    def _check_rows(self, name: str, indices: Tensor) -> None:
+        """Raises a ValueError for indices that are no rows. Those on a GPU are not looked at: it would wait
+        for them."""
+        rows = self.batch_size
+        if rows < 0:
+            return
+        if indices.dim() != 1 or (indices.dtype == torch.bool and len(indices) != rows):
+            raise ValueError(f"`{name}` must be rows of the {rows} in the cache, got {indices}")
+        if indices.dtype == torch.bool or indices.device.type != "cpu" or len(indices) == 0:
+            return
+        if indices.is_floating_point() or not 0 <= indices.min() <= indices.max() < rows:
+            raise ValueError(f"`{name}` must be rows of the {rows} in the cache, got {indices.tolist()}")
 
     def _copy_rows(self, function: Callable[[Tensor], Tensor]) -> None:
         """`map_` for a function whose results are new tensors, which nobody else holds."""
@@ -303,19 +372,30 @@ class StackformerStaticCacheLayer(StackformerCacheLayer):
 
     is_compileable = True
 
-    def __init__(self, num_slices: int = 1, **kwargs):
+    def __init__(self, **kwargs):
         super().__init__()
-        self.num_slices = num_slices
+        self._num_slices = 1  # known when the cache meets its model
         self._seen: Tensor | None = None  # a tensor, since a counter in Python would recompile every step
 
     def _may_write_in_place(self, index: int) -> bool:
         """Only the layer itself does, by `write`."""
         return False
 
+    def check(self, spec: StateSpec, num_slices: int, batch_size: int) -> str | None:
+        """As for a layer that is not static; a state that grows does not fit, either."""
+        self._num_slices = num_slices
+        if growing := [tensor.name for tensor in spec if None in tensor.shape]:
+            return (
+                f"a state that grows, {growing}, which no static cache can hold: attention needs a "
+                "`sliding_window`"
+            )
+        return super().check(spec, num_slices, batch_size)
+
     def write(self, index: int, state: State, layout: TokenLayout) -> None:
         """Copy the new state of slice `index` into its buffers; the first call allocates all slices."""
+        self._overwritten = True
         if not self._slices:
-            for number in range(self.num_slices):
+            for number in range(self._num_slices):
                 shapes = [(layout.batch_size, *tensor.shape[1:]) for tensor in state]
                 buffers = tuple(x.new_zeros(shape) for x, shape in zip(state, shapes, strict=True))
                 if not torch.compiler.is_compiling():
@@ -324,12 +404,6 @@ class StackformerStaticCacheLayer(StackformerCacheLayer):
                 self._slices[number] = buffers
             self.is_initialized = True
         for buffer, tensor in zip(self._slices[index], state, strict=True):
-            if buffer.shape[1:] != tensor.shape[1:]:
-                raise ValueError(
-                    "A static cache must be for a state that does not grow: attention needs a "
-                    f"`sliding_window`, got a state of shape {tuple(tensor.shape)} after "
-                    f"{tuple(buffer.shape)}"
-                )
             if layout.rows is None:
                 buffer.copy_(tensor.detach())
             else:
@@ -357,6 +431,15 @@ class StackformerStaticCacheLayer(StackformerCacheLayer):
         super().load(slices, 0, device)
         self._seen = torch.tensor(seen_tokens, device=device)
 
+    def begin_call(self) -> Callable[[], None]:
+        """See the base class. There is no going back from what was written to buffers."""
+        self._overwritten = False
+
+        def undo() -> None:
+            self._fits, self._is_broken = None, self._overwritten
+
+        return undo
+
     def map_(self, function: Callable[[Tensor], Tensor]) -> None:
         """Write what `function` makes of the state into the buffers, or replace those whose shape changes."""
         for index, state in self._slices.items():
@@ -375,6 +458,7 @@ class StackformerStaticCacheLayer(StackformerCacheLayer):
 
     def reset(self) -> None:
         """Forget everything, and keep the buffers."""
+        self._is_broken, self.mark = False, None
         for state in self._slices.values():
             for buffer in state:
                 buffer.zero_()
@@ -430,47 +514,28 @@ def _upload(
         repo_id=repo_id,
         folder_path=str(folder),
         revision=revision,
-        allow_patterns=[JSON_FILE, TENSORS_FILE],
+        allow_patterns=[MEMORY_FILE],
         **kwargs,
     ).commit_url
 
 
-class StackformerCache(Cache):
-    """The memory of a Stackformer: what it kept of everything it has read.
+AnyMemory = TypeVar("AnyMemory", bound="_Memory")
 
-    Returned as `past_key_values`, taken back by `forward` and `generate`. It has one layer per core layer,
-    each with one slice of state per ponder step, or a single one with `config.feedback`. States are float32
-    (float64 in a float64 model, and in coupled cells), keys and values of softmax attention as they were
-    computed.
 
-    Args:
-        config ([`StackformerConfig`]): of the model that it is for.
-        rollback_window (`int`, defaults to 256): Tokens that `crop` can take back, once
-            `activate_past_recording` was called. It bounds what is recorded.
+class _Memory(Cache):
+    """What both kinds of cache can do: be saved, copied, and told which model they belong to."""
 
-    Example:
+    layers: list[StackformerCacheLayer]
 
-    ```python
-    >>> outputs = model(input_ids, use_cache=True)
-    >>> memory = outputs.past_key_values
-    >>> branch = memory.clone()
-    >>> model(more_ids, past_key_values=branch)
-    ```
-    """
+    @property
+    def mark(self) -> Mark | None:
+        """Whose memory this is; `None` before the first call."""
+        return self.layers[0].mark
 
-    def __init__(
-        self, config: StackformerConfig, rollback_window: int = ROLLBACK_WINDOW, static: bool = False
-    ):
-        if rollback_window < 0:
-            raise ValueError(f"`rollback_window` must be at least 0, got {rollback_window}")
-        layer_class = StackformerStaticCacheLayer if static else StackformerCacheLayer
-        options = {"rollback_window": rollback_window, "num_slices": config.num_slices}
-        super().__init__(layers=[layer_class(**options) for _ in range(config.num_hidden_layers)])
-        self._model: weakref.ref | None = None
-
-    def bind(self, model: PreTrainedModel) -> "StackformerCache":
-        """Remember, weakly, whose memory this is: for `save_pretrained`. Returns itself."""
-        self._model = weakref.ref(model)
+    def bind(self: "AnyMemory", mark: Mark) -> "AnyMemory":
+        """Declare whose memory this is. Returns itself."""
+        for layer in self.layers:
+            layer.mark = mark
         return self
 
     def save_pretrained(
@@ -480,8 +545,9 @@ class StackformerCache(Cache):
         push_to_hub: bool = False,
         **kwargs,
     ) -> None:
-        """Write the memory to a folder: `memory.safetensors`, and `memory.json` with the identity of its
-        model.
+        """Write the memory to a folder: one file, `memory.safetensors`, which says whose memory it is.
+
+        The file appears whole, or the one that was there before stays.
 
         Args:
             model: whose memory it is; known already for a cache that the model or `generate` made.
@@ -489,17 +555,28 @@ class StackformerCache(Cache):
             kwargs: for [`~StackformerCache.push_to_hub`]; `repo_id` is the folder's name if not given.
 
         Raises:
-            ValueError: if the memory is empty, or if the model is not known.
+            ValueError: if the memory is empty or belongs to another model, or if the model is not known.
         """
-        model = self._model() if model is None and self._model is not None else model
+        if self.batch_size < 1:
+            raise ValueError("This memory is empty: read something with the model before saving it.")
+        mark = self.mark
+        if model is not None:
+            model = unwrap(model)
+        elif mark is not None:
+            model = mark.model
         if model is None:
             raise ValueError(
                 "`model` must be whose memory this is: the cache does not know it (any more), got None"
             )
-        if self.batch_size < 1:
-            raise ValueError("This memory is empty: read something with the model before saving it.")
+        check_cache(self, model, self.batch_size)
+        if mark is not None and (active := active_adapters(model)) != mark.adapters:
+            raise ValueError(
+                f"`model` must have the adapters active that read this memory, {sorted(mark.adapters)}, got "
+                f"{sorted(active)}"
+            )
         slices = [layer.slices for layer in self.layers]
-        write_memory(save_directory, slices, self.get_seq_length(), model_identity(model))
+        specs = [layer.state_spec for layer in model.layers]
+        write_memory(save_directory, slices, specs, self.get_seq_length(), model_identity(model))
         if push_to_hub:
             repo_id = kwargs.pop("repo_id", Path(save_directory).name)
             _upload(save_directory, repo_id, **kwargs)
@@ -521,26 +598,33 @@ class StackformerCache(Cache):
 
     @classmethod
     def from_pretrained(
-        cls, pretrained_model_name_or_path: str | os.PathLike, model: PreTrainedModel, **kwargs
-    ) -> "StackformerCache":
+        cls: "type[AnyMemory]",
+        pretrained_model_name_or_path: str | os.PathLike,
+        model: PreTrainedModel,
+        **kwargs,
+    ) -> "AnyMemory":
         """Load a memory from a folder or from the Hub, for the model that wrote it.
 
         Args:
             pretrained_model_name_or_path: a folder written by `save_pretrained`, or a repository on the Hub.
-            model: the model; the memory goes to its device.
+            model: the model, with the same adapters active, if there are any; the memory goes to its device.
             kwargs: `subfolder`, `revision`, `token`, `cache_dir`, ... as in other `from_pretrained` methods.
 
         Raises:
             ValueError: if the memory is of another model, damaged, or of an unknown format version.
             OSError: if there is no memory.
         """
-        json_path, tensors_path = (
-            cached_file(pretrained_model_name_or_path, name, **kwargs) for name in (JSON_FILE, TENSORS_FILE)
-        )
-        cache = cls(model.config).bind(model)
-        slices, seen_tokens = read_memory(json_path, tensors_path, model_identity(model), len(cache.layers))
-        for layer, states in zip(cache.layers, slices, strict=True):
-            layer.load(states, seen_tokens, model.device)
+        model = unwrap(model)
+        path = cached_file(pretrained_model_name_or_path, MEMORY_FILE, **kwargs)
+        if not has_description(path):  # written by a version that had a file for each
+            json_path = cached_file(pretrained_model_name_or_path, JSON_FILE, **kwargs)
+        else:
+            json_path = None
+        specs = [layer.state_spec for layer in model.layers]
+        memory = read_memory(path, json_path, model_identity(model), specs, model.config.num_slices)
+        cache = cls(model.config).bind(model.mark())
+        for layer, states in zip(cache.layers, memory.slices, strict=True):
+            layer.load(states, memory.seen_tokens, model.device)
         return cache
 
     @property
@@ -548,15 +632,11 @@ class StackformerCache(Cache):
         """Rows of the batch; -1 before the first write."""
         return self.layers[0].batch_size
 
-    def __getstate__(self) -> dict:
-        """Pickles and deep copies do not take the model along."""
-        return {**self.__dict__, "_model": None}
-
-    def clone(self) -> "StackformerCache":
+    def clone(self: "AnyMemory") -> "AnyMemory":
         """An independent copy. Gradients flow through it to this one."""
         return self._mapped(torch.clone)
 
-    def detach(self) -> "StackformerCache":
+    def detach(self: "AnyMemory") -> "AnyMemory":
         """The same state, cut off from its graph: for truncated backpropagation through time."""
         return self._mapped(Tensor.detach)
 
@@ -567,10 +647,99 @@ class StackformerCache(Cache):
         states = (state for layer in self.layers for state in layer.slices.values())
         return sum(tensor.nbytes for state in states for tensor in state)
 
-    def _mapped(self, function: Callable[[Tensor], Tensor]) -> "StackformerCache":
+    def _mapped(self: "AnyMemory", function: Callable[[Tensor], Tensor]) -> "AnyMemory":
         mapped = copy.copy(self)
-        mapped.layers, mapped._model = [layer.mapped(function) for layer in self.layers], self._model
+        mapped.layers = [layer.mapped(function) for layer in self.layers]
         return mapped
 
 
-__all__ = ["StackformerCache", "StackformerCacheLayer"]
+class StackformerCache(_Memory, DynamicCache):
+    """The memory of a Stackformer: what it kept of everything it has read.
+
+    `forward` and `generate` return it, and take it back. It has one layer per core layer, each with one slice
+    of state per ponder step, or a single one with `config.feedback`. States are float32 (float64 in a float64
+    model, and in coupled cells), keys and values of softmax attention as they were computed.
+
+    Args:
+        config ([`StackformerConfig`]): of the model that it is for.
+        rollback_window (`int`, defaults to 256): Tokens that `crop` can take back, once
+            `activate_past_recording` was called. It bounds what is recorded.
+
+    Example:
+
+    ```python
+    >>> memory = model(input_ids, use_cache=True).cache
+    >>> branch = memory.clone()
+    >>> model(more_ids, cache=branch)
+    ```
+    """
+
+    def __init__(self, config: StackformerConfig, rollback_window: int = ROLLBACK_WINDOW):
+        if rollback_window < 0:
+            raise ValueError(f"`rollback_window` must be at least 0, got {rollback_window}")
+        layers = [StackformerCacheLayer(rollback_window) for _ in range(config.num_hidden_layers)]
+        Cache.__init__(self, layers=layers)
+
+
+class StackformerStaticCache(_Memory, StaticCache):
+    """A memory that is written in place, for compiled decoding and CUDA graphs: addresses and shapes never
+    change. For inference: no gradient flows through it, and it records no past.
+
+    Args:
+        config ([`StackformerConfig`]): of the model that it is for. Its state must not grow: softmax
+            attention needs a `sliding_window`.
+    """
+
+    def __init__(self, config: StackformerConfig):
+        layers = [StackformerStaticCacheLayer() for _ in range(config.num_hidden_layers)]
+        Cache.__init__(self, layers=layers)
+
+
+def check_cache(cache: Any, model: PreTrainedModel, batch_size: int) -> None:
+    """Checks that a cache is one that a model can go on from, and makes it the model's own if it is nobody's.
+
+    Args:
+        cache: what was given as a cache; model: the base model; batch_size: rows of the input.
+
+    Raises:
+        ValueError: for anything that is no cache of a Stackformer; for a cache of another model, of another
+            number of rows, or that a failed call left incomplete.
+    """
+    check_kind(cache, model)
+    for number, (layer, core_layer) in enumerate(zip(cache.layers, model.layers, strict=True)):
+        # A compiled graph checks when it is made, and must not change what it would then depend on.
+        compiling = torch.compiler.is_compiling()
+        if not compiling and layer._fits == (model.number, batch_size):
+            continue
+        if layer.mark is not None and layer.mark.number != model.number:
+            _check_owner(layer.mark, model)
+        problem = layer.check(core_layer.state_spec, model.config.num_slices, batch_size)
+        if problem is not None:
+            raise ValueError(f"`cache` does not fit the model and its input: layer {number} has {problem}")
+        if layer.mark is None or layer.mark.number != model.number:
+            layer.mark = model.mark()
+        if not compiling:
+            layer._fits = model.number, batch_size
+
+
+def check_kind(cache: Any, model: PreTrainedModel) -> None:
+    """Raises a ValueError for anything that is no cache of a Stackformer with as many layers as `model`."""
+    # Not every Cache has layers, and some have them later.
+    layers = getattr(cache, "layers", []) if isinstance(cache, Cache) else []
+    ours = all(getattr(layer, "is_of_stackformer", False) for layer in layers)
+    if len(layers) != len(model.layers) or not ours:
+        found = f" of {len(layers)} layers" if layers else ""
+        raise ValueError(
+            f"`cache` must be a StackformerCache of {len(model.layers)} layers (or a "
+            f"DynamicCache(config=model.config)), got {type(cache).__name__}{found}"
+        )
+
+
+@torch.compiler.disable
+def _check_owner(mark: Mark, model: PreTrainedModel) -> None:
+    difference = mark.difference(model)
+    if difference is not None:
+        raise ValueError(f"`cache` is the memory of another model: {difference}")
+
+
+__all__ = ["StackformerCache", "StackformerCacheLayer", "StackformerStaticCache"]

@@ -108,7 +108,9 @@ class StackformerConfig(PreTrainedConfig):
     """
 
     model_type = "stackformer"
-    keys_to_ignore_at_inference = ["past_key_values", "ponder_steps", "ponder_distribution", "stack_trace"]
+    keys_to_ignore_at_inference = [
+        "cache", "past_key_values", "ponder_steps", "ponder_distribution", "stack_trace",
+    ]  # fmt: skip
 
     vocab_size: int = 261
     hidden_size: int = 512

@@ -7,6 +7,7 @@ from transformers.activations import ACT2FN
 
 from .memory_bank import at_least_float32
 from .processing_stack import TokenLayout
+from .state import TensorSpec
 
 # The dtypes that oneDNN has fast convolutions for on this processor.
 _CONVOLVED_BY_ONEDNN = {torch.float32}
@@ -42,7 +43,8 @@ class RMSNorm(nn.RMSNorm):
     """Root mean square normalisation (Zhang and Sennrich 2019, equation 4)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        plain = x.device.type == "cpu" and x.dtype == self.weight.dtype and x.dtype.itemsize >= 4
+        same_dtype = self.elementwise_affine and x.dtype == self.weight.dtype
+        plain = x.device.type == "cpu" and same_dtype and x.dtype.itemsize >= 4
         if plain and x.numel() >= _MANY and not torch.compiler.is_compiling():
             eps = torch.finfo(x.dtype).eps if self.eps is None else self.eps
             return _Normalise.apply(x, self.weight, eps)
@@ -77,13 +79,13 @@ class _DepthwiseConvolution(torch.autograd.Function):
     @staticmethod
     def forward(ctx, window: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(window, weight)
-        return _convolve(window, weight)
+        return _convolve_as_image(window, weight)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
         window, weight = ctx.saved_tensors
         length, size = grad.shape[1], weight.shape[-1]
-        grad_window = _convolve(nn.functional.pad(grad, (0, 0, size - 1, size - 1)), weight.flip(-1))
+        grad_window = _convolve_as_image(nn.functional.pad(grad, (0, 0, size - 1, size - 1)), weight.flip(-1))
         product = torch.empty_like(grad)  # one for all: new memory takes as long as what is written to it
         sums = [
             torch.mul(grad, window[:, offset : offset + length], out=product).sum((0, 1))
@@ -92,19 +94,26 @@ class _DepthwiseConvolution(torch.autograd.Function):
         return grad_window, torch.stack(sums, dim=-1).unsqueeze(1)
 
 
-def _convolve(window: Tensor, weight: Tensor) -> Tensor:
+def _convolve_as_image(window: Tensor, weight: Tensor) -> Tensor:
     image = window.transpose(1, 2).unsqueeze(2)
     return nn.functional.conv2d(image, weight.unsqueeze(2), groups=len(weight)).squeeze(2).transpose(1, 2)
 
 
 class ShortConvolution(nn.Conv1d):
-    """Causal depth-wise convolution: without positions, this is what tells word order."""
+    """Causal depth-wise convolution: without positions, this is what tells word order.
+
+    `convolve` calls it. Like any `nn.Conv1d` it takes and returns tensors whose channels come second, so that
+    adapters can be put on it.
+    """
 
     def __init__(self, channels: int, kernel_size: int):
         super().__init__(channels, channels, kernel_size, groups=channels, bias=False)
 
     def forward(self, window: Tensor) -> Tensor:
-        """Window [B', kernel - 1 + T', channels], the past in front, to [B', T', channels]."""
+        """Window [B', channels, kernel - 1 + T'], the past in front, to [B', channels, T']."""
+        return self._mix(window.transpose(1, 2)).transpose(1, 2)
+
+    def _mix(self, window: Tensor) -> Tensor:
         weight = self.weight.to(window.dtype)
         length = window.shape[1] - weight.shape[-1] + 1
         if length == 1:
@@ -117,14 +126,29 @@ class ShortConvolution(nn.Conv1d):
             mixed = torch.addcmul(mixed, window[:, offset : offset + length], tap)
         return mixed
 
-    def slide(self, rows: Tensor, past: Tensor | None, layout: TokenLayout) -> tuple[Tensor, Tensor]:
-        """Convolve rows [B', T', channels] that follow `past` [B', kernel - 1, channels], zeros if `None`.
-        Also returns the past of what comes next, float32 at least."""
-        history = self.kernel_size[0] - 1
-        if past is None:
-            past = rows.new_zeros(rows.shape[0], history, rows.shape[2])
-        window = torch.cat([past.to(rows.dtype), rows], dim=1)
-        return self(window), layout.last_of_rows(window, history).to(at_least_float32(rows))
+
+def convolve(
+    conv: nn.Module, kernel_size: int, rows: Tensor, past: Tensor | None, layout: TokenLayout
+) -> tuple[Tensor, Tensor]:
+    """Convolves rows [B', T', channels] that follow `past` [B', kernel - 1, channels], zeros if `None`.
+
+    Args:
+        conv: a [`ShortConvolution`], or what an adapter put in its place.
+
+    Returns:
+        The rows [B', T', channels], and the past of the tokens that come next, float32 at least.
+    """
+    history = kernel_size - 1
+    if past is None:
+        past = rows.new_zeros(rows.shape[0], history, rows.shape[2])
+    window = torch.cat([past.to(rows.dtype), rows], dim=1)
+    mixed = conv(window.transpose(1, 2)).transpose(1, 2)
+    return mixed, layout.last_of_rows(window, history).to(at_least_float32(rows))
+
+
+def past_spec(kernel_size: int, channels: int) -> TensorSpec:
+    """The past that `convolve` takes and returns."""
+    return TensorSpec("past", (kernel_size - 1, channels))
 
 
 class _SwishGate(torch.autograd.Function):

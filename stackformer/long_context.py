@@ -41,6 +41,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers.utils import logging
 
 from .cache_stackformer import StackformerCache, StackformerCacheLayer, State, put_rows, take_rows
+from .model_inputs import label_each_token
 from .processing_stack import TokenLayout
 
 logger = logging.get_logger(__name__)
@@ -54,7 +55,7 @@ Kept = tuple[Tensor | None, State, State]
 
 @runtime_checkable
 class ReversibleMixer(Protocol):
-    """What a mixer has if it can be run backwards; mixer_banked_linear_attention.py has the contract."""
+    """What a mixer has if it can be run backwards; mixer.py has the contract."""
 
     num_reversible: int
     reverses_exactly: bool
@@ -77,7 +78,7 @@ class LongContextOutput:
     Args:
         loss (`torch.FloatTensor`): mean over the labels of all pieces (or their sum by
             `num_items_in_batch`), ponder loss included.
-        past_key_values ([`StackformerCache`]): the state after the last token, without a graph.
+        cache ([`StackformerCache`]): the state after the last token, without a graph.
         drift (`float`): largest error of a memory that was computed backwards, relative to the largest memory
             of its head. It is measured where it is largest: at the end of the pieces that start from an
             anchor, or from the first token.
@@ -87,7 +88,7 @@ class LongContextOutput:
     """
 
     loss: Tensor
-    past_key_values: StackformerCache
+    cache: StackformerCache
     drift: float = 0.0
     num_anchors: int = 0
     kept_bytes: int = 0
@@ -99,7 +100,7 @@ def long_context_backward(
     labels: Tensor | None = None,
     shift_labels: Tensor | None = None,
     attention_mask: Tensor | None = None,
-    past_key_values: StackformerCache | None = None,
+    cache: StackformerCache | None = None,
     num_items_in_batch: Tensor | int | None = None,
     piece_size: int = 1024,
     method: str = "reverse",
@@ -115,7 +116,7 @@ def long_context_backward(
         input_ids: [B, T], on any device: pieces are moved to the model's.
         labels: [B, T], shifted inside, -100 is ignored; or `shift_labels`: [B, T], the label of each token.
         attention_mask: [B, T], 0 for padding.
-        past_key_values: a state to go on from. No gradient flows into it, and it is not changed.
+        cache: a state to go on from. No gradient flows into it, and it is not changed.
         num_items_in_batch: what the summed loss is divided by; the number of labels if `None`.
         piece_size: tokens that are run at once. Activation memory is proportional to it.
         method: "reverse", "stored" or "truncated".
@@ -133,12 +134,12 @@ def long_context_backward(
             optimizer then.
     """
     _check_options(piece_size, method, max_log_decay, max_drift, storage)
-    shift_labels = next_labels(input_ids, labels, shift_labels)
+    shift_labels = shifted_labels(input_ids, labels, shift_labels, attention_mask)
     if num_items_in_batch is None:
         num_items_in_batch = shift_labels.ne(-100).sum().clamp(min=1)
 
     pieces = _Pieces(model, input_ids, shift_labels, attention_mask, piece_size)
-    cache = pieces.initial(past_key_values)
+    cache = pieces.initial(cache)
     if pieces.config.feedback and method == "reverse":
         logger.warning_once(
             "A model with feedback cannot be run backwards: states are stored for every piece"
@@ -162,20 +163,20 @@ def long_context_loss(
     labels: Tensor | None = None,
     shift_labels: Tensor | None = None,
     attention_mask: Tensor | None = None,
-    past_key_values: StackformerCache | None = None,
+    cache: StackformerCache | None = None,
     num_items_in_batch: Tensor | int | None = None,
     piece_size: int = 1024,
 ) -> LongContextOutput:
     """The loss of `long_context_backward`, and the state after the last token, without any gradient."""
-    shift_labels = next_labels(input_ids, labels, shift_labels)
+    shift_labels = shifted_labels(input_ids, labels, shift_labels, attention_mask)
     if num_items_in_batch is None:
         num_items_in_batch = shift_labels.ne(-100).sum().clamp(min=1)
     pieces = _Pieces(model, input_ids, shift_labels, attention_mask, piece_size)
-    cache = pieces.initial(past_key_values)
+    cache = pieces.initial(cache)
     loss = torch.zeros((), device=pieces.device)
     for number in range(len(pieces)):
         loss = loss + pieces.loss(number, cache, num_items_in_batch)
-    return LongContextOutput(loss=loss, past_key_values=cache)
+    return LongContextOutput(loss=loss, cache=cache)
 
 
 class _Pieces:
@@ -203,7 +204,7 @@ class _Pieces:
     def read(self, number: int, cache: StackformerCache) -> None:
         """Advance the state, without a graph."""
         with torch.no_grad(), self._randomness(number):
-            self.model(**self._inputs(number), past_key_values=cache, logits_to_keep=1)
+            self.model(**self._inputs(number), cache=cache, logits_to_keep=1)
 
     def loss(
         self, number: int, cache: StackformerCache, num_items_in_batch: Tensor | int, **kwargs: Any
@@ -211,7 +212,7 @@ class _Pieces:
         """Advance the state; the loss."""
         labels = self._piece(self.shift_labels, number).contiguous()
         targets = {"labels": labels, "shift_labels": labels, "num_items_in_batch": num_items_in_batch}
-        return self.model(**self._inputs(number), **targets, past_key_values=cache, **kwargs).loss
+        return self.model(**self._inputs(number), **targets, cache=cache, **kwargs).loss
 
     def backward(
         self,
@@ -261,7 +262,7 @@ def _truncated(pieces: _Pieces, cache: StackformerCache, **run: Any) -> LongCont
     for number in range(len(pieces)):
         loss = loss + pieces.backward(number, cache, list, number == len(pieces) - 1, **run)
         cache = cache.detach()
-    return LongContextOutput(loss=loss, past_key_values=cache)
+    return LongContextOutput(loss=loss, cache=cache)
 
 
 def _read(pieces: _Pieces, recorder: StackformerCache, kept: "_Storage") -> None:
@@ -304,7 +305,7 @@ def _rewind(
     for plain, layer in zip(cache.layers, recorder.layers, strict=True):
         plain.load(layer.slices, layer.seen_tokens, pieces.device)
     anchors = sum(layer.num_anchors for layer in recorder.layers)
-    return LongContextOutput(loss=loss, past_key_values=cache, drift=drift, num_anchors=anchors)
+    return LongContextOutput(loss=loss, cache=cache, drift=drift, num_anchors=anchors)
 
 
 def _with_layers(cache: StackformerCache, make: Callable[[Any], StackformerCacheLayer]) -> StackformerCache:
@@ -549,17 +550,13 @@ class _Storage:
         return self._slab[start : self._free].view(tensor.dtype).view(tensor.shape).copy_(tensor)
 
 
-def next_labels(input_ids: Tensor, labels: Tensor | None, shift_labels: Tensor | None) -> Tensor:
+def shifted_labels(
+    input_ids: Tensor, labels: Tensor | None, shift_labels: Tensor | None, attention_mask: Tensor | None
+) -> Tensor:
+    """The label of each token [B, T], from exactly one of `labels` and `shift_labels`."""
     if (labels is None) == (shift_labels is None):
         raise ValueError("You must specify exactly one of `labels` and `shift_labels`")
-    if shift_labels is None:
-        shift_labels = nn.functional.pad(cast(Tensor, labels), (0, 1), value=-100)[:, 1:]
-    if shift_labels.shape != input_ids.shape:
-        raise ValueError(
-            f"`labels` or `shift_labels` must have the shape {tuple(input_ids.shape)} of `input_ids`, got "
-            f"{tuple(shift_labels.shape)}"
-        )
-    return shift_labels
+    return label_each_token(input_ids.shape, labels, shift_labels, attention_mask)
 
 
 def _check_options(

@@ -194,7 +194,7 @@ class LongContextTrainer(Trainer):
             inputs["input_ids"],
             shift_labels=inputs["shift_labels"],
             attention_mask=inputs["attention_mask"],
-            past_key_values=_continued(self._carried, inputs["continues"]),
+            cache=_continued(self._carried, inputs["continues"]),
             num_items_in_batch=num_items_in_batch,
             piece_size=self.args.piece_size,
             method=self.args.backpropagation,
@@ -203,7 +203,7 @@ class LongContextTrainer(Trainer):
             storage=self.args.state_storage,
             scale_loss=scale_loss,
         )
-        self._carried = output.past_key_values
+        self._carried = output.cache
         self._drifts.append(output.drift)
         self._kept.append(output.kept_bytes / inputs["input_ids"].numel())
         return output.loss * scale
@@ -223,11 +223,11 @@ class LongContextTrainer(Trainer):
             inputs["input_ids"],
             shift_labels=inputs["shift_labels"],
             attention_mask=inputs["attention_mask"],
-            past_key_values=_continued(self._carried_in_evaluation, inputs["continues"]),
+            cache=_continued(self._carried_in_evaluation, inputs["continues"]),
             num_items_in_batch=num_items_in_batch,
             piece_size=self.args.piece_size,
         )
-        self._carried_in_evaluation = output.past_key_values
+        self._carried_in_evaluation = output.cache
         scale = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
         return output.loss * scale, None, None
 

@@ -1,144 +1,251 @@
 # Copyright 2026 The Stackformer authors. Licensed under the Apache License, Version 2.0.
-"""Memories on disk: the state of a cache as safetensors, and a JSON that says which model it belongs to.
+"""Memories on disk: the state of a cache as one safetensors file that says which model it belongs to.
 
-A memory only means something to the model that wrote it, so a file names its model by a fingerprint of the
-weights and by those fields of the configuration that shape the state. A mismatch, a damaged file or an
-unknown version is an error.
+The description is in the metadata of the file, as JSON: the format version, the tokens seen, the identity of
+the model (identity.py) and a SHA-256 of everything. The tensors are called `layer.<i>.slice.<k>.<name>`, with
+the names of the mixers' states. A mismatch, a damaged file or an unknown version is an error.
+
+Version 1 had the description in a file of its own, `memory.json`, and numbers in place of names; it is read,
+too.
 """
 
 import hashlib
 import json
+import math
 import os
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor
-from transformers.modeling_utils import PreTrainedModel
 
-FORMAT_VERSION = 1
-TENSORS_FILE = "memory.safetensors"
-JSON_FILE = "memory.json"
+from .files import write_file
+from .identity import find_difference
+from .state import State, StateSpec, TensorSpec, find_mismatch
 
-# Fields that change neither the state nor what the model makes of it, or that may be moved at inference.
-_FREE_FIELDS = {
-    "chunk_size", "halting_threshold", "initializer_range", "ponder_loss_coef", "tie_word_embeddings",
-    "use_cache", "pad_token_id", "bos_token_id", "eos_token_id",
-}  # fmt: skip
+FORMAT, FORMAT_VERSION = "stackformer-memory", 2
+MEMORY_FILE = "memory.safetensors"
+JSON_FILE = "memory.json"  # of version 1
 
-Slices = list[dict[int, tuple[Tensor, ...]]]
+# No description is longer than this.
+_LONGEST_JSON = 2**20
+# Counters of tokens are int64.
+_MOST_TOKENS = 2**63 - 1
+
+Slices = list[dict[int, State]]
 
 
-def model_identity(model: PreTrainedModel) -> dict[str, Any]:
-    """What a memory knows its model by: the architecture, and a SHA-256 of the weights without any head."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.base_model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    fields = [
-        name for name in type(model.config).__annotations__ if name not in {*_FREE_FIELDS, "model_type"}
-    ]
-    return {
-        "config": {name: getattr(model.config, name) for name in sorted(fields)},
-        "fingerprint": digest.hexdigest(),
-    }
+class Memory(NamedTuple):
+    """What a file holds."""
+
+    slices: Slices  # by layer, the state of each slice
+    seen_tokens: int
 
 
 def write_memory(
-    directory: str | os.PathLike, slices: Slices, seen_tokens: int, identity: dict[str, Any]
+    directory: str | os.PathLike,
+    slices: Slices,
+    specs: Sequence[StateSpec],
+    seen_tokens: int,
+    identity: dict[str, Any],
 ) -> None:
-    """Write the state (of each layer, by slice) to `directory`. Files appear whole; the JSON comes last."""
+    """Writes the state to `memory.safetensors` in `directory`, which appears whole.
+
+    Args:
+        slices: by layer, the state of each slice; specs: by layer, what its state is.
+        identity: of the model, see `model_identity`.
+    """
     tensors = {
-        f"layer.{layer}.slice.{index}.{part}": tensor.detach().cpu().contiguous()
-        for layer, states in enumerate(slices)
+        f"layer.{layer}.slice.{index}.{tensor_spec.name}": tensor.detach().cpu().contiguous()
+        for layer, (states, spec) in enumerate(zip(slices, specs, strict=True))
         for index, state in states.items()
-        for part, tensor in enumerate(state)
+        for tensor, tensor_spec in zip(state, spec, strict=True)
     }
-    data = save(tensors)
     description = {
-        "format": "stackformer-memory",
         "format_version": FORMAT_VERSION,
         "seen_tokens": seen_tokens,
         "batch_size": len(next(iter(tensors.values()))),
-        "tensors": {"file": TENSORS_FILE, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()},
         "model": identity,
     }
+    description["sha256"] = _digest(description, tensors)
+    metadata = {"format": FORMAT, "description": json.dumps(description)}
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(description, indent=2) + "\n"
-    for name, content in ((TENSORS_FILE, data), (JSON_FILE, text.encode())):
-        (folder / f"{name}.partial").write_bytes(content)
-    for name in (TENSORS_FILE, JSON_FILE):
-        (folder / f"{name}.partial").replace(folder / name)
+    write_file(folder / MEMORY_FILE, save(tensors, metadata))
+    (folder / JSON_FILE).unlink(missing_ok=True)  # of an older memory, which this one replaced
+
+
+def has_description(path: str | os.PathLike) -> bool:
+    """Whether a safetensors file describes itself: those of version 1 do not.
+
+    Raises:
+        ValueError: for anything that is no safetensors file.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            return "description" in (file.metadata() or {})
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged or no memory: expected a safetensors file ({error})") from error
 
 
 def read_memory(
-    json_path: str | os.PathLike, tensors_path: str | os.PathLike, identity: dict[str, Any], num_layers: int
-) -> tuple[Slices, int]:
-    """The state and the number of tokens seen, if the files are whole and belong to the model of `identity`.
+    path: str | os.PathLike,
+    json_path: str | os.PathLike | None,
+    identity: dict[str, Any],
+    specs: Sequence[StateSpec],
+    num_slices: int,
+) -> Memory:
+    """Reads a memory that is whole and belongs to the model of `identity`.
+
+    Args:
+        path: the safetensors file; json_path: the description of version 1, `None` for later versions.
+        specs: by layer, what its state is; num_slices: how many states a layer has at most.
 
     Raises:
         ValueError: for files that are damaged, of another format or version, or of another model.
     """
-    description = _read_description(json_path)
-    _check_identity(description["model"], identity, json_path)
-    data = Path(tensors_path).read_bytes()
-    expected = description["tensors"]
-    if len(data) != expected["bytes"] or hashlib.sha256(data).hexdigest() != expected["sha256"]:
-        raise ValueError(
-            f"{tensors_path} is damaged or not the file that {json_path} describes: expected "
-            f"{expected['bytes']} bytes with SHA-256 {expected['sha256'][:12]}..., got {len(data)} bytes"
-        )
-    try:
-        tensors = load(data)
-    except SafetensorError as error:
-        raise ValueError(f"{tensors_path} is no safetensors file: {error}") from error
-    return _unflatten(tensors, num_layers), description["seen_tokens"]
+    # Nothing of the tensors is read before it is known what they must be.
+    with safe_open(path, framework="pt") as file:
+        names = list(file.keys())
+        if json_path is None:
+            text = file.metadata()["description"]
+            description = _parse_description(text, path, FORMAT_VERSION, {"sha256", "batch_size"})
+        else:
+            description = _read_json(json_path)
+        where = json_path or path
+        difference = find_difference(description["model"], identity)
+        if difference is not None:
+            raise ValueError(f"{where} is the memory of a model with {difference}")
+        spelling = {
+            (name if json_path is None else f"layer.{layer}.slice.{index}.{part}"): (layer, index, part)
+            for layer, spec in enumerate(specs)
+            for index in range(num_slices)
+            for part, name in enumerate(f"layer.{layer}.slice.{index}.{x.name}" for x in spec)
+        }
+        if unknown := sorted(set(names) - spelling.keys()):
+            raise ValueError(f"{path} does not fit the model: it has unknown tensors {unknown[:3]}")
+        for name in names:
+            layer, _, part = spelling[name]
+            header = file.get_slice(name)
+            _check_header(path, name, header, specs[layer][part], description)
+        if json_path is not None:
+            _check_file(path, description["tensors"])
+        tensors = {name: file.get_tensor(name) for name in names}
+    if json_path is None and description.pop("sha256") != _digest(description, tensors):
+        raise ValueError(f"{path} is damaged: its contents are not what was written")
+    slices = _arrange(path, {spelling[name]: tensor for name, tensor in tensors.items()}, specs)
+    return Memory(slices, description["seen_tokens"])
 
 
-def _read_description(path: str | os.PathLike) -> dict[str, Any]:
+def _digest(description: dict[str, Any], tensors: dict[str, Tensor]) -> str:
+    """SHA-256 of a description and of tensors."""
+    digest = hashlib.sha256(json.dumps(description, sort_keys=True).encode())
+    for name in sorted(tensors):
+        digest.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}".encode())
+        digest.update(tensors[name].contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _read_json(path: str | os.PathLike) -> dict[str, Any]:
+    """The description of a memory of version 1."""
     try:
-        description = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        with Path(path).open(encoding="utf-8") as file:
+            text = file.read(_LONGEST_JSON + 1)
+    except UnicodeDecodeError as error:
         raise ValueError(f"{path} is damaged: expected the JSON of a Stackformer memory ({error})") from error
-    if not isinstance(description, dict) or description.get("format") != "stackformer-memory":
-        raise ValueError(f"{path} is not a Stackformer memory: expected `format` to be 'stackformer-memory'")
-    version = description.get("format_version")
-    if version != FORMAT_VERSION:
-        raise ValueError(f"{path} has format version {version!r}, expected {FORMAT_VERSION}")
-    missing = {"seen_tokens", "tensors", "model"} - description.keys()
-    if missing:
-        raise ValueError(f"{path} is damaged: expected the keys {sorted(missing)}, too")
+    description = _parse_description(text, path, 1, {"format", "tensors"})
+    tensors = description["tensors"]
+    if not isinstance(tensors, dict) or not tensors.keys() >= {"bytes", "sha256"}:
+        raise ValueError(f"{path} is damaged: expected `bytes` and `sha256` of the tensors, got {tensors!r}")
     return description
 
 
-def _check_identity(found: dict[str, Any], expected: dict[str, Any], path: str | os.PathLike) -> None:
-    names = found["config"].keys() | expected["config"].keys()
-    differing = {
-        name: (found["config"].get(name), expected["config"].get(name))
-        for name in sorted(names)
-        if found["config"].get(name) != expected["config"].get(name)
-    }
-    if differing:
-        details = ", ".join(
-            f"{name}={theirs!r} instead of {ours!r}" for name, (theirs, ours) in differing.items()
-        )
-        raise ValueError(f"{path} is the memory of a model with another configuration: {details}")
-    if found["fingerprint"] != expected["fingerprint"]:
+def _parse_description(
+    text: str, path: str | os.PathLike, version: int, others: Iterable[str]
+) -> dict[str, Any]:
+    """A description that has what it must have; `others` are the keys that go with this version."""
+    try:
+        if len(text) > _LONGEST_JSON:
+            raise ValueError(f"it is longer than {_LONGEST_JSON} characters")
+        description = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: expected the JSON of a Stackformer memory ({error})") from error
+    if not isinstance(description, dict) or ("format" in others and description.get("format") != FORMAT):
+        raise ValueError(f"{path} is not a Stackformer memory: expected `format` to be {FORMAT!r}")
+    if description.get("format_version") != version:
         raise ValueError(
-            f"{path} is the memory of a model with other weights (or the same in another dtype): fingerprint "
-            f"{found['fingerprint'][:12]}..., expected {expected['fingerprint'][:12]}..."
+            f"{path} has format version {description.get('format_version')!r}, expected {version}"
+        )
+    if missing := sorted({"seen_tokens", "model", *others} - description.keys()):
+        raise ValueError(f"{path} is damaged: expected the keys {missing}, too")
+    seen, model = description["seen_tokens"], description["model"]
+    if type(seen) is not int or not 0 <= seen <= _MOST_TOKENS:
+        raise ValueError(f"{path} is damaged: expected `seen_tokens` to be a number of tokens, got {seen!r}")
+    if not isinstance(model, dict) or not isinstance(model.get("config"), dict) or "fingerprint" not in model:
+        raise ValueError(f"{path} is damaged: expected `model` to have a `config` and a `fingerprint`")
+    return description
+
+
+def _check_header(
+    path: str | os.PathLike, name: str, header: Any, spec: TensorSpec, description: dict[str, Any]
+) -> None:
+    """Raises a ValueError for a tensor of another shape or kind than specified, before it is read."""
+    shape, dtype = header.get_shape(), header.get_dtype()
+    kinds = ("I64",) if spec.integer else ("F32", "F64", "F16", "BF16")
+    seen = description["seen_tokens"]
+    fits = len(shape) == len(spec.shape) + 1 and all(
+        size <= seen if expected is None else size == expected
+        for size, expected in zip(shape[1:], spec.shape, strict=True)
+    )
+    rows = description.get("batch_size")
+    if dtype not in kinds or not fits or shape[0] < 1 or rows not in (None, shape[0]):
+        raise ValueError(f"{path} does not fit the model: {name} is {shape} of {dtype}, expected {spec}")
+
+
+def _check_file(path: str | os.PathLike, expected: dict[str, Any]) -> None:
+    """Raises a ValueError if a file of version 1 is not the one that its description was written for."""
+    size, digest = os.path.getsize(path), hashlib.sha256()
+    if size == expected["bytes"]:
+        with open(path, "rb") as file:
+            while chunk := file.read(2**20):
+                digest.update(chunk)
+    if size != expected["bytes"] or digest.hexdigest() != expected["sha256"]:
+        raise ValueError(
+            f"{path} is damaged or not the file that was described: expected {expected['bytes']} bytes with "
+            f"SHA-256 {str(expected['sha256'])[:12]}..., got {size} bytes"
         )
 
 
-def _unflatten(tensors: dict[str, Tensor], num_layers: int) -> Slices:
-    slices: list[dict[int, dict[int, Tensor]]] = [{} for _ in range(num_layers)]
-    for name, tensor in tensors.items():
-        _, layer, _, index, part = name.split(".")
-        slices[int(layer)].setdefault(int(index), {})[int(part)] = tensor
-    return [
-        {index: tuple(parts[i] for i in range(len(parts))) for index, parts in sorted(states.items())}
-        for states in slices
-    ]
+def _arrange(
+    path: str | os.PathLike, tensors: dict[tuple[int, int, int], Tensor], specs: Sequence[StateSpec]
+) -> Slices:
+    """The tensors by layer and slice.
+
+    Raises:
+        ValueError: if some are missing, or hold numbers that no state has.
+    """
+    slices: Slices = [{} for _ in specs]
+    for layer, index, _ in sorted(tensors):
+        if index in slices[layer]:
+            continue
+        parts = range(len(specs[layer]))
+        if missing := [specs[layer][part].name for part in parts if (layer, index, part) not in tensors]:
+            raise ValueError(f"{path} is damaged: slice {index} of layer {layer} has no {missing}")
+        state = tuple(tensors[layer, index, part] for part in parts)
+        if mismatch := find_mismatch(state, specs[layer]):
+            raise ValueError(f"{path} does not fit the model: layer {layer}, slice {index} has {mismatch}")
+        if not all(math.isfinite(tensor.sum(dtype=torch.float64)) for tensor in state):
+            raise ValueError(f"{path} is damaged: slice {index} of layer {layer} is not finite")
+        if any(tensor.dtype == torch.int64 and (tensor < 0).any() for tensor in state):
+            raise ValueError(f"{path} is damaged: a counter in slice {index} of layer {layer} is negative")
+        slices[layer][index] = state
+    present = [states.keys() for states in slices]
+    if not present[0] or any(keys != present[0] for keys in present):
+        steps = [sorted(keys) for keys in present]
+        raise ValueError(f"{path} is damaged: its layers have states of different ponder steps, {steps}")
+    if len({len(state[0]) for states in slices for state in states.values()}) > 1:
+        raise ValueError(f"{path} is damaged: its states have different numbers of rows")
+    return slices

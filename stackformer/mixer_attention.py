@@ -3,7 +3,7 @@
 
 Vaswani et al. 2017, "Attention Is All You Need", equation 1, with rotary positions (Su et al. 2021,
 "RoFormer", equation 34), through transformers' attention interface: `attn_implementation` picks the kernel.
-The mixer follows the contract described in `mixer_banked_linear_attention`. A stack pointer means nothing to
+The mixer follows the contract described in `mixer`. A stack pointer means nothing to
 keys and values, so it is ignored: what a token writes is there in full as long as the token is active.
 
 The keys and values of a row lie side by side without gaps, those of the past in front, right-aligned, and
@@ -24,10 +24,12 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager
 
 from .configuration_stackformer import StackformerConfig
 from .layers_stackformer import ResidualProjection
+from .mixer import Mixer
 from .processing_stack import TokenLayout
+from .state import StateSpec, TensorSpec
 
 
-class Attention(nn.Module):
+class Attention(Mixer):
     """Causal multi-head softmax attention, to all earlier tokens or to those in a sliding window."""
 
     is_causal = True
@@ -44,6 +46,12 @@ class Attention(nn.Module):
         if config.num_persistent_tokens > 0:
             self.persistent = nn.Embedding(config.num_persistent_tokens, size)
         self.o_proj = ResidualProjection(size, size)
+
+    def state_spec(self) -> StateSpec:
+        """Rotated keys and values of the past, and the number of tokens seen."""
+        window = self.config.sliding_window
+        slots = (None if window is None else window - 1, self.num_heads, self.head_dim)
+        return TensorSpec("key", slots), TensorSpec("value", slots), TensorSpec("seen", (), integer=True)
 
     def forward(
         self, hidden: Tensor, pointer: Tensor, layout: TokenLayout, state: tuple[Tensor, ...] | None

@@ -1,35 +1,5 @@
 # Copyright 2026 The Stackformer authors. Licensed under the Apache License, Version 2.0.
-"""The token mixer that Stackformer is built around: gated linear attention to a bank of decaying memories.
-
-A mixer is a module with one contract: `forward(hidden, pointer, layout, state)` takes the active tokens [n,
-d], their stack pointer [n, S], the `TokenLayout` and the state of its slice of the recurrence (`None` at the
-beginning), and returns the mixed tokens [n, d], the new state (a tuple of tensors, rows first), and what it
-wants the stack trace to show, or `None`.
-
-A mixer can be run backwards (long_context.py) if it also has
-
-- `num_reversible`: so many tensors of the state, the first ones, can be computed from what they became; the
-  others are small, and kept,
-- `inputs(hidden, pointer, layout, kept)`: what the recurrence is fed with, from the tokens and from those
-  tensors of the state that are kept; `forward` takes it as a last argument, so that it is computed once,
-- `total_decay(inputs)`: the nats by which each memory decays over the tokens [B', ...], which are the leading
-  dimensions of the reversible tensors,
-- `reverse(inputs, state)`: the reversible tensors before the tokens, from what they are after them,
-- `reverses_exactly`: whether that is so to the last bit. Else what decays by a nats comes back with its
-  rounding errors amplified by exp(a).
-
-Decoding writes its states where they are, without new memory and copies of rows, if it also has
-
-- `writes_in_place(hidden, layout, state)`: whether `forward`, called with these tokens without gradients,
-  takes a `StateOfAllRows` [B, ...] and returns the same tensors with the rows of `layout` written.
-
-Its tokens can be split over processes (sequence_parallel.py) if it also has
-
-- `state_before(hidden, pointer, layout, gather)`: the state before the tokens, for all B rows of the batch,
-  and what `forward` takes as its last argument. `gather` takes tensors [B', ...] and returns what each of the
-  N processes gave it [N, B, ...], in the order of their tokens, zeros for rows without active tokens, for
-  this process and for those after it. All processes call it equally often.
-"""
+"""The token mixer that Stackformer is built around: gated linear attention to a bank of decaying memories."""
 
 from collections.abc import Callable
 from typing import NamedTuple, cast
@@ -38,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .configuration_stackformer import StackformerConfig
-from .layers_stackformer import ResidualProjection, RMSNorm, ShortConvolution, swish_gate
+from .layers_stackformer import ResidualProjection, RMSNorm, ShortConvolution, convolve, past_spec, swish_gate
 from .memory_bank import (
     FEATURE_MAPS,
     at_least_float32,
@@ -47,7 +17,9 @@ from .memory_bank import (
     reverse_banked_linear_attention,
 )
 from .memory_bank_cpu import is_available, mix_once
+from .mixer import Mixer
 from .processing_stack import StateOfAllRows, TokenLayout, address_memories
+from .state import StateSpec, TensorSpec
 
 
 class BankInputs(NamedTuple):
@@ -58,7 +30,7 @@ class BankInputs(NamedTuple):
     past: Tensor  # of the convolution, for what comes next
 
 
-class BankedLinearAttention(nn.Module):
+class BankedLinearAttention(Mixer):
     """Linear attention to S*N memories per head, picked from by stack pointer and softmax over banks."""
 
     num_reversible = 2  # memory and normalizer; the past of the convolution is kept
@@ -76,7 +48,9 @@ class BankedLinearAttention(nn.Module):
 
         size = config.core_size
         self.qkv_proj = nn.Linear(size, 3 * size, bias=False)
-        self.conv = ShortConvolution(3 * size, config.conv_kernel_size)
+        self.kernel_size = config.conv_kernel_size
+        self.conv = ShortConvolution(3 * size, self.kernel_size)
+        self.past_spec = past_spec(self.kernel_size, 3 * size)
         self.decay_proj = nn.Linear(size, self.num_heads * self.num_banks)
         if self.num_banks > 1:
             self.read_proj = nn.Linear(size, self.num_heads * self.num_banks)
@@ -84,6 +58,15 @@ class BankedLinearAttention(nn.Module):
         self.gate_proj = nn.Linear(size, size, bias=False)
         self.norm = RMSNorm(self.head_dim, eps=config.rms_norm_eps)
         self.o_proj = ResidualProjection(size, size)
+
+    def state_spec(self) -> StateSpec:
+        """Memories, their key sums, and the last inputs of the convolution."""
+        memories = (self.num_heads, self.num_memories, self.head_dim)
+        return (
+            TensorSpec("memory", (*memories, self.head_dim)),
+            TensorSpec("normalizer", memories),
+            self.past_spec,
+        )
 
     def forward(
         self,
@@ -162,7 +145,8 @@ class BankedLinearAttention(nn.Module):
             kept: the last inputs of the convolution before the tokens; nothing for the beginning.
         """
         past = kept[0] if kept else None
-        rows, past = self.conv.slide(layout.to_rows(self.qkv_proj(hidden)), past, layout)
+        rows = layout.to_rows(self.qkv_proj(hidden))
+        rows, past = convolve(self.conv, self.kernel_size, rows, past, layout)
         query, key, value = rows.unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(2)
         query, key = self.feature_map(query), self.feature_map(key)
         if torch.is_grad_enabled():  # a view would keep all three until the backward pass
@@ -190,7 +174,7 @@ class BankedLinearAttention(nn.Module):
             hidden, pointer, layout: as in `forward`.
             gather: tensors [B', ...] to what each process before this one gave [N, B, ...], else zeros.
         """
-        history = self.conv.kernel_size[0] - 1
+        history = self.kernel_size - 1
         rows = nn.functional.pad(layout.to_rows(hidden), (0, 0, history, 0))
         latest = self.qkv_proj(layout.last_of_rows(rows, history)).to(at_least_float32(hidden))
         counts = latest.new_full((len(rows),), layout.row_length)

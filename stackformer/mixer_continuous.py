@@ -22,15 +22,17 @@ from torch import Tensor, nn
 from .configuration_stackformer import StackformerConfig
 from .layers_stackformer import ResidualProjection
 from .memory_bank import at_least_float32
+from .mixer import Mixer
 from .mixer_attention import Attention
 from .processing_stack import BlockGrid, TokenLayout
+from .state import StateSpec, TensorSpec
 
 # Part of the sticky samples that is uniform whatever tokens looked at. It bounds how far a sample moves when
 # the histogram changes by a rounding error (20 times that), which the splits of a text differ in.
 UNIFORM_SHARE = 0.05
 
 
-class ContinuousAttention(nn.Module):
+class ContinuousAttention(Mixer):
     """Sliding-window attention plus continuous attention to a long-term memory, in a state that is constant.
 
     The memory takes in whole blocks of `memory_block` tokens, counted from the beginning of the row: a token
@@ -66,6 +68,18 @@ class ContinuousAttention(nn.Module):
         self.kv_proj = nn.Linear(size, 2 * size, bias=False)
         self.density_proj = nn.Linear(self.num_basis, 2)
         self.o_proj = ResidualProjection(size, size)
+
+    def state_spec(self) -> StateSpec:
+        """That of attention, the long-term memory, the tokens of a block that is not full yet, and, for
+        sticky memories, where tokens looked."""
+        size = self.kv_proj.in_features
+        own = [
+            TensorSpec("coefficients", (self.num_basis, size)),
+            TensorSpec("pending", (self.block - 1, size)),
+        ]
+        if self.sticky:
+            own.append(TensorSpec("looked", (self.num_basis,)))
+        return *self.short_term.state_spec(), *own
 
     def forward(
         self, hidden: Tensor, pointer: Tensor, layout: TokenLayout, state: tuple[Tensor, ...] | None

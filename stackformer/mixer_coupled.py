@@ -17,7 +17,7 @@ caches as well.
 
 What is written depends on what was written before, so tokens are computed one after the other; unlike
 attention, the cell can track state. In training, only its inputs and the last state are kept; see
-`_ReversibleScan`. The mixer follows the contract described in `mixer_banked_linear_attention`. The stack
+`_ReversibleScan`. The mixer follows the contract described in `mixer`. The stack
 pointer addresses no memories here, so it is ignored.
 
 Letters: B' rows, T' time, d core width, m size of each state, n active tokens.
@@ -29,7 +29,9 @@ from torch.autograd.function import once_differentiable
 
 from .configuration_stackformer import StackformerConfig
 from .layers_stackformer import ResidualProjection, RMSNorm, swish_gate
+from .mixer import Mixer
 from .processing_stack import TokenLayout
+from .state import StateSpec, TensorSpec
 
 # A token's part of what is written to a state [B', 2 m], and whether it is one [B', 1], if not all are.
 Drive = tuple[Tensor, Tensor | None]
@@ -40,7 +42,7 @@ FRACTION_BITS = 20  # float32's f is good to about as many
 DEFAULT_CHUNK_SIZE = 64
 
 
-class Coupled(nn.Module):
+class Coupled(Mixer):
     """Two states that write to each other, and a gated read of both."""
 
     num_reversible = 1
@@ -58,6 +60,10 @@ class Coupled(nn.Module):
         self.gate_proj = nn.Linear(size, 2 * state_size, bias=False)
         self.norm = RMSNorm(2 * state_size, eps=config.rms_norm_eps)
         self.o_proj = ResidualProjection(2 * state_size, size)
+
+    def state_spec(self) -> StateSpec:
+        """Both states, as fixed-point numbers that float64 holds."""
+        return (TensorSpec("states", (2, self.state_size)),)
 
     def forward(
         self,

@@ -18,12 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from .configuration_stackformer import StackformerConfig
-from .layers_stackformer import ResidualProjection, RMSNorm, ShortConvolution, swish_gate
+from .layers_stackformer import ResidualProjection, RMSNorm, ShortConvolution, convolve, past_spec, swish_gate
 from .memory_bank import at_least_float32
+from .mixer import Mixer
 from .processing_stack import TokenLayout
+from .state import StateSpec, TensorSpec
 
 
-class DeltaRule(nn.Module):
+class DeltaRule(Mixer):
     """Fast weights with keys and queries of length 1, behind a short convolution and SiLU, as in Gated
     DeltaNet."""
 
@@ -35,12 +37,19 @@ class DeltaRule(nn.Module):
         self.max_decay_rate = config.max_decay_rate
         self.chunk_size = config.chunk_size
         self.qkv_proj = nn.Linear(size, 3 * size, bias=False)
-        self.conv = ShortConvolution(3 * size, config.conv_kernel_size)
+        self.kernel_size = config.conv_kernel_size
+        self.conv = ShortConvolution(3 * size, self.kernel_size)
+        self.past_spec = past_spec(self.kernel_size, 3 * size)
         self.write_proj = nn.Linear(size, self.num_heads)
         self.decay_proj = nn.Linear(size, self.num_heads)
         self.gate_proj = nn.Linear(size, size, bias=False)
         self.norm = RMSNorm(self.head_dim, eps=config.rms_norm_eps)
         self.o_proj = ResidualProjection(size, size)
+
+    def state_spec(self) -> StateSpec:
+        """Fast weights, and the last inputs of the convolution."""
+        fast_weights = TensorSpec("fast_weights", (self.num_heads, self.head_dim, self.head_dim))
+        return fast_weights, self.past_spec
 
     def forward(
         self, hidden: Tensor, pointer: Tensor, layout: TokenLayout, state: tuple[Tensor, ...] | None
@@ -56,7 +65,8 @@ class DeltaRule(nn.Module):
             The mixed tokens [n, d], the new state, and no bank weights.
         """
         weights, past = (None, None) if state is None else state
-        rows, past = self.conv.slide(layout.to_rows(self.qkv_proj(hidden)), past, layout)
+        rows = layout.to_rows(self.qkv_proj(hidden))
+        rows, past = convolve(self.conv, self.kernel_size, rows, past, layout)
         rows = nn.functional.silu(rows).unflatten(-1, (3, self.num_heads, self.head_dim))
         query, key, value = rows.unbind(2)
         dtype = at_least_float32(hidden)

@@ -30,10 +30,12 @@ from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from .configuration_stackformer import StackformerConfig
-from .layers_stackformer import ResidualProjection, RMSNorm, ShortConvolution, swish_gate
+from .layers_stackformer import ResidualProjection, RMSNorm, ShortConvolution, convolve, past_spec, swish_gate
 from .memory_bank import at_least_float32
+from .mixer import Mixer
 from .mixer_attention import Attention, rotary_embedding, rotary_head_size
 from .processing_stack import BlockGrid, TokenLayout
+from .state import StateSpec, TensorSpec
 
 # Logit of the share that is forgotten with every token at first, 1 %: at 50 % nothing is ever learned.
 _INITIAL_FORGETTING = -4.6
@@ -158,12 +160,25 @@ class NeuralMemory(nn.Module):
         self.chunk_size = config.memory_chunk_size
         self.max_step_size = config.memory_max_step_size
         self.qkv_proj = nn.Linear(size, 3 * size, bias=False)
-        self.conv = ShortConvolution(3 * size, config.conv_kernel_size)
+        self.kernel_size = config.conv_kernel_size
+        self.conv = ShortConvolution(3 * size, self.kernel_size)
+        self.past_spec = past_spec(self.kernel_size, 3 * size)
         self.write_proj = nn.Linear(size, 3 * self.num_heads)
         self.initial_memory = nn.Parameter(
             torch.empty(config.memory_depth, self.num_heads, self.head_dim, self.head_dim)
         )
         self.norm = RMSNorm(self.head_dim, eps=config.rms_norm_eps)
+
+    def state_spec(self) -> StateSpec:
+        """The memory, the position in the chunk, and the last inputs of the convolution."""
+        weights = tuple(self.initial_memory.shape)
+        return (
+            TensorSpec("anchor", weights),
+            TensorSpec("weights", weights),
+            TensorSpec("momentum", weights),
+            TensorSpec("position", (), integer=True),
+            self.past_spec,
+        )
 
     def forward(
         self, hidden: Tensor, layout: TokenLayout, state: tuple[Tensor, ...] | None
@@ -195,7 +210,7 @@ class NeuralMemory(nn.Module):
         if state is None:
             start = initial.expand(layout.num_rows, -1, -1, -1, -1)
             memory = Memory(start, start, torch.zeros_like(start))
-            past = start.new_zeros(layout.num_rows, self.conv.kernel_size[0] - 1, self.conv.in_channels)
+            past = start.new_zeros(layout.num_rows, self.kernel_size - 1, 3 * hidden.shape[-1])
             position = torch.zeros(layout.num_rows, dtype=torch.long, device=hidden.device)
         else:
             anchor, weights, momentum, position, past = state
@@ -212,7 +227,8 @@ class NeuralMemory(nn.Module):
         """Queries, keys and values [B', T', 3, H, K] of the tokens [n, d], log(1 - alpha), log eta and theta
         [B', T', 3, H], float32 at least, and the new past of the convolution."""
         dtype = at_least_float32(hidden)
-        rows, past = self.conv.slide(layout.to_rows(self.qkv_proj(hidden)), past, layout)
+        rows = layout.to_rows(self.qkv_proj(hidden))
+        rows, past = convolve(self.conv, self.kernel_size, rows, past, layout)
         rows = nn.functional.silu(rows.to(dtype)).unflatten(-1, (3, self.num_heads, self.head_dim))
         query, key, value = rows.unbind(2)
         qkv = torch.stack([_unit(query), _unit(key), value], dim=2)
@@ -257,7 +273,7 @@ def _unit(x: Tensor) -> Tensor:
     return nn.functional.normalize(x, dim=-1)
 
 
-class MemoryAsLayer(nn.Module):
+class MemoryAsLayer(Mixer):
     """The neural memory as a mixer. Layers of it and of softmax attention are the paper's memory as a layer
     (equations 29 to 31)."""
 
@@ -268,6 +284,10 @@ class MemoryAsLayer(nn.Module):
         self.gate_proj = nn.Linear(size, size, bias=False)
         self.o_proj = ResidualProjection(size, size)
 
+    def state_spec(self) -> StateSpec:
+        """That of the memory."""
+        return self.memory.state_spec()
+
     def forward(
         self, hidden: Tensor, pointer: Tensor, layout: TokenLayout, state: tuple[Tensor, ...] | None
     ) -> tuple[Tensor, tuple[Tensor, ...], None]:
@@ -276,7 +296,7 @@ class MemoryAsLayer(nn.Module):
         return self.o_proj(swish_gate(self.gate_proj(hidden), mixed)), state, None
 
 
-class MemoryAsGate(nn.Module):
+class MemoryAsGate(Mixer):
     """Softmax attention, and the neural memory times it (equations 26 to 28).
 
     Both are normalised with learned weights; which passes through the nonlinearity, the paper does not say.
@@ -292,6 +312,10 @@ class MemoryAsGate(nn.Module):
         self.memory = NeuralMemory(config)
         self.o_proj = ResidualProjection(size, size)
 
+    def state_spec(self) -> StateSpec:
+        """That of attention, and that of the memory."""
+        return *self.attention.state_spec(), *self.memory.state_spec()
+
     def forward(
         self, hidden: Tensor, pointer: Tensor, layout: TokenLayout, state: tuple[Tensor, ...] | None
     ) -> tuple[Tensor, tuple[Tensor, ...], None]:
@@ -304,7 +328,7 @@ class MemoryAsGate(nn.Module):
         return output, (*past, *remembered), None
 
 
-class MemoryAsContext(nn.Module):
+class MemoryAsContext(Mixer):
     """Softmax attention inside of segments, to which the memory is a context (equations 21 to 25).
 
     A segment is a chunk of the memory: while it is read, the memory at its start is what is known of the
@@ -329,6 +353,11 @@ class MemoryAsContext(nn.Module):
             self.persistent = nn.Embedding(config.num_persistent_tokens, size)
         self.attention_norm = RMSNorm(size, eps=config.rms_norm_eps)
         self.o_proj = ResidualProjection(size, size)
+
+    def state_spec(self) -> StateSpec:
+        """Rotated keys and values of the last tokens and of what the memory returned for them; the memory."""
+        seen = TensorSpec("context", (self.memory.chunk_size - 1, 2, 2, *self.heads))
+        return seen, *self.memory.state_spec()
 
     def forward(
         self, hidden: Tensor, pointer: Tensor, layout: TokenLayout, state: tuple[Tensor, ...] | None

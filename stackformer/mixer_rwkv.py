@@ -20,7 +20,9 @@ from torch import Tensor, nn
 from .configuration_stackformer import StackformerConfig
 from .layers_stackformer import ResidualProjection
 from .memory_bank import at_least_float32
+from .mixer import Mixer
 from .processing_stack import TokenLayout
+from .state import StateSpec, TensorSpec
 
 
 class TokenShift(nn.Module):
@@ -48,7 +50,7 @@ class TokenShift(nn.Module):
         return [torch.lerp(before, hidden, weight) for weight in self.weight.to(hidden.dtype)], past
 
 
-class TimeMix(nn.Module):
+class TimeMix(Mixer):
     """Weighted averages of all earlier values, a decay for each channel (equations 11 to 15)."""
 
     def __init__(self, config: StackformerConfig):
@@ -69,6 +71,11 @@ class TimeMix(nn.Module):
     def initial_first(self) -> Tensor:
         """Around 0.3 of the weight that the token will have for those after it, zigzagging."""
         return math.log(0.3) + 0.5 * ((torch.arange(len(self.time_first)) + 1) % 3 - 1)
+
+    def state_spec(self) -> StateSpec:
+        """The state of `wkv`, and the last token."""
+        size = len(self.time_decay)
+        return TensorSpec("wkv", (3, size)), TensorSpec("last_token", (1, size))
 
     def forward(
         self, hidden: Tensor, pointer: Tensor, layout: TokenLayout, state: tuple[Tensor, ...] | None
@@ -107,6 +114,10 @@ class ChannelMix(nn.Module):
         self.up_proj = nn.Linear(size, config.intermediate_size, bias=False)
         self.receptance_proj = nn.Linear(size, size, bias=False)
         self.down_proj = ResidualProjection(config.intermediate_size, size)
+
+    def state_spec(self) -> StateSpec:
+        """The last token."""
+        return (TensorSpec("last_token_of_channel_mix", (1, self.shift.weight.shape[1])),)
 
     def forward(self, hidden: Tensor, layout: TokenLayout, past: Tensor | None) -> tuple[Tensor, Tensor]:
         """Active tokens [n, d] that follow `past` [B', 1, d]: the output [n, d] and the new past."""

@@ -9,16 +9,18 @@
 Letters: B batch, T time, D hidden size, d core width, n active tokens, S stack levels, P ponder steps.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.utils._pytree import tree_map
 from transformers import initialization as init
-from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, Cache
-from transformers.generation import GenerationMixin
+from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, STATIC_LAYER_TYPE_MAPPING, Cache
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_layers import (
     GenericForSequenceClassification,
     GenericForTokenClassification,
@@ -28,12 +30,20 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
-from transformers.utils import ModelOutput, can_return_tuple
+from transformers.utils import ModelOutput, can_return_tuple, logging
 
-from .cache_stackformer import StackformerCache, StackformerCacheLayer, State
+from .cache_stackformer import (
+    StackformerCache,
+    StackformerCacheLayer,
+    StackformerStaticCacheLayer,
+    check_cache,
+)
 from .configuration_stackformer import StackformerConfig
+from .generation_stackformer import StackformerGenerationMixin
+from .identity import Mark, new_number, sample_digest
 from .layers_stackformer import NORMS, GatedMLP, ResidualProjection, ShortConvolution, SliceProjection
 from .memory_bank import at_least_float32
+from .mixer import Mixer
 from .mixer_attention import Attention
 from .mixer_banked_linear_attention import BankedLinearAttention
 from .mixer_continuous import ContinuousAttention
@@ -41,6 +51,13 @@ from .mixer_coupled import Coupled
 from .mixer_delta_rule import DeltaRule
 from .mixer_neural_memory import MemoryAsContext, MemoryAsGate, MemoryAsLayer, NeuralMemory
 from .mixer_rwkv import ChannelMix, TimeMix, TokenShift
+from .model_inputs import (
+    check_depths,
+    check_num_items,
+    check_padding_mask,
+    label_each_token,
+    packed_documents,
+)
 from .processing_stack import (
     DEQUEUE,
     Stack,
@@ -53,9 +70,13 @@ from .processing_stack import (
     step_stack,
 )
 from .stack_trace import TextTrace
+from .state import State, StateSpec
+from .versions import CACHE_NAME, CacheNames, check_keywords, either_cache
+
+logger = logging.get_logger(__name__)
 
 # The token mixers by their name in `config.mixer_types`.
-MIXERS: dict[str, type[nn.Module]] = {
+MIXERS: dict[str, Callable[[StackformerConfig], Mixer]] = {
     "attention": Attention,
     "banked_linear_attention": BankedLinearAttention,
     "continuous_attention": ContinuousAttention,
@@ -76,8 +97,9 @@ AUTO_MAP = {
     "AutoModelForTokenClassification": "modeling_stackformer.StackformerForTokenClassification",
 }
 
-# `DynamicCache(config=...)` builds the right layers, too.
+# `DynamicCache(config=...)` and `StaticCache(config=...)` build the right layers, too.
 DYNAMIC_LAYER_TYPE_MAPPING["stackformer"] = StackformerCacheLayer
+STATIC_LAYER_TYPE_MAPPING["stackformer"] = StackformerStaticCacheLayer
 
 # The Trainer's label smoothing shifts labels for the models in this list only.
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["stackformer"] = "StackformerForCausalLM"
@@ -108,12 +130,12 @@ class StackTrace(ModelOutput):
 
 
 @dataclass
-class StackformerModelOutputWithPast(BaseModelOutputWithPast):
+class StackformerModelOutputWithPast(CacheNames, BaseModelOutputWithPast):
     """Base class for the model's outputs.
 
     Args:
         last_hidden_state (`torch.FloatTensor` [B, T, D]): the accumulated output of the stack, normalised.
-        past_key_values ([`StackformerCache`]): the recurrent state after the last token.
+        cache ([`StackformerCache`]): the recurrent state after the last token, also as `past_key_values`.
         hidden_states (`tuple(torch.FloatTensor)`): with `output_hidden_states=True`, P + 1 tensors [B, T, D]:
             the embeddings, and what each token was thinking after each ponder step.
         ponder_steps (`torch.FloatTensor` [B, T]): expected number of ponder steps of each token, 0 for
@@ -129,7 +151,7 @@ class StackformerModelOutputWithPast(BaseModelOutputWithPast):
 
 
 @dataclass
-class StackformerCausalLMOutputWithPast(CausalLMOutputWithPast):
+class StackformerCausalLMOutputWithPast(CacheNames, CausalLMOutputWithPast):
     """`CausalLMOutputWithPast` with `ponder_steps`, `ponder_distribution` and `stack_trace`, see
     [`StackformerModelOutputWithPast`]."""
 
@@ -150,14 +172,16 @@ class StackformerCoreLayer(GradientCheckpointingLayer):
         if mixer_type not in MIXERS:
             raise ValueError(f"`mixer_types` must be names out of {list(MIXERS)}, got {mixer_type!r}")
         self.mixer = MIXERS[mixer_type](config)
+        self.state_spec: StateSpec = self.mixer.state_spec()
         self.post_attention_layernorm = norm(size, eps=config.rms_norm_eps)
         # RWKV's feed-forward has a past: it is the last tensor of the layer's state.
         self.mlp_has_past = config.feed_forward_type == "rwkv_channel_mix"
-        self.mlp: nn.Module = (
-            ChannelMix(config)
-            if self.mlp_has_past
-            else GatedMLP(size, config.intermediate_size, size, config.hidden_act)
-        )
+        if self.mlp_has_past:
+            channel_mix = ChannelMix(config)
+            self.mlp: nn.Module = channel_mix
+            self.state_spec += channel_mix.state_spec()
+        else:
+            self.mlp = GatedMLP(size, config.intermediate_size, size, config.hidden_act)
 
     def forward(
         self, hidden: Tensor, pointer: Tensor, layout: TokenLayout, *state: Tensor | Callable[..., State]
@@ -252,7 +276,7 @@ class StackformerPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["StackformerCoreLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["cache", "past_key_values"]
     _can_compile_fullgraph = True
     # What the softmax attention of a configuration may run on.
     _supports_sdpa = True
@@ -322,6 +346,8 @@ class StackformerModel(StackformerPreTrainedModel):
         self.layers = nn.ModuleList(
             [StackformerCoreLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)]
         )
+        self.number = new_number()
+        self._mark: tuple[Any, Mark] | None = None
         # What a plain core, or a single ponder step, has no use for is not there.
         self.down_proj: nn.Module = nn.Identity()
         self.bottleneck = self.step_gate = self.action_proj = None
@@ -333,31 +359,60 @@ class StackformerModel(StackformerPreTrainedModel):
             self.step_gate = StepGate(config.hidden_size)
             self.action_proj = ActionProjection(config.hidden_size)
             if config.stack_depth > 1:
-                self.return_norm = NORMS[config.norm_type](config.hidden_size, eps=config.rms_norm_eps)
+                # Mass is first returned to a frame at the second step, and then read at the third.
+                self.return_norm = NORMS[config.norm_type](
+                    config.hidden_size,
+                    eps=config.rms_norm_eps,
+                    elementwise_affine=config.max_ponder_steps > 2,
+                )
         self.norm = NORMS[config.norm_type](config.hidden_size, eps=config.rms_norm_eps)
         self.gradient_checkpointing = False
         self.post_init()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy of a model is another model: its weights may become others."""
+        super().__setstate__(state)
+        self.number, self._mark = new_number(), None
+
+    def mark(self) -> Mark:
+        """Whose memory a cache is that this model fills."""
+        if torch.compiler.is_compiling():
+            return Mark(self, self.number, sample=None)
+        versions = tuple((id(x), -1 if x.is_inference() else x._version) for x in self.parameters())
+        if self._mark is None or self._mark[0] != versions:
+            self._mark = versions, Mark(self, self.number, sample_digest(self))
+        return self._mark[1]
 
     @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        position_ids: Tensor | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         output_stack_trace: bool = False,
         halting_threshold: float | None = None,
         ponder_depths: Tensor | None = None,
-        **kwargs,
+        seq_idx: Tensor | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
     ) -> StackformerModelOutputWithPast:
-        """Read T tokens, going on from `past_key_values`.
+        """Read T tokens, going on from `cache`.
+
+        Documents packed into one row are read as if each stood alone. Where they begin is told by `seq_idx`
+        [B, T], `cu_seq_lens_q` (for B = 1), or `position_ids` [B, T] that start again from 0: whatever
+        [`DataCollatorWithFlattening`] returns.
 
         Args:
             input_ids: [B, T], or `inputs_embeds`: [B, T, D].
             attention_mask: [B, T] or [B, past + T], 0 for padding: left, right or in between.
-            past_key_values: a [`StackformerCache`], updated and returned.
+            position_ids: see above; the model has no use for positions otherwise.
+            cache: a [`StackformerCache`], updated and returned. A call that fails leaves it as it was, or, if
+                it was written in place, unusable.
             use_cache: whether to return the state; by default `config.use_cache`, but not in training.
             output_hidden_states: whether to return the embeddings and every ponder step's thoughts.
             output_stack_trace: whether to return the [`StackTrace`].
@@ -365,27 +420,25 @@ class StackformerModel(StackformerPreTrainedModel):
                 have the same, or tokens are read to other depths than those before them.
             ponder_depths: [B, T], the ponder steps after which each token is done, instead of when its mass
                 falls below `config.halting_threshold`.
-            kwargs: Documents packed into one row are read as if each stood alone. Where they begin is told by
-                `seq_idx` [B, T], `cu_seq_lens_q` (for B = 1), or `position_ids` [B, T] that start again
-                from 0: whatever [`DataCollatorWithFlattening`] returns.
+            past_key_values: an older name of `cache`.
+            kwargs: what transformers passes to all models and this one has no use for.
 
         Raises:
-            ValueError: without exactly one of `input_ids` and `inputs_embeds`, for an attention mask that is
-                no padding mask, for a threshold out of range, for `ponder_depths` of another shape, for a
-                cache made for another model, or for packed documents with a cache.
+            TypeError: for a keyword argument that transformers does not know, either.
+            ValueError: for anything else that is not as described above; the message says what is.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("You must specify exactly one of `input_ids` and `inputs_embeds`")
-        if inputs_embeds is None:
-            inputs_embeds = self.embed_tokens(input_ids)
-        _check_padding_mask(inputs_embeds, attention_mask)
-        if ponder_depths is not None and ponder_depths.shape != inputs_embeds.shape[:2]:
-            raise ValueError(
-                f"`ponder_depths` must have shape {tuple(inputs_embeds.shape[:2])}, got "
-                f"{tuple(ponder_depths.shape)}"
-            )
-        documents = _packed_documents(inputs_embeds, attention_mask, **kwargs)
-        past_key_values = self._prepare_cache(past_key_values, use_cache, packed=documents is not None)
+        check_keywords(kwargs, type(self).__name__)
+        cache = either_cache(cache, past_key_values)
+        if kwargs.get("is_causal") is False:
+            raise ValueError("`is_causal` must be True: a recurrence reads from left to right, got False")
+        inputs_embeds = self._embed(input_ids, inputs_embeds)
+        if cache is not None:
+            check_cache(cache, self, inputs_embeds.shape[0])
+        check_padding_mask(inputs_embeds, attention_mask, cache)
+        documents = packed_documents(
+            inputs_embeds.shape[:2], attention_mask, position_ids, seq_idx, cu_seq_lens_q
+        )
+        cache = self._prepare_cache(cache, use_cache, packed=documents is not None)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         if halting_threshold is None:
@@ -394,27 +447,59 @@ class StackformerModel(StackformerPreTrainedModel):
             raise ValueError(
                 f"`halting_threshold` must be at least 0 and less than 1, got {halting_threshold}"
             )
-
         layout = self._layout(inputs_embeds, attention_mask, documents)
+        check_depths(ponder_depths, layout)
+
         ponder = self._ponder_in_turn if self.config.feedback else self._ponder
-        thoughts, distribution, hidden_states, trace = ponder(
-            inputs_embeds,
-            layout,
-            past_key_values,
-            ponder_depths,
-            halting_threshold,
-            output_hidden_states,
-            output_stack_trace,
-        )
+        with _undone_on_failure(cache):
+            thoughts, distribution, hidden_states, trace = ponder(
+                inputs_embeds,
+                layout,
+                cache,
+                ponder_depths,
+                halting_threshold,
+                output_hidden_states,
+                output_stack_trace,
+            )
         hidden = self.norm(thoughts)
         return StackformerModelOutputWithPast(
             last_hidden_state=hidden,
-            past_key_values=past_key_values,
             hidden_states=hidden_states,
             ponder_steps=expected_steps(distribution),
             ponder_distribution=distribution,
             stack_trace=trace,
+            **{CACHE_NAME: cache},
         )
+
+    def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+        """The embeddings [B, T, D] of exactly one of ids [B, T] and embeddings."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("You must specify exactly one of `input_ids` and `inputs_embeds`")
+        if inputs_embeds is not None:
+            size = self.config.hidden_size
+            if (
+                inputs_embeds.dim() != 3
+                or inputs_embeds.shape[2] != size
+                or not inputs_embeds.is_floating_point()
+            ):
+                raise ValueError(
+                    f"`inputs_embeds` must be floating-point numbers [batch, time, {size}], got "
+                    f"{inputs_embeds.dtype} of shape {tuple(inputs_embeds.shape)}"
+                )
+            return inputs_embeds
+        assert input_ids is not None
+        if input_ids.dim() != 2 or input_ids.dtype not in (torch.int64, torch.int32):
+            raise ValueError(
+                f"`input_ids` must be integers (int64 or int32) [batch, time], got {input_ids.dtype} of "
+                f"shape {tuple(input_ids.shape)}"
+            )
+        try:
+            return self.embed_tokens(input_ids)
+        except IndexError as error:
+            raise ValueError(
+                f"`input_ids` must be from 0 to {self.embed_tokens.num_embeddings - 1}, got ids from "
+                f"{int(input_ids.min())} to {int(input_ids.max())}"
+            ) from error
 
     def _ponder_in_turn(
         self, embeds: Tensor, layout: TokenLayout, cache: Cache | None, depths: Tensor | None, *options
@@ -431,6 +516,8 @@ class StackformerModel(StackformerPreTrainedModel):
                 self._ponder_in_turn(rows[0], layout.as_batch(), None, rows[1], *options),
             )
         cache = StackformerCache(self.config) if cache is None else cache
+        if layout.length <= 1:
+            return self._ponder(embeds, layout, cache, depths, *options)
         results = [
             self._ponder(embeds[:, span], part, cache, None if depths is None else depths[:, span], *options)
             for span, part in layout.one_by_one()
@@ -453,6 +540,8 @@ class StackformerModel(StackformerPreTrainedModel):
         masked = torch.compiler.is_compiling() and embeds.shape[1] == 1
         embedding = layout.gather(embeds)
         stack = init_stack(embedding, config.stack_depth, config.max_ponder_steps)
+        if layout.thinking is not None:  # padding has no mass
+            stack = stack._replace(pointer=stack.pointer * layout.thinking.unsqueeze(-1))
         latest, hidden_states, steps = embeds, [embeds], []
         finished: list[tuple[Tensor, ...]] = []  # positions, outputs, distributions
         steps_left = range(0)
@@ -482,7 +571,8 @@ class StackformerModel(StackformerPreTrainedModel):
                 continue
             stack = flush_stack(stack, done, thought, step)
             if masked:
-                layout = layout.masked(~done)
+                staying = ~done if layout.thinking is None else layout.thinking & ~done
+                layout = layout.masked(staying)
                 continue
             leaving = done.nonzero().squeeze(-1)
             if len(leaving) > 0:
@@ -493,8 +583,10 @@ class StackformerModel(StackformerPreTrainedModel):
                 embedding = embedding.index_select(0, staying)
 
         outputs, distribution = layout.spread(finished, (stack.output, stack.dropped))
-        if steps_left and torch.distributed.is_available() and torch.distributed.is_initialized():
+        if steps_left and self._is_shared(cache):
             outputs = self._keep_up(outputs, embeds, steps_left, cache)
+        elif steps_left and torch.is_grad_enabled():
+            outputs = self._keep_in_graph(outputs, steps_left)
         if cache is not None:
             for cache_layer in cache.layers:
                 cache_layer.advance(embeds.shape[1])
@@ -511,6 +603,24 @@ class StackformerModel(StackformerPreTrainedModel):
         # Over D normalised channels small steps of all weights add up: scaled, actions learn slowly.
         logits = self.action_proj(thought * thought.shape[-1] ** -0.5)
         return logits.to(dtype).softmax(-1)
+
+    def _is_shared(self, cache: Cache | None) -> bool:
+        """Whether other processes take part in each run of the core: its weights are gathered from them, or
+        its state comes from them."""
+        if cache is not None and cache.layers[0].is_shared:
+            return True
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return False
+        if is_deepspeed_zero3_enabled():
+            return True
+        return any(isinstance(module, (FSDPModule, FullyShardedDataParallel)) for module in self.modules())
+
+    def _keep_in_graph(self, outputs: Tensor, steps_left: range) -> Tensor:
+        """`outputs`, unchanged, as a function of the parameters that no token needed: where gradients are
+        exchanged (DDP), every process must have one for each of them."""
+        unused = self if steps_left.start == 1 or self.step_gate is None else self.step_gate
+        sums = [x.sum().to(outputs.device) for x in unused.parameters() if x.requires_grad]
+        return outputs + 0 * torch.stack(sums).sum() if sums else outputs
 
     def _keep_up(self, outputs: Tensor, embeds: Tensor, steps: range, cache: Cache | None) -> Tensor:
         """Ponder about nothing for the steps that are left; `outputs` unchanged.
@@ -558,36 +668,31 @@ class StackformerModel(StackformerPreTrainedModel):
         return thought, bank_weights
 
     def _prepare_cache(self, cache: Cache | None, use_cache: bool | None, packed: bool) -> Cache | None:
+        """The cache to go on from, a new one, or none."""
         if packed:
             if cache is not None or use_cache:
                 raise ValueError(
-                    "`past_key_values` and `use_cache` must be None with packed documents, each of which "
-                    f"ends in a state of its own, got {type(cache).__name__} and {use_cache}"
+                    "`cache` and `use_cache` must be None with packed documents, each of which ends in a "
+                    f"state of its own, got {type(cache).__name__} and {use_cache}"
                 )
             return None
         if cache is None:
             if use_cache is None:
                 use_cache = self.config.use_cache and not self.training
-            return StackformerCache(self.config).bind(self) if use_cache else None
-        # Not by type: the package and a copy of it that was loaded as remote code may be in one process.
-        ours = all(hasattr(layer, "record_past") for layer in cache.layers)
-        if len(cache.layers) != self.config.num_hidden_layers or not ours:
-            raise ValueError(
-                f"`past_key_values` must be a StackformerCache of {self.config.num_hidden_layers} layers (or "
-                f"a DynamicCache(config=model.config)), got {type(cache).__name__} with {len(cache.layers)}"
-            )
+            return StackformerCache(self.config).bind(self.mark()) if use_cache else None
         return cache
 
     @staticmethod
     def _layout(embeds: Tensor, attention_mask: Tensor | None, documents: Tensor | None) -> TokenLayout:
         batch_size, length = embeds.shape[:2]
-        if torch.compiler.is_compiling() and length == 1:
-            attention_mask = None  # a token that was just generated is no padding, and the mask would grow
         if attention_mask is None:
             if documents is None:
                 return TokenLayout.full(batch_size, length)
             attention_mask = torch.ones_like(documents)
-        return TokenLayout.from_mask(attention_mask[:, -length:].bool(), documents)
+        active = attention_mask[:, attention_mask.shape[1] - length :].bool()
+        if torch.compiler.is_compiling() and length == 1:
+            return TokenLayout.full(batch_size, 1).masked(active.squeeze(1))
+        return TokenLayout.from_mask(active, documents)
 
     @staticmethod
     def _trace_step(
@@ -624,55 +729,19 @@ def _map_tensors(function: Callable[..., Tensor], *trees):
     return tree_map(lambda *leaves: None if leaves[0] is None else function(*leaves), *trees)
 
 
-def _check_padding_mask(embeds: Tensor, attention_mask: Tensor | None) -> None:
-    batch_size, length = embeds.shape[:2]
-    if attention_mask is not None and (
-        attention_mask.dim() != 2 or attention_mask.shape[0] != batch_size or attention_mask.shape[1] < length
-    ):
-        raise ValueError(
-            f"`attention_mask` must be a padding mask of shape [{batch_size}, {length}], or longer by the "
-            f"tokens in the cache, got shape {tuple(attention_mask.shape)}"
-        )
+@contextmanager
+def _undone_on_failure(cache: Cache | None) -> Iterator[None]:
+    """A call that fails, or is interrupted, leaves the cache as it was, or marked as unusable."""
+    undo = [] if cache is None else [layer.begin_call() for layer in cache.layers]
+    try:
+        yield
+    except BaseException:
+        for function in undo:
+            function()
+        raise
 
 
-def _packed_documents(
-    embeds: Tensor,
-    attention_mask: Tensor | None,
-    seq_idx: Tensor | None = None,
-    cu_seq_lens_q: Tensor | None = None,
-    position_ids: Tensor | None = None,
-    **kwargs,
-) -> Tensor | None:
-    """The document of each token [B, T]; `None` if every row is one document."""
-    batch_size, length = embeds.shape[:2]
-    if seq_idx is not None:
-        documents = seq_idx
-    elif cu_seq_lens_q is not None:
-        if batch_size != 1 or cu_seq_lens_q[0] != 0 or cu_seq_lens_q[-1] != length:
-            raise ValueError(
-                f"`cu_seq_lens_q` must go from 0 to the length {length} of a batch of 1 row, got "
-                f"{cu_seq_lens_q.tolist()} for {batch_size} rows"
-            )
-        starts = torch.zeros(length + 1, dtype=torch.long, device=embeds.device)
-        documents = starts.index_fill_(0, cu_seq_lens_q.long(), 1)[:length].cumsum(0).unsqueeze(0)
-    elif position_ids is not None and length > 1:
-        begins = (position_ids == 0).expand(batch_size, -1)
-        if attention_mask is not None:
-            # Positions of padding mean nothing, and a row's first token ends no document.
-            tokens = attention_mask[:, -length:].bool()
-            begins = begins & tokens & (tokens.cumsum(-1) > 1)
-        documents = begins.cumsum(-1)
-    else:
-        return None
-    if documents.shape != (batch_size, length):
-        raise ValueError(
-            f"`seq_idx` and `position_ids` must have shape {(batch_size, length)}, got "
-            f"{tuple(documents.shape)}"
-        )
-    return documents if (documents[:, 1:] != documents[:, :-1]).any() else None
-
-
-class StackformerForCausalLM(StackformerPreTrainedModel, GenerationMixin):
+class StackformerForCausalLM(StackformerPreTrainedModel, StackformerGenerationMixin):
     """Stackformer with a language-modelling head."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -689,49 +758,78 @@ class StackformerForCausalLM(StackformerPreTrainedModel, GenerationMixin):
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        position_ids: Tensor | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         halting_threshold: float | None = None,
-        **kwargs,
+        num_items_in_batch: Tensor | int | None = None,
+        seq_idx: Tensor | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
     ) -> StackformerCausalLMOutputWithPast:
         """See [`StackformerModel.forward`]. `generate` takes `halting_threshold`, too.
 
         Args:
-            labels: [B, T], shifted inside; -100 is ignored. The loss is the cross-entropy, in training plus
+            labels: [B, T], shifted inside; -100 is ignored, and so is what padding and the last token of a
+                document would predict. The loss is the cross-entropy, in training plus
                 `config.ponder_loss_coef` times the mean ponder loss (`config.ponder_loss_type`) of the tokens
                 that predict a label.
             logits_to_keep: the last positions to compute logits for; 0 for all, or a tensor of positions.
+            num_items_in_batch: what the sums of the losses are divided by; the number of labels if `None`.
+            kwargs: among others `shift_labels` [B, T], in place of `labels`: the label of each token.
         """
+        # Not in the signature: the Trainer would ask for all that is called labels there.
+        shift_labels = kwargs.pop("shift_labels", None)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
+            position_ids=position_ids,
+            cache=either_cache(cache, past_key_values),
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             halting_threshold=halting_threshold,
+            seq_idx=seq_idx,
+            cu_seq_lens_q=cu_seq_lens_q,
             **kwargs,
         )
+        if isinstance(logits_to_keep, int) and logits_to_keep < 0:
+            raise ValueError(
+                f"`logits_to_keep` must be 0 (all), or a number of positions, got {logits_to_keep}"
+            )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
         loss = None
-        if labels is not None:
+        if labels is not None or shift_labels is not None:
+            shape, ignored = outputs.last_hidden_state.shape[:2], kwargs.get("ignore_index", -100)
+            if logits.shape[:2] != shape:
+                raise ValueError(f"`logits_to_keep` must be 0 with labels, got {logits_to_keep}")
+            check_num_items(num_items_in_batch)
+            documents = packed_documents(shape, attention_mask, position_ids, seq_idx, cu_seq_lens_q)
+            shift_labels = label_each_token(shape, labels, shift_labels, attention_mask, documents, ignored)
             loss = self.loss_function(
-                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
+                logits=logits,
+                labels=shift_labels,
+                shift_labels=shift_labels,
+                vocab_size=self.config.vocab_size,
+                num_items_in_batch=num_items_in_batch,
+                **kwargs,
             )
             if self.training and self.config.ponder_loss_coef > 0:
-                ponder_loss = self._ponder_loss(outputs, labels, **kwargs)
+                counted = shift_labels != ignored
+                ponder_loss = self._ponder_loss(outputs, counted, num_items_in_batch)
                 loss = loss + self.config.ponder_loss_coef * ponder_loss
         return StackformerCausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             ponder_steps=outputs.ponder_steps,
             ponder_distribution=outputs.ponder_distribution,
             stack_trace=outputs.stack_trace,
+            **{CACHE_NAME: outputs.cache},
         )
 
     @torch.no_grad()
@@ -757,37 +855,14 @@ class StackformerForCausalLM(StackformerPreTrainedModel, GenerationMixin):
         outputs = self(ids, use_cache=False, output_stack_trace=True)
         return TextTrace.from_outputs(ids, outputs, tokenizer)
 
-    def _ponder_loss(self, outputs, labels, shift_labels=None, num_items_in_batch=None, **kwargs) -> Tensor:
-        """Mean ponder loss over the tokens that predict a label, reduced as the cross-entropy is."""
+    def _ponder_loss(self, outputs, counted: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
+        """Mean ponder loss over the tokens that are `counted` [B, T], reduced as the cross-entropy is."""
         if self.config.ponder_loss_type == "geometric_prior":
             losses = divergence_from_geometric(outputs.ponder_distribution, self.config.ponder_prior)
         else:
             losses = outputs.ponder_steps
-        if shift_labels is None:
-            shift_labels = nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
-        counted = shift_labels.view(losses.shape) != -100
         total = (losses * counted.to(losses.device)).sum()
         return total / (counted.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
-
-    @staticmethod
-    def create_masks_for_generate(config, inputs_embeds: Tensor, attention_mask: Tensor | None, **kwargs):
-        """The padding mask as it is; none for one token, so that no growing mask enters a compiled graph."""
-        return None if inputs_embeds.shape[1] == 1 else attention_mask
-
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs) -> None:
-        """`generate` makes a [`StackformerCache`], and no cache that grows."""
-        implementation = generation_config.cache_implementation
-        if (
-            model_kwargs.get("past_key_values") is not None
-            or generation_config.use_cache is False
-            or implementation not in (None, "dynamic", "static")
-        ):
-            super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-            return
-        cache = StackformerCache(self.config, static=implementation == "static").bind(self)
-        if generation_config.is_assistant:
-            cache.activate_past_recording()
-        model_kwargs["past_key_values"] = cache
 
 
 class StackformerForSequenceClassification(GenericForSequenceClassification, StackformerPreTrainedModel):

@@ -2,7 +2,7 @@
 """Sequences whose tokens are split over processes: each reads a span of its own, all of them at once.
 
     shard = shard_sequence(**batch, group=group)
-    loss = model(**shard, past_key_values=SequenceParallelCache(model.config, group)).loss
+    loss = model(**shard, cache=SequenceParallelCache(model.config, group)).loss
     loss.backward()
 
 What a span of tokens does to a slice of the state is a decay and an update. Each process computes these for
@@ -24,14 +24,13 @@ from torch.autograd.function import once_differentiable
 
 from .cache_stackformer import StackformerCache, StackformerCacheLayer, State, put_rows, take_rows
 from .configuration_stackformer import StackformerConfig
-from .long_context import next_labels
+from .long_context import shifted_labels
 from .processing_stack import TokenLayout
 
 
 @runtime_checkable
 class SplittableMixer(Protocol):
-    """What a mixer has if its tokens can be split over processes; mixer_banked_linear_attention.py has the
-    contract."""
+    """What a mixer has if its tokens can be split over processes; mixer.py has the contract."""
 
     def state_before(
         self, hidden: Tensor, pointer: Tensor, layout: TokenLayout, gather: Callable[..., list[Tensor]]
@@ -77,7 +76,7 @@ def shard_sequence(
     if attention_mask is not None:
         shard["attention_mask"] = span(attention_mask)
     if labels is not None or shift_labels is not None:
-        shift_labels = next_labels(input_ids, labels, shift_labels)
+        shift_labels = shifted_labels(input_ids, labels, shift_labels, attention_mask)
         shard["labels"] = shard["shift_labels"] = span(shift_labels)
         if num_items_in_batch is None:
             num_items_in_batch = shift_labels.ne(-100).sum().clamp(min=1)

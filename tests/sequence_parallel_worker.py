@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from stackformer.long_context import next_labels
+from stackformer.model_inputs import label_each_token
 from stackformer.sequence_parallel import SequenceParallelCache, shard_sequence
 from tests.models import SHAPES, random_ids, tiny_model
 
@@ -129,7 +129,8 @@ def train(model: torch.nn.Module, step: Callable[[dict[str, Any], Tensor], Tenso
     losses = []
     for length in (12, 15):
         batch = make_batch(length=length, padding=[(0, 3), (2, 10), (0, length)])
-        count = next_labels(batch["input_ids"], batch["labels"], None).ne(-100).sum()
+        labels = label_each_token(batch["input_ids"].shape, batch["labels"], None, batch["attention_mask"])
+        count = labels.ne(-100).sum()
         optimizer.zero_grad()
         loss = step(batch, count)
         loss.backward()

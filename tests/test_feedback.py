@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from stackformer import StackformerCache
+from stackformer import StackformerCache, StackformerStaticCache
 from stackformer.long_context import long_context_backward
 from tests.models import SHAPES, random_ids, tiny_model
 from tests.test_modeling import CLOSE, assert_same_state
@@ -39,8 +39,8 @@ def test_with_one_step_it_is_the_same_model():
 @torch.no_grad()
 def test_one_slice_of_state():
     model = tiny_model(**SHAPE)
-    for static in (False, True):
-        cache = StackformerCache(model.config, static=static)
+    for kind in (StackformerCache, StackformerStaticCache):
+        cache = kind(model.config)
         model(random_ids(2, 3), past_key_values=cache)
         assert all(layer.slices.keys() == {0} for layer in cache.layers)
         assert cache.get_seq_length() == 3

@@ -310,7 +310,9 @@ def test_everything_that_generate_returns(model):
         for row, start in enumerate((0, 5)):
             text = found.sequences[row : row + 1, start : 9 + step]
             expected = processor(text, whole.logits[row : row + 1, 8 + step].float())
-            torch.testing.assert_close(scores[row : row + 1], expected, rtol=1e-5, atol=1e-5)
+            # Older versions of transformers penalise the padding token, too.
+            others = torch.arange(261) != model.config.pad_token_id
+            torch.testing.assert_close(scores[row, others], expected[0, others], rtol=1e-5, atol=1e-5)
     assert len(found.hidden_states) == 6
     assert all(len(states) == model.config.max_ponder_steps + 1 for states in found.hidden_states)
     for depth, expected in enumerate(whole.hidden_states):

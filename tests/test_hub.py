@@ -309,7 +309,6 @@ def test_a_memory_comes_back(server, author, logits):
     state, url = author(push_memory, "user/model", "user/memory")
     files = server.repos["user/memory"].files()
     assert {path: blob.lfs for path, blob in files.items() if path.startswith("memory.")} == {
-        "memory.json": False,
         "memory.safetensors": True,
     }
     assert url == f"{server.url}/user/memory/commit/{server.repos['user/memory'].branches['main']}"
@@ -323,7 +322,7 @@ def test_a_memory_beside_its_model(server, author, stranger):
     before = set(server.repos["user/reader"].files())
     state = author(push_memory, "user/reader", "user/reader", path_in_repo="memories/book")[0]
     added = set(server.repos["user/reader"].files()) - before
-    assert added == {"memories/book/memory.json", "memories/book/memory.safetensors"}
+    assert added == {"memories/book/memory.safetensors"}
     assert author(load_memory, "user/reader", "user/reader", subfolder="memories/book") == state
     assert stranger(load_memory_as_a_stranger, "user/reader", "memories/book") == state
     assert author(load_logits, "user/reader")[0] == logits
@@ -368,14 +367,16 @@ def test_what_is_not_there_is_an_error_that_says_so(author, logits):
         author(load_logits, "user/nothing")
     with pytest.raises(RuntimeError, match="OSError: user/nothing is not a local folder"):
         author(load_memory, "user/model", "user/nothing")
-    with pytest.raises(RuntimeError, match=r"OSError: user/model does not appear to have .*memory\.json"):
+    with pytest.raises(
+        RuntimeError, match=r"OSError: user/model does not appear to have .*memory\.safetensors"
+    ):
         author(load_memory, "user/model", "user/model", subfolder="memories/nothing")
 
 
 def test_a_memory_of_another_model_is_refused(author, logits):
     author(push_model, "user/other", seed=1)
     author(push_memory, "user/other", "user/memory-of-another")
-    with pytest.raises(RuntimeError, match=r"ValueError: .*memory\.json is .* with other weights"):
+    with pytest.raises(RuntimeError, match=r"ValueError: .*memory\.safetensors is .* with other weights"):
         author(load_memory, "user/model", "user/memory-of-another")
 
 
@@ -385,5 +386,5 @@ def test_the_guide_is_true(server, author, stranger):
     assert len(blocks) == 5
     for block in blocks:
         (stranger if "trust_remote_code" in block else author)(run_code, block)
-    assert "memories/book/memory.json" in server.repos["user/my-model"].files()
+    assert "memories/book/memory.safetensors" in server.repos["user/my-model"].files()
     assert server.repos["user/my-memory"].private

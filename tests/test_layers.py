@@ -12,7 +12,7 @@ def test_short_convolution_in_float32_has_kernels_of_its_own(batch, length, chan
     conv = ShortConvolution(channels, kernel)
     exact = ShortConvolution(channels, kernel).double()
     exact.load_state_dict(conv.state_dict())
-    window = torch.randn(batch, kernel - 1 + length, channels)
+    window = torch.randn(batch, channels, kernel - 1 + length)
     results = []
     for layer, inputs in ((conv, window), (exact, window.double())):
         inputs.requires_grad_()
@@ -25,10 +25,10 @@ def test_short_convolution_in_float32_has_kernels_of_its_own(batch, length, chan
 
 def test_short_convolution_is_torchs():
     conv = ShortConvolution(6, 4).double()
-    window = torch.randn(2, 12, 6, dtype=torch.float64)
-    expected = nn.functional.conv1d(window.mT, conv.weight, groups=6).mT
+    window = torch.randn(2, 6, 12, dtype=torch.float64)
+    expected = nn.functional.conv1d(window, conv.weight, groups=6)
     torch.testing.assert_close(conv(window), expected)
-    torch.testing.assert_close(conv(window[:, :4]), expected[:, :1])
+    torch.testing.assert_close(conv(window[..., :4]), expected[..., :1])
 
 
 def test_rms_norm_has_torchs_gradients():

@@ -69,8 +69,8 @@ def test_gradients_are_those_of_full_backpropagation(case, padding):
         result = long_context_backward(model, **inputs, piece_size=PIECE, method=method, max_log_decay=1.0)
         torch.testing.assert_close(result.loss, outputs.loss.detach(), rtol=1e-6, atol=0)  # float32 sums
         assert_same_gradients(model, expected)
-        assert_same_state(result.past_key_values, outputs.past_key_values)
-        assert result.past_key_values.get_seq_length() == LENGTH
+        assert_same_state(result.cache, outputs.past_key_values)
+        assert result.cache.get_seq_length() == LENGTH
         if method == "reverse":
             assert 0 < result.drift < 1e-10
             assert result.num_anchors > 0  # without decay, too: memories grow by more than a nat
@@ -81,15 +81,15 @@ def test_it_goes_on_from_a_state(method):
     """That of some rows at a time when not every slice was written, too; and leaves that state alone."""
     inputs = batch()
     first = {"input_ids": inputs["input_ids"][:, :5], "labels": inputs["labels"][:, :5]}
-    past = long_context_loss(model_for(), **first, piece_size=2).past_key_values
+    past = long_context_loss(model_for(), **first, piece_size=2).cache
     kept = past.clone()
     expected = model_for()
     outputs = expected(**inputs, past_key_values=past.clone())
     outputs.loss.backward()
     model = model_for()
-    result = long_context_backward(model, **inputs, past_key_values=past, piece_size=PIECE, method=method)
+    result = long_context_backward(model, **inputs, cache=past, piece_size=PIECE, method=method)
     assert_same_gradients(model, expected)
-    assert_same_state(result.past_key_values, outputs.past_key_values)
+    assert_same_state(result.cache, outputs.past_key_values)
     assert_same_state(past, kept)
 
 
@@ -132,7 +132,7 @@ def test_truncated_is_a_loop_with_a_detached_state():
         outputs.loss.backward()
         cache = outputs.past_key_values.detach()
     assert_same_gradients(model, expected)
-    assert_same_state(result.past_key_values, cache)
+    assert_same_state(result.cache, cache)
     whole = model_for()
     long_context_backward(whole, **inputs, piece_size=PIECE)
     with pytest.raises(AssertionError):
@@ -262,7 +262,7 @@ def test_anchors_bound_growth_too():
         model = model_for("no decay", torch.float32)
         result = long_context_backward(model, **inputs, piece_size=4, max_log_decay=bound)
         drifts.append(result.drift)
-        memories = result.past_key_values.layers[0].slices[0][0][..., 0, 0].numel() * 2  # layers
+        memories = result.cache.layers[0].slices[0][0][..., 0, 0].numel() * 2  # layers
         assert (0 < result.num_anchors <= math.log(100, 4) * memories) == (bound < 10)
     assert 2 * drifts[0] < drifts[1]
 
@@ -333,7 +333,7 @@ def test_known_depths_are_depths_found():
         ({"max_log_decay": math.nan}, "`max_log_decay` must be at least 0, got nan"),
         ({"storage": "nowhere"}, "`storage` must be .*'nowhere'"),
         ({"labels": None}, "exactly one of `labels` and `shift_labels`"),
-        ({"labels": random_ids(1, 3)}, r"must have the shape \(3, 50\).*\(1, 3\)"),
+        ({"labels": random_ids(1, 3)}, r"must be integers of shape \(3, 50\).*\(1, 3\)"),
     ],
 )
 def test_bad_arguments(arguments, message):

@@ -432,13 +432,13 @@ def test_bare_model_outputs():
         ),
         ({"input_ids": random_ids(2, 3), "attention_mask": torch.ones(1, 3)}, "`attention_mask` must be"),
         ({"input_ids": random_ids(1, 3), "attention_mask": torch.ones(1, 2)}, "`attention_mask` must be"),
-        ({"input_ids": random_ids(1, 3), "past_key_values": DynamicCache()}, "`past_key_values` must be"),
+        ({"input_ids": random_ids(1, 3), "past_key_values": DynamicCache()}, "`cache` must be"),
         (
             {
                 "input_ids": random_ids(1, 3),
                 "past_key_values": StackformerCache(tiny_config(num_hidden_layers=3)),
             },
-            "`past_key_values` must be",
+            "`cache` must be",
         ),
     ],
 )

@@ -139,7 +139,7 @@ def test_prefix_tuning_says_that_it_cannot_work():
     """It makes keys and values for an attention that is not there."""
     config = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
     ids = random_ids(2, 9)
-    with pytest.raises(ValueError, match="`past_key_values` must be a StackformerCache"):
+    with pytest.raises(ValueError, match="`cache` must be a StackformerCache"):
         peft.get_peft_model(tiny_model(), config)(input_ids=ids, attention_mask=torch.ones_like(ids))
 
 

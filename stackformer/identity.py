@@ -1,0 +1,209 @@
+# Copyright 2026 The Stackformer authors. Licensed under the Apache License, Version 2.0.
+"""Which model a memory belongs to.
+
+A memory means something only to the model that read it. In one process, every model has a mark of its own,
+and its caches carry it. Beyond a process, a model is known by the fields of its configuration that shape the
+state, and by a digest of its weights: those of the adapters that are active are among them, the others are
+not.
+"""
+
+import hashlib
+import itertools
+import json
+import sys
+import weakref
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from transformers.modeling_utils import PreTrainedModel
+
+from .configuration_stackformer import StackformerConfig
+
+# Fields that change neither the state nor what the model makes of it, or that may be moved at inference.
+_FREE_FIELDS = {
+    "chunk_size", "halting_threshold", "initializer_range", "ponder_loss_coef", "ponder_loss_type",
+    "ponder_prior", "tie_word_embeddings", "use_cache", "pad_token_id", "bos_token_id", "eos_token_id",
+}  # fmt: skip
+# Elements of each weight that the quick digest looks at.
+_SAMPLES = 8
+
+_numbers = itertools.count(1)
+
+
+class Mark:
+    """Whose memory a cache holds: a number for each model of this process, and what is left when it is gone.
+
+    Args:
+        model: the base model.
+        number: a number that no other model of this process has.
+        sample: digest of a few elements of all weights; `None` if it is not known.
+    """
+
+    def __init__(self, model: PreTrainedModel, number: int, sample: str | None):
+        self.number, self.sample = number, sample
+        self.config, self.adapters = identity_fields(model), active_adapters(model)
+        self._model: weakref.ref | None = weakref.ref(model)
+
+    @property
+    def model(self) -> PreTrainedModel | None:
+        """The model, while it lives."""
+        return None if self._model is None else self._model()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickles leave the model behind, and numbers mean nothing in another process."""
+        return {**self.__dict__, "number": 0, "_model": None}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Mark":
+        return self  # a copy of a cache belongs to the same model
+
+    def difference(self, model: PreTrainedModel) -> str | None:
+        """Says in what the model of this mark differs from `model`; `None` if in nothing, or if nobody
+        knows."""
+        if self.model is model:
+            return None
+        if self.model is not None:
+            return find_difference(model_identity(self.model), model_identity(model))
+        # Its weights are gone; of a few of them, this is left.
+        found, expected = self.sample, None if self.sample is None else sample_digest(model)
+        return find_difference(
+            {"config": self.config, "fingerprint": found},
+            {"config": identity_fields(model), "fingerprint": expected},
+        )
+
+
+def new_number() -> int:
+    """A number that no other model of this process has."""
+    return next(_numbers)
+
+
+def unwrap(model: Any) -> PreTrainedModel:
+    """The base model inside of heads and of the wrappers of accelerate, torch.compile, DDP and PEFT.
+
+    Raises:
+        ValueError: if there is no Stackformer inside.
+    """
+    for module in model.modules() if isinstance(model, nn.Module) else ():
+        if isinstance(module, PreTrainedModel) and module.config.model_type == "stackformer":
+            return module.base_model
+    raise ValueError(f"`model` must be a Stackformer, possibly wrapped, got {type(model).__name__}")
+
+
+def model_identity(model: Any) -> dict[str, Any]:
+    """The architecture of a model, and a SHA-256 of its weights without any head."""
+    model, digest = unwrap(model), hashlib.sha256()
+    for name, tensor in sorted(_active_weights(model), key=lambda item: item[0]):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        for part in _plain_parts(tensor):
+            digest.update(part.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return {"config": identity_fields(model), "fingerprint": digest.hexdigest()}
+
+
+def identity_fields(model: PreTrainedModel) -> dict[str, Any]:
+    """The fields of a model's configuration that shape its state or what it makes of it, as JSON has them."""
+    names = set(type(model.config).__annotations__) - _FREE_FIELDS - {"model_type"}
+    return json.loads(json.dumps({name: getattr(model.config, name) for name in sorted(names)}))
+
+
+def find_difference(found: dict[str, Any], expected: dict[str, Any]) -> str | None:
+    """Says in what two models differ, by their `model_identity`; `None` if they are the same.
+
+    A field that `found` does not have is at its default: it may be of an older version.
+    """
+    config = {**StackformerConfig().to_dict(), **found["config"]}
+    fields = [name for name, value in expected["config"].items() if config[name] != value]
+    if fields:
+        return "another configuration: " + ", ".join(
+            f"{name}={config[name]!r} instead of {expected['config'][name]!r}" for name in fields
+        )
+    if found["fingerprint"] != expected["fingerprint"]:
+        return (
+            "other weights (or the same in another dtype, or other active adapters): fingerprint "
+            f"{found['fingerprint'][:12]}..., expected {expected['fingerprint'][:12]}..."
+        )
+    return None
+
+
+def active_adapters(model: PreTrainedModel) -> frozenset[str]:
+    """The names of the adapters that take part in what the model computes now."""
+    if "peft" not in sys.modules:
+        return frozenset()
+    return frozenset(
+        name
+        for module in model.modules()
+        if getattr(module, "adapter_layer_names", None) is not None and not module.disable_adapters
+        for name in module.active_adapters
+    )
+
+
+@torch.no_grad()
+def sample_digest(model: PreTrainedModel) -> str:
+    """A digest of names, shapes and a few elements of all weights: to tell models apart without reading
+    them."""
+    digest, samples = hashlib.sha256(), []
+    for name, parameter in model.named_parameters():
+        digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
+        if type(parameter) is nn.Parameter and parameter.device.type != "meta" and parameter.numel():
+            step = max(parameter.numel() // _SAMPLES, 1)
+            samples.append(parameter.detach().flatten()[::step][:_SAMPLES].double().cpu())
+    if samples:
+        digest.update(torch.cat(samples).numpy().data)
+    return digest.hexdigest()
+
+
+def _active_weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """The weights that take part, by the names that they have without adapters.
+
+    PEFT wraps a module that has an adapter: the module itself is then `base_layer` or `original_module`, and
+    the weights of each adapter are in dictionaries beside it, of which it keeps a list.
+    """
+    active_by_prefix: dict[str, set[str]] = {}  # of the names of adapters' weights
+    wrapped: list[str] = []
+    for name, module in model.named_modules():
+        layer_names = getattr(module, "adapter_layer_names", None)
+        if layer_names is None:
+            continue
+        active = set() if module.disable_adapters else set(module.active_adapters)
+        wrapped.append(name)
+        for layer_name in layer_names:
+            active_by_prefix[f"{name}.{layer_name}."] = active
+        for adapter, scaling in getattr(module, "scaling", {}).items():
+            if adapter in active:
+                yield f"{name}.scaling.{adapter}", torch.tensor(float(scaling))
+    for name, tensor in _all_weights(model):
+        prefix = next((prefix for prefix in active_by_prefix if name.startswith(prefix)), None)
+        if prefix is not None and name.removeprefix(prefix).split(".")[0] not in active_by_prefix[prefix]:
+            continue
+        for wrapper in wrapped:
+            for inner in ("base_layer", "original_module"):
+                name = name.replace(f"{wrapper}.{inner}.", f"{wrapper}.")
+        yield name, tensor
+
+
+def _all_weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """All of the state dict, with the weights that accelerate keeps on disk or in main memory."""
+    offloaded: dict[str, tuple[Mapping[str, Tensor], str]] = {}  # where a weight is, and its name there
+    for prefix, module in model.named_modules():
+        weights = getattr(getattr(module, "_hf_hook", None), "weights_map", None)
+        if weights is not None:
+            for name, parameter in module.named_parameters(recurse=False):
+                if parameter.device.type == "meta":
+                    offloaded[f"{prefix}.{name}" if prefix else name] = (weights, name)
+    for name, tensor in model.state_dict().items():
+        if isinstance(tensor, Tensor):
+            weights, key = offloaded.get(name, ({}, ""))
+            yield name, weights[key] if name in offloaded else tensor
+
+
+def _plain_parts(tensor: Tensor) -> Iterator[Tensor]:
+    """The dense tensors that a tensor is made of: itself, or what quantised ones hold."""
+    if is_traceable_wrapper_subclass(tensor):
+        names, _ = tensor.__tensor_flatten__()
+        for name in names:
+            yield from _plain_parts(getattr(tensor, name))
+    elif tensor.device.type == "meta":
+        raise ValueError("`model` must have its weights: some of them are on the meta device, without data")
+    else:
+        yield tensor
