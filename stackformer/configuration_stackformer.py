@@ -9,6 +9,7 @@ from transformers.configuration_utils import PreTrainedConfig
 PONDER_LOSS_TYPES = ("expected_steps", "geometric_prior")
 FEED_FORWARD_TYPES = ("gated", "rwkv_channel_mix")
 NORM_TYPES = ("rms_norm", "layer_norm")
+SPECIAL_TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")
 FEATURE_MAP_NAMES = ("elu_plus_one", "relu", "softplus", "softmax", "exp")
 
 
@@ -93,7 +94,7 @@ class StackformerConfig(PreTrainedConfig):
             matrix.
         use_cache (`bool`, defaults to `True`): Whether to return the recurrent state, when not training.
         pad_token_id, bos_token_id, eos_token_id (`int`, *optional*): Special tokens; the byte tokenizer's by
-            default.
+            default, or None where the vocabulary is too small for them.
 
     Raises:
         ValueError: for a value out of range; it names the argument, the value and what was expected.
@@ -159,6 +160,11 @@ class StackformerConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         if self.mixer_types is None and isinstance(self.num_hidden_layers, int):
             self.mixer_types = ["banked_linear_attention"] * self.num_hidden_layers
+        if isinstance(self.vocab_size, int):
+            for name in SPECIAL_TOKENS:
+                default = getattr(type(self), name)
+                if getattr(self, name) == default and default >= self.vocab_size:
+                    setattr(self, name, None)
         self.validate()
         if self.intermediate_size is None:
             self.intermediate_size = 3 * self.core_size
@@ -242,13 +248,17 @@ class StackformerConfig(PreTrainedConfig):
             _is_number(self.ponder_prior) and 0 < self.ponder_prior < 1,
             "a number above 0 and less than 1",
         )
-        self._require(
-            "pad_token_id",
-            self.pad_token_id is None
-            or _is_integer(self.pad_token_id, least=0)
-            and self.pad_token_id < self.vocab_size,
-            f"a token id below vocab_size={self.vocab_size}, or None",
-        )
+        for name in SPECIAL_TOKENS:
+            value = getattr(self, name)
+            several = name == "eos_token_id" and isinstance(value, (list, tuple))
+            self._require(
+                name,
+                value is None
+                or all(
+                    _is_integer(x, least=0) and x < self.vocab_size for x in (value if several else [value])
+                ),
+                f"a token id below vocab_size={self.vocab_size}, or None",
+            )
         self._require(
             "rms_norm_eps", _is_number(self.rms_norm_eps) and self.rms_norm_eps > 0, "a number above 0"
         )
@@ -278,8 +288,9 @@ class StackformerConfig(PreTrainedConfig):
             isinstance(rope, dict)
             and rope.get("rope_type", "default") == "default"
             and _is_number(rope.get("rope_theta", 1.0))
+            and rope.get("rope_theta", 1.0) > 0
             and rope.keys() <= {"rope_type", "rope_theta"},
-            'a dict of `rope_theta`, a finite number of at least 0, and `rope_type`, which is "default"',
+            'a dict of `rope_theta`, a finite number above 0, and `rope_type`, which is "default"',
         )
 
     def _require(self, name: str, condition: bool, expected: str) -> None:

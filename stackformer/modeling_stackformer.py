@@ -38,7 +38,7 @@ from .cache_stackformer import (
     StackformerStaticCacheLayer,
     check_cache,
 )
-from .configuration_stackformer import StackformerConfig
+from .configuration_stackformer import SPECIAL_TOKENS, StackformerConfig
 from .generation_stackformer import StackformerGenerationMixin
 from .identity import Mark, new_number, sample_digest
 from .layers_stackformer import NORMS, GatedMLP, ResidualProjection, ShortConvolution, SliceProjection
@@ -281,11 +281,11 @@ class StackformerPreTrainedModel(PreTrainedModel):
     # What the softmax attention of a configuration may run on.
     _supports_sdpa = True
     _supports_flash_attn = True
-    # Rounded, small decays could not be told from none.
-    _keep_in_fp32_modules_strict = ["time_decay", "time_first"]
 
     def __init__(self, config: StackformerConfig, *args, **kwargs):
         super().__init__(config, *args, **kwargs)
+        if "rwkv" in config.mixer_types:  # rounded, small decays could not be told from none
+            self._keep_in_fp32_modules_strict = {"time_decay", "time_first"}
         # A list for each model: transformers adds to it in place.
         self.model_tags = ["stackformer"]
 
@@ -293,6 +293,22 @@ class StackformerPreTrainedModel(PreTrainedModel):
         """As in transformers; the code is saved, too, and every auto class is told where it is."""
         self.config.auto_map = dict(AUTO_MAP)
         super().save_pretrained(*args, **kwargs)
+
+    def resize_token_embeddings(self, *args, **kwargs) -> nn.Embedding:
+        """As in transformers; special tokens that are cut off are None in the configurations."""
+        embeddings = super().resize_token_embeddings(*args, **kwargs)
+        size = embeddings.num_embeddings
+        for config in filter(None, (self.config, getattr(self, "generation_config", None))):
+            for name in SPECIAL_TOKENS:
+                value = getattr(config, name, None)
+                kept = [x for x in value if x < size] if isinstance(value, (list, tuple)) else value
+                if kept == [] or (isinstance(kept, int) and kept >= size):
+                    logger.warning_once(
+                        f"`{name}` {value} is not among the {size} tokens any more: it is None"
+                    )
+                    kept = None
+                setattr(config, name, kept)
+        return embeddings
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
