@@ -50,7 +50,7 @@ class TitansPytorch(Mixer):
         super().__init__()
         size = config.core_size
         self.kernel_size = config.conv_kernel_size
-        self.conv = ShortConvolution(size, self.kernel_size)
+        self.conv = ShortConvolution.of(size, self.kernel_size)
         self.memory = NeuralMemory(
             size,
             chunk_size=1 if gates_per_token else config.memory_chunk_size,

@@ -95,6 +95,8 @@ def model_identity(model: Any) -> dict[str, Any]:
     """The architecture of a model, and a SHA-256 of its weights without any head."""
     model, digest = unwrap(model), hashlib.sha256()
     for name, tensor in sorted(_active_weights(model), key=lambda item: item[0]):
+        if name.endswith(".weight.absmax"):  # bitsandbytes rounds and reorders these when it first uses them
+            tensor = tensor.flatten().to(torch.bfloat16).sort().values
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         for part in _plain_parts(tensor):
             digest.update(part.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)

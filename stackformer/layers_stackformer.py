@@ -102,15 +102,18 @@ def _convolve_as_image(window: Tensor, weight: Tensor) -> Tensor:
 class ShortConvolution(nn.Conv1d):
     """Causal depth-wise convolution: without positions, this is what tells word order.
 
-    `convolve` calls it. Like any `nn.Conv1d` it takes and returns tensors whose channels come second, so that
-    adapters can be put on it.
+    `convolve` calls it. It is made, and called, like any `nn.Conv1d`, so that adapters can be put on it.
     """
 
-    def __init__(self, channels: int, kernel_size: int):
-        super().__init__(channels, channels, kernel_size, groups=channels, bias=False)
+    @classmethod
+    def of(cls, channels: int, kernel_size: int) -> "ShortConvolution":
+        """One filter for each channel."""
+        return cls(channels, channels, kernel_size, groups=channels, bias=False)
 
     def forward(self, window: Tensor) -> Tensor:
         """Window [B', channels, kernel - 1 + T'], the past in front, to [B', channels, T']."""
+        if self.groups != self.in_channels or self.out_channels != self.in_channels:  # an adapter's
+            return super().forward(window)
         return self._mix(window.transpose(1, 2)).transpose(1, 2)
 
     def _mix(self, window: Tensor) -> Tensor:
@@ -144,6 +147,17 @@ def convolve(
     window = torch.cat([past.to(rows.dtype), rows], dim=1)
     mixed = conv(window.transpose(1, 2)).transpose(1, 2)
     return mixed, layout.last_of_rows(window, history).to(at_least_float32(rows))
+
+
+def all_rows(embedding: nn.Module, count: int, device: torch.device) -> Tensor:
+    """The weights [count, size] of an embedding: asked for, not taken, since they may be kept elsewhere and
+    an adapter may add to them."""
+    return embedding(torch.arange(count, device=device))
+
+
+def project(linear: nn.Module, x: Tensor) -> Tensor:
+    """A linear layer on x [..., F] of any number of dimensions: quantised ones take three at most."""
+    return linear(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
 
 
 def past_spec(kernel_size: int, channels: int) -> TensorSpec:

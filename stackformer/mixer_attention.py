@@ -23,7 +23,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager_attention_forward
 
 from .configuration_stackformer import StackformerConfig
-from .layers_stackformer import ResidualProjection
+from .layers_stackformer import ResidualProjection, all_rows
 from .mixer import Mixer
 from .processing_stack import TokenLayout
 from .state import StateSpec, TensorSpec
@@ -100,7 +100,7 @@ class Attention(Mixer):
         if past > 0:
             real = torch.arange(total, device=key.device) >= past - seen.unsqueeze(1)
         if self.persistent is not None:
-            key, value = self._with_persistent(self.persistent.weight, key, value)
+            key, value = self._with_persistent(self.persistent, key, value)
             added = key.shape[1] - total
             past, total = past + added, total + added
             if window is not None:
@@ -124,14 +124,15 @@ class Attention(Mixer):
             self, query, key, value, mask, scaling=self.head_dim**-0.5, dropout=0.0, sliding_window=window
         )[0]
 
-    def _with_persistent(self, tokens: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values [B', T + T', H, K] with those of `tokens` [M, d] in front, at position 0."""
+    def _with_persistent(self, tokens: nn.Module, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values [B', T + T', H, K] with those of the persistent tokens in front, at position 0."""
         if self.config.sliding_window is not None and "flash" in str(self.config._attn_implementation):
             raise ValueError(
                 "`attn_implementation` must be able to see `num_persistent_tokens` outside of a "
                 f"`sliding_window`, as 'sdpa' is, got {self.config._attn_implementation!r}"
             )
-        rows = self.qkv_proj(tokens).to(key.dtype).unflatten(-1, (3, self.num_heads, self.head_dim))
+        weights = all_rows(tokens, self.config.num_persistent_tokens, key.device)
+        rows = self.qkv_proj(weights).to(key.dtype).unflatten(-1, (3, self.num_heads, self.head_dim))
         _, keys, values = rows.expand(len(key), -1, -1, -1, -1).unbind(2)
         return torch.cat([keys, key], dim=1), torch.cat([values, value], dim=1)
 

@@ -49,7 +49,7 @@ class BankedLinearAttention(Mixer):
         size = config.core_size
         self.qkv_proj = nn.Linear(size, 3 * size, bias=False)
         self.kernel_size = config.conv_kernel_size
-        self.conv = ShortConvolution(3 * size, self.kernel_size)
+        self.conv = ShortConvolution.of(3 * size, self.kernel_size)
         self.past_spec = past_spec(self.kernel_size, 3 * size)
         self.decay_proj = nn.Linear(size, self.num_heads * self.num_banks)
         if self.num_banks > 1:

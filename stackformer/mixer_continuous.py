@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from .configuration_stackformer import StackformerConfig
-from .layers_stackformer import ResidualProjection
+from .layers_stackformer import ResidualProjection, project
 from .memory_bank import at_least_float32
 from .mixer import Mixer
 from .mixer_attention import Attention
@@ -123,7 +123,7 @@ class ContinuousAttention(Mixer):
                 full = grid.full[:, number].view(-1, 1, 1)
                 block = tokens[:, number * self.block : (number + 1) * self.block]
                 first = (seen < self.block).view(-1, 1, 1) if number == 0 else None
-                memory = torch.where(full, self._absorb(memory, block, looked, first), memory)
+                memory = torch.where(full, self._absorb(memory, block, looked, first, hidden.dtype), memory)
                 looked = looked.masked_fill(full.squeeze(-1), 0)
         mixed = layout.to_tokens(grid.to_rows(torch.stack(read, dim=1)))
         state = (*recent, memory, grid.pending(tokens), *([looked] if self.sticky else []))
@@ -132,7 +132,7 @@ class ContinuousAttention(Mixer):
     def densities(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         """Where in [0, 1] queries [..., T', K] look for keys [..., N, K]: means and variances [..., T']."""
         scores = query @ key.mT * self.head_dim**-0.5
-        mean, variance = self.density_proj(scores).to(at_least_float32(scores)).unbind(-1)
+        mean, variance = project(self.density_proj, scores).to(at_least_float32(scores)).unbind(-1)
         return mean.sigmoid(), nn.functional.softplus(variance)
 
     def _look(self, query: Tensor, memory: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -141,21 +141,24 @@ class ContinuousAttention(Mixer):
         heads = (-1, self.num_heads, self.head_dim)
         key, value = (
             x.unflatten(-1, heads[1:]).transpose(1, 2)
-            for x in self.kv_proj(memory.to(self.kv_proj.weight.dtype)).chunk(2, dim=-1)
+            for x in self.kv_proj(memory.to(query.dtype)).chunk(2, dim=-1)
         )
         mean, variance = self.densities(query.unflatten(-1, heads[1:]).transpose(1, 2), key)
         centres, widths = radial_basis(self.num_basis, self.fit[1], mean)
         weights = expected_basis(mean, variance, centres, widths)
         return (weights.to(value.dtype) @ value).transpose(1, 2).flatten(2), mean, variance
 
-    def _absorb(self, memory: Tensor, block: Tensor, looked: Tensor, first: Tensor | None) -> Tensor:
+    def _absorb(
+        self, memory: Tensor, block: Tensor, looked: Tensor, first: Tensor | None, dtype: torch.dtype
+    ) -> Tensor:
         """The memory [B', N, d] after a block [B', C, d] of tokens.
 
         Args:
             looked: [B', N], for sticky memories, the histogram that says where the old signal is sampled.
             first: [B', 1, 1], for which rows there is no old signal; `None` if there is for all.
+            dtype: of the activations, in which the block is smoothed.
         """
-        smoothed = block.to(self.smooth.weight.dtype).mT
+        smoothed = block.to(dtype).mT
         smoothed = (self.smooth(smoothed).sigmoid() * smoothed).mT.to(memory.dtype)
         with torch.autocast(memory.device.type, enabled=False):
             fit = memory_fit(*self.fit, memory.dtype, memory.device)

@@ -38,7 +38,7 @@ class DeltaRule(Mixer):
         self.chunk_size = config.chunk_size
         self.qkv_proj = nn.Linear(size, 3 * size, bias=False)
         self.kernel_size = config.conv_kernel_size
-        self.conv = ShortConvolution(3 * size, self.kernel_size)
+        self.conv = ShortConvolution.of(3 * size, self.kernel_size)
         self.past_spec = past_spec(self.kernel_size, 3 * size)
         self.write_proj = nn.Linear(size, self.num_heads)
         self.decay_proj = nn.Linear(size, self.num_heads)

@@ -27,10 +27,20 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers.integrations.accelerate import force_accelerate_hooks
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from .configuration_stackformer import StackformerConfig
-from .layers_stackformer import ResidualProjection, RMSNorm, ShortConvolution, convolve, past_spec, swish_gate
+from .layers_stackformer import (
+    ResidualProjection,
+    RMSNorm,
+    ShortConvolution,
+    all_rows,
+    convolve,
+    past_spec,
+    project,
+    swish_gate,
+)
 from .memory_bank import at_least_float32
 from .mixer import Mixer
 from .mixer_attention import Attention, rotary_embedding, rotary_head_size
@@ -161,7 +171,7 @@ class NeuralMemory(nn.Module):
         self.max_step_size = config.memory_max_step_size
         self.qkv_proj = nn.Linear(size, 3 * size, bias=False)
         self.kernel_size = config.conv_kernel_size
-        self.conv = ShortConvolution(3 * size, self.kernel_size)
+        self.conv = ShortConvolution.of(3 * size, self.kernel_size)
         self.past_spec = past_spec(self.kernel_size, 3 * size)
         self.write_proj = nn.Linear(size, 3 * self.num_heads)
         self.initial_memory = nn.Parameter(
@@ -348,7 +358,7 @@ class MemoryAsContext(Mixer):
         self.memory = NeuralMemory(config)
         self.q_proj = nn.Linear(size, 2 * size, bias=False)
         self.kv_proj = nn.Linear(size, 2 * size, bias=False)
-        self.persistent = None
+        self.persistent, self.num_persistent = None, config.num_persistent_tokens
         if config.num_persistent_tokens > 0:
             self.persistent = nn.Embedding(config.num_persistent_tokens, size)
         self.attention_norm = RMSNorm(size, eps=config.rms_norm_eps)
@@ -359,6 +369,7 @@ class MemoryAsContext(Mixer):
         seen = TensorSpec("context", (self.memory.chunk_size - 1, 2, 2, *self.heads))
         return seen, *self.memory.state_spec()
 
+    @force_accelerate_hooks("memory")  # it reads weights of `memory` without calling it
     def forward(
         self, hidden: Tensor, pointer: Tensor, layout: TokenLayout, state: tuple[Tensor, ...] | None
     ) -> tuple[Tensor, tuple[Tensor, ...], None]:
@@ -408,7 +419,7 @@ class MemoryAsContext(Mixer):
 
         What the memory returned for a token stands where the token does.
         """
-        key, value = self.kv_proj(context).unflatten(-1, (2, *self.heads)).unbind(3)
+        key, value = project(self.kv_proj, context).unflatten(-1, (2, *self.heads)).unbind(3)
         positions = begun.unsqueeze(1) + torch.arange(query.shape[1], device=query.device)
         cos, sin = (x.to(query.dtype) for x in rotary_embedding(positions, self.heads[1], self.rope_theta))
         query, key = apply_rotary_pos_emb(
@@ -428,7 +439,8 @@ class MemoryAsContext(Mixer):
             visible = torch.cat([earlier, visible.expand(len(earlier), -1, -1)], dim=2)
         slots, visible = context.transpose(1, 2).flatten(2, 3), visible.repeat_interleave(2, dim=-1)
         if self.persistent is not None:
-            always = self.kv_proj(self.persistent.weight).unflatten(-1, (2, *self.heads)).transpose(0, 1)
+            tokens = all_rows(self.persistent, self.num_persistent, slots.device)
+            always = self.kv_proj(tokens).unflatten(-1, (2, *self.heads)).transpose(0, 1)
             slots = torch.cat([always.to(slots.dtype).expand(len(slots), -1, -1, -1, -1), slots], dim=2)
             visible = nn.functional.pad(visible, (always.shape[1], 0), value=True)
         key, value = slots.transpose(2, 3).unbind(1)  # [B', H, slots, K]

@@ -75,6 +75,10 @@ def packed_documents(
         starts = torch.zeros(length + 1, dtype=torch.long, device=bounds.device)
         documents = starts.index_fill_(0, bounds.long(), 1)[:length].cumsum(0).unsqueeze(0)
     elif position_ids is not None and length > 1:
+        if position_ids.dim() != 2 or position_ids.shape[0] not in (1, batch_size):
+            raise ValueError(
+                f"`position_ids` must have shape {(batch_size, length)}, got {tuple(position_ids.shape)}"
+            )
         begins = (position_ids == 0).expand(batch_size, -1)
         if attention_mask is not None:
             # Positions of padding mean nothing, and a row's first token ends no document.
@@ -83,10 +87,10 @@ def packed_documents(
         documents = begins.cumsum(-1)
     else:
         return None
-    if documents.shape != (batch_size, length):
+    if documents.shape != (batch_size, length) or documents.is_floating_point():
         raise ValueError(
-            f"`seq_idx` and `position_ids` must have shape {(batch_size, length)}, got "
-            f"{tuple(documents.shape)}"
+            f"`seq_idx` and `position_ids` must be integers of shape {(batch_size, length)}, got "
+            f"{documents.dtype} of shape {tuple(documents.shape)}"
         )
     return documents if (documents[:, 1:] != documents[:, :-1]).any() else None
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map
 from transformers import initialization as init
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, STATIC_LAYER_TYPE_MAPPING, Cache
@@ -32,6 +33,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import ModelOutput, can_return_tuple, logging
 
+from .adapters import adapters_by_token, mixed_batch_hooks
 from .cache_stackformer import (
     StackformerCache,
     StackformerCacheLayer,
@@ -40,7 +42,7 @@ from .cache_stackformer import (
 )
 from .configuration_stackformer import SPECIAL_TOKENS, StackformerConfig
 from .generation_stackformer import StackformerGenerationMixin
-from .identity import Mark, new_number, sample_digest
+from .identity import Mark, active_adapters, new_number, sample_digest
 from .layers_stackformer import NORMS, GatedMLP, ResidualProjection, ShortConvolution, SliceProjection
 from .memory_bank import at_least_float32
 from .mixer import Mixer
@@ -395,8 +397,9 @@ class StackformerModel(StackformerPreTrainedModel):
         if torch.compiler.is_compiling():
             return Mark(self, self.number, sample=None)
         versions = tuple((id(x), -1 if x.is_inference() else x._version) for x in self.parameters())
-        if self._mark is None or self._mark[0] != versions:
-            self._mark = versions, Mark(self, self.number, sample_digest(self))
+        known = versions, active_adapters(self)
+        if self._mark is None or self._mark[0] != known:
+            self._mark = known, Mark(self, self.number, sample_digest(self))
         return self._mark[1]
 
     @can_return_tuple
@@ -463,6 +466,7 @@ class StackformerModel(StackformerPreTrainedModel):
             raise ValueError(
                 f"`halting_threshold` must be at least 0 and less than 1, got {halting_threshold}"
             )
+        self._check_checkpoints()
         layout = self._layout(inputs_embeds, attention_mask, documents)
         check_depths(ponder_depths, layout)
 
@@ -486,6 +490,24 @@ class StackformerModel(StackformerPreTrainedModel):
             stack_trace=trace,
             **{CACHE_NAME: cache},
         )
+
+    def _check_checkpoints(self) -> None:
+        """Raises a ValueError for reentrant checkpoints of layers that run several times, under DDP: it would
+        take the gradient of the first time for the whole one."""
+        function = getattr(self.layers[0], "_gradient_checkpointing_func", None)
+        if function is None or not (self.training and self.layers[0].gradient_checkpointing):
+            return
+        ddp = DistributedDataParallel._get_active_ddp_module()
+        if (
+            ddp is not None
+            and not ddp.static_graph
+            and self.config.max_ponder_steps > 1
+            and getattr(function, "keywords", {}).get("use_reentrant", False)
+        ):
+            raise ValueError(
+                "`gradient_checkpointing_kwargs` must be {'use_reentrant': False} with several ponder steps "
+                "and DistributedDataParallel (unless it has `static_graph=True`), got {'use_reentrant': True}"
+            )
 
     def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         """The embeddings [B, T, D] of exactly one of ids [B, T] and embeddings."""
@@ -560,14 +582,15 @@ class StackformerModel(StackformerPreTrainedModel):
             stack = stack._replace(pointer=stack.pointer * layout.thinking.unsqueeze(-1))
         latest, hidden_states, steps = embeds, [embeds], []
         finished: list[tuple[Tensor, ...]] = []  # positions, outputs, distributions
-        steps_left = range(0)
+        steps_left, hooks = range(0), mixed_batch_hooks(self)
 
         for step in range(1, config.max_ponder_steps + 1):
             if layout.num_tokens == 0:
                 steps_left = range(step, config.max_ponder_steps + 1)
                 break
-            thought, bank_weights = self._think(stack, layout, step - 1, cache)
-            actions = self._actions(thought)
+            with adapters_by_token(hooks, layout):
+                thought, bank_weights = self._think(stack, layout, step - 1, cache)
+                actions = self._actions(thought)
             if with_trace:
                 steps.append(self._trace_step(layout, stack.pointer, actions, bank_weights))
             if all_thoughts:
@@ -634,8 +657,12 @@ class StackformerModel(StackformerPreTrainedModel):
     def _keep_in_graph(self, outputs: Tensor, steps_left: range) -> Tensor:
         """`outputs`, unchanged, as a function of the parameters that no token needed: where gradients are
         exchanged (DDP), every process must have one for each of them."""
-        unused = self if steps_left.start == 1 or self.step_gate is None else self.step_gate
-        sums = [x.sum().to(outputs.device) for x in unused.parameters() if x.requires_grad]
+        if steps_left.start > 2:
+            return outputs
+        # After a single step, nothing has read what it wrote to the frames, and no gate was needed.
+        unused = [self] if steps_left.start == 1 else [self.step_gate, self.return_norm]
+        parameters = [x for module in unused if module is not None for x in module.parameters()]
+        sums = [x.sum().to(outputs.device) for x in parameters if x.requires_grad]
         return outputs + 0 * torch.stack(sums).sum() if sums else outputs
 
     def _keep_up(self, outputs: Tensor, embeds: Tensor, steps: range, cache: Cache | None) -> Tensor:
@@ -826,14 +853,19 @@ class StackformerForCausalLM(StackformerPreTrainedModel, StackformerGenerationMi
             check_num_items(num_items_in_batch)
             documents = packed_documents(shape, attention_mask, position_ids, seq_idx, cu_seq_lens_q)
             shift_labels = label_each_token(shape, labels, shift_labels, attention_mask, documents, ignored)
-            loss = self.loss_function(
-                logits=logits,
-                labels=shift_labels,
-                shift_labels=shift_labels,
-                vocab_size=self.config.vocab_size,
-                num_items_in_batch=num_items_in_batch,
-                **kwargs,
-            )
+            try:
+                loss = self.loss_function(
+                    logits=logits,
+                    labels=shift_labels,
+                    shift_labels=shift_labels,
+                    vocab_size=self.config.vocab_size,
+                    num_items_in_batch=num_items_in_batch,
+                    **kwargs,
+                )
+            except IndexError as error:
+                raise ValueError(
+                    f"`labels` must be from 0 to {self.config.vocab_size - 1}, or {ignored} for none: {error}"
+                ) from error
             if self.training and self.config.ponder_loss_coef > 0:
                 counted = shift_labels != ignored
                 ponder_loss = self._ponder_loss(outputs, counted, num_items_in_batch)

@@ -257,6 +257,11 @@ class TokenLayout:
         """n, the number of active tokens."""
         return self.batch_size * self.length if self.positions is None else len(self.positions)
 
+    def row_of_tokens(self) -> Tensor:
+        """The batch row [n] of each active token."""
+        places = torch.arange(self.num_tokens) if self.positions is None else self.positions
+        return places.div(max(self.length, 1), rounding_mode="floor")
+
     def places(self, keep: Tensor) -> Tensor:
         """Places in the flattened [B, T] of those active tokens that `keep` tells, in order."""
         return keep if self.positions is None else self.positions.index_select(0, keep)

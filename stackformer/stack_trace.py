@@ -15,7 +15,6 @@ import os
 import unicodedata
 from dataclasses import dataclass
 from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +22,8 @@ import torch
 from torch import Tensor
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import ModelOutput
+
+from .files import replaced_file, write_file
 
 # Pieces of one UTF-8 character are at most this many bytes.
 _MAX_PIECES = 4
@@ -136,7 +137,7 @@ class TextTrace:
         data = json.dumps(self._page_data(), separators=(",", ":")).replace("<", "\\u003c")
         page = template.replace("{{data}}", data)
         if path is not None:
-            _write(path, page.encode("utf-8"))
+            write_file(path, page.encode("utf-8"))
         return page
 
     def _page_data(self) -> dict[str, Any]:
@@ -212,9 +213,8 @@ class TextTrace:
             axes[-1].set_xticks(
                 range(len(labels)), labels, family="monospace", rotation=turned, parse_math=False
             )
-        partial = Path(f"{path}.partial")
-        figure.savefig(partial, format="png", dpi=110)
-        partial.replace(path)
+        with replaced_file(path) as file:
+            figure.savefig(file, format="png", dpi=110)
 
     def _lines(self) -> list[list[tuple[str, int, int, int]]]:
         """The text in lines, as (character, column, columns, token): wide characters take two columns."""
@@ -300,12 +300,6 @@ def _to_numpy(tensor: Tensor) -> np.ndarray:
 def _fixed_point(array: np.ndarray) -> str:
     """Numbers within 0..1 as 16 bits each, little-endian, in base64: what a browser reads at once."""
     return base64.b64encode(np.rint(array.clip(0, 1) * 65535).astype("<u2").tobytes()).decode("ascii")
-
-
-def _write(path: str | os.PathLike, content: bytes) -> None:
-    partial = Path(f"{path}.partial")
-    partial.write_bytes(content)
-    partial.replace(path)
 
 
 __all__ = ["TextTrace", "split_text"]

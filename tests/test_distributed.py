@@ -106,6 +106,60 @@ def test_two_processes_train_as_one(folder, strategy):
         torch.testing.assert_close(saved, expected["weights"], **CLOSE)
 
 
+@pytest.fixture
+def group_of_one(tmp_path):
+    """A process group that has this process only."""
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_halting_saves_steps_where_processes_share_nothing(group_of_one, training):
+    """In inference, and under DDP, which only needs a gradient of every parameter."""
+    model = tiny_model(halting_threshold=0.9).train(training)
+    calls = []
+    model.model.layers[0].register_forward_hook(lambda *args: calls.append(1))
+    ids = make_rows(tiny_model())[0]["input_ids"].unsqueeze(0)  # done after one step
+    if not training:
+        with torch.no_grad():
+            model(ids)
+    else:
+        parallel = torch.nn.parallel.DistributedDataParallel(model)
+        for _ in range(2):  # the second one would fail if a parameter had had no gradient
+            parallel(input_ids=ids, labels=ids).loss.backward()
+        assert all(parameter.grad is not None for parameter in model.parameters())
+        calls = calls[::2]
+    assert len(calls) == 1
+
+
+def test_every_parameter_has_a_gradient_whatever_is_padding(group_of_one):
+    parallel = torch.nn.parallel.DistributedDataParallel(tiny_model().train())
+    ids = random_ids(2, 5)
+    for mask in (torch.zeros(2, 5), torch.ones(2, 5)):
+        parallel(input_ids=ids, labels=ids, attention_mask=mask.long()).logits.sum().backward()
+
+
+def test_reentrant_checkpoints_under_ddp_are_refused(group_of_one):
+    """Each ponder step would be taken for all of a layer's gradient."""
+    ids = random_ids(2, 5)
+    for options, possible in (
+        ({"use_reentrant": True}, False),
+        ({"use_reentrant": False}, True),
+    ):
+        for steps in (1, 3):
+            model = tiny_model(max_ponder_steps=steps, halting_threshold=0.0).train()
+            model.gradient_checkpointing_enable(options)
+            parallel = torch.nn.parallel.DistributedDataParallel(model)
+            if possible or steps == 1:
+                parallel(input_ids=ids, labels=ids).loss.backward()
+            else:
+                with pytest.raises(ValueError, match="must be {'use_reentrant': False} with several ponder"):
+                    parallel(input_ids=ids, labels=ids)
+    model(ids, labels=ids).loss.backward()  # without DDP, it is as good
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "native"])
 def test_checkpointing_and_accumulation_in_two_processes(folder, strategy):

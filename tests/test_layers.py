@@ -9,8 +9,8 @@ from stackformer.layers_stackformer import _MANY, RMSNorm, ShortConvolution, _No
     ("batch", "length", "channels", "kernel"), [(2, 9, 6, 4), (1, 33, 5, 1), (3, 1, 7, 4)]
 )
 def test_short_convolution_in_float32_has_kernels_of_its_own(batch, length, channels, kernel):
-    conv = ShortConvolution(channels, kernel)
-    exact = ShortConvolution(channels, kernel).double()
+    conv = ShortConvolution.of(channels, kernel)
+    exact = ShortConvolution.of(channels, kernel).double()
     exact.load_state_dict(conv.state_dict())
     window = torch.randn(batch, channels, kernel - 1 + length)
     results = []
@@ -24,7 +24,7 @@ def test_short_convolution_in_float32_has_kernels_of_its_own(batch, length, chan
 
 
 def test_short_convolution_is_torchs():
-    conv = ShortConvolution(6, 4).double()
+    conv = ShortConvolution.of(6, 4).double()
     window = torch.randn(2, 6, 12, dtype=torch.float64)
     expected = nn.functional.conv1d(window, conv.weight, groups=6)
     torch.testing.assert_close(conv(window), expected)

@@ -16,10 +16,14 @@ from transformers import (
     TorchAoConfig,
 )
 
-from stackformer import StackformerForSequenceClassification, StackformerForTokenClassification
+from stackformer import (
+    StackformerCache,
+    StackformerForSequenceClassification,
+    StackformerForTokenClassification,
+)
 from tests.models import random_ids, spread_weights, tiny_config, tiny_model
 from tests.test_generation import generate, greedy
-from tests.test_modeling import CLOSE
+from tests.test_modeling import CLOSE, every_shape
 
 either_way = pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 
@@ -103,6 +107,27 @@ def test_weights_on_disk(model, folder, tmp_path, options):
     assert_same_answers(loaded, model)
     loaded.save_pretrained(tmp_path / "again")
     assert_same_tensors(AutoModelForCausalLM.from_pretrained(tmp_path / "again"), model)
+
+
+@every_shape
+def test_weights_of_any_mixer_on_disk(tmp_path, shape):
+    """Also those that are read without calling the module that has them; and a memory knows its model."""
+    model, ids = tiny_model(**shape), random_ids(1, 6).repeat(1, 3)
+    model.save_pretrained(tmp_path / "model")
+    whole = {f"model.{name}": "cpu" for name, _ in model.model.named_children() if name != "layers"}
+    loaded = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "model",
+        device_map={"model.layers.0": "cpu", "model.layers.1": "disk", "lm_head": "cpu", **whole},
+        offload_folder=tmp_path / "offload",
+    )
+    on_disk = [name for name, parameter in loaded.named_parameters() if parameter.device.type == "meta"]
+    assert all(name in on_disk for name, _ in model.named_parameters() if name.startswith("model.layers.1."))
+    assert_same_answers(loaded, model)
+    with torch.no_grad():
+        memory = loaded(ids, use_cache=True).cache
+    memory.save_pretrained(tmp_path / "memory")
+    for other in (loaded, model):
+        assert StackformerCache.from_pretrained(tmp_path / "memory", other).get_seq_length() == 18
 
 
 @either_way
@@ -329,3 +354,28 @@ def test_quantised_loading(tmp_path, caplog, make_config, tolerance):
     assert generate(loaded, ids, 5, num_beams=2).shape == (2, 17)
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "again", device_map="cpu")
     assert torch.equal(again(ids).logits.float(), actual)
+    second.cache.save_pretrained(tmp_path / "memory")  # after a first use, which packs weights
+    assert StackformerCache.from_pretrained(tmp_path / "memory", loaded).get_seq_length() == 12
+
+
+@pytest.mark.parametrize("make_config", [torchao_int8, bitsandbytes_int8], ids=["torchao", "bitsandbytes"])
+@every_shape
+@torch.no_grad()
+def test_quantised_mixers(tmp_path, caplog, make_config, shape):
+    """Read at once and with a cache, and a memory that comes back."""
+    quantization_config = make_config()
+    caplog.set_level(logging.ERROR)
+    bottleneck = {} if shape.get("bottleneck_size", 64) is None else {"bottleneck_size": 64}
+    shape = shape | bottleneck | {"hidden_size": 128, "halting_threshold": 0.0}
+    model, ids = tiny_model(torch.float32, noise=0.02, **shape), random_ids(2, 12)
+    model.save_pretrained(tmp_path / "model")
+    loaded = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "model", quantization_config=quantization_config, device_map="cpu"
+    )
+    expected, actual = model(ids).logits, loaded(ids).logits.float()
+    assert 0 < (actual - expected).norm() < 0.1 * expected.norm()
+    cache = loaded(ids[:, :7], use_cache=True).cache
+    cache.save_pretrained(tmp_path / "memory")
+    cache = StackformerCache.from_pretrained(tmp_path / "memory", loaded)
+    rest = loaded(ids[:, 7:], cache=cache).logits.float()
+    assert (rest - actual[:, 7:]).norm() < 1e-3 * expected.norm()

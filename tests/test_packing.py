@@ -106,7 +106,7 @@ def test_position_ids_of_a_padded_batch_pack_nothing():
     "arguments,message",
     [
         ({"cu_seq_lens_q": torch.tensor([0, 4])}, "`cu_seq_lens_q` must ascend from 0 to the length 6"),
-        ({"seq_idx": torch.tensor([[0, 1]])}, "`seq_idx` and `position_ids` must have shape"),
+        ({"seq_idx": torch.tensor([[0, 1]])}, "`seq_idx` and `position_ids` must be integers of shape"),
         ({"position_ids": torch.tensor([[0, 1, 2, 0, 1, 2]]), "use_cache": True}, "packed documents"),
     ],
 )

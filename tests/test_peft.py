@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import Trainer, TrainingArguments
 
-from stackformer import StackformerForCausalLM, build_byte_tokenizer
+from stackformer import StackformerCache, StackformerForCausalLM, build_byte_tokenizer
 from tests.models import random_ids, spread_weights, tiny_config, tiny_model
 
 peft = pytest.importorskip("peft", reason="adapters need the optional package peft")
@@ -22,9 +22,8 @@ TARGETS = {
 
 
 def lora(targets, **options):
-    return peft.LoraConfig(
-        task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules=targets, init_lora_weights=True, **options
-    )
+    options = {"r": 4, "lora_alpha": 8, "init_lora_weights": True, **options}
+    return peft.LoraConfig(task_type="CAUSAL_LM", target_modules=targets, **options)
 
 
 def spread_adapter(model):
@@ -119,6 +118,124 @@ def test_train_save_reload_merge(tmp_path, targets, checkpointing):
         merged.save_pretrained(tmp_path / "merged")
         alone = StackformerForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto").eval()
         torch.testing.assert_close(alone(ids).logits, expected, **CLOSE)
+
+
+KINDS = {
+    "LoHa on the convolution": lambda: peft.LoHaConfig(task_type="CAUSAL_LM", r=4, target_modules=["conv"]),
+    "LoKr on the convolution": lambda: peft.LoKrConfig(task_type="CAUSAL_LM", r=4, target_modules=["conv"]),
+    "LoRA on the convolution": lambda: lora(["conv"], r=48),  # PEFT wants a multiple of the channels
+    "DoRA": lambda: lora("all-linear", use_dora=True),
+    "IA3": lambda: peft.IA3Config(
+        task_type="CAUSAL_LM", target_modules=["qkv_proj", "down_proj"], feedforward_modules=["down_proj"]
+    ),
+    "embeddings": lambda: lora(["embed_tokens", "persistent"]),
+    "whole modules": lambda: lora(["qkv_proj"], modules_to_save=["norm", "lm_head"]),
+}
+MIXERS = [
+    {},
+    {"mixer_types": ["delta_rule", "neural_memory"]},
+    {"mixer_types": ["attention", "memory_as_context"], "num_persistent_tokens": 2},
+]
+
+
+@pytest.mark.parametrize("shape", MIXERS, ids=["bank", "delta, memory", "attention, context"])
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS.keys())
+@torch.no_grad()
+def test_adapters_of_all_kinds(kind, shape):
+    """Read at once, in parts and token by token; and merged, where PEFT can."""
+    config = kind()
+    if config.target_modules == {"conv"} and "mixer_types" in shape and "attention" in shape["mixer_types"]:
+        shape = shape | {"mixer_types": ["banked_linear_attention", "memory_as_context"]}
+    base, ids = tiny_model(**shape), random_ids(2, 9)
+    before = base(ids).logits
+    model = peft.get_peft_model(base, config).eval()
+    generator = torch.Generator().manual_seed(1)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.copy_(parameter + 0.1 * torch.randn(parameter.shape, generator=generator))
+    expected = model(ids).logits
+    assert (expected - before).abs().max() > 1e-3
+    for size in (5, 1):
+        cache, logits = None, []
+        for part in ids.split(size, dim=1):
+            outputs = model(part, cache=cache, use_cache=True)
+            cache = outputs.cache
+            logits.append(outputs.logits)
+        torch.testing.assert_close(torch.cat(logits, dim=1), expected, **CLOSE)
+    text = model.generate(input_ids=ids, max_new_tokens=3, do_sample=False, use_cache=False)
+    assert torch.equal(model.generate(input_ids=ids, max_new_tokens=3, do_sample=False), text)
+    if config.target_modules != {"conv"} or not isinstance(config, peft.LoraConfig):
+        torch.testing.assert_close(model.merge_and_unload()(ids).logits, expected, **CLOSE)
+
+
+@pytest.mark.parametrize("rows", [2, 4])
+@pytest.mark.parametrize("halting_threshold", [0.0, 0.4])
+@torch.no_grad()
+def test_an_adapter_for_each_row(rows, halting_threshold):
+    """PEFT's mixed batches: with padding, with tokens that halt, and where tokens are as many as rows."""
+    model = peft.get_peft_model(tiny_model(halting_threshold=halting_threshold), lora("all-linear"))
+    model.add_adapter("other", lora("all-linear"))
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
+    model.eval()
+    names = ["default", "other", "__base__", "other"][:rows]
+    for length in (1, 4, 9):
+        ids, mask = random_ids(rows, length), torch.ones(rows, length, dtype=torch.long)
+        if length == 4:  # so many tokens as rows, which are not one of each
+            mask[:] = 0
+            mask[0, : rows - 1], mask[1, -1] = 1, 1
+        elif length > 1:
+            mask[0, :4], mask[1, -2:] = 0, 0
+        together = model(ids, attention_mask=mask, adapter_names=names).logits
+        for row, name in enumerate(names):
+            if name == "__base__":
+                with model.disable_adapter():
+                    alone = model(ids[row : row + 1], attention_mask=mask[row : row + 1]).logits
+            else:
+                model.set_adapter(name)
+                alone = model(ids[row : row + 1], attention_mask=mask[row : row + 1]).logits
+            real = mask[row].bool()
+            torch.testing.assert_close(together[row][real], alone[0][real], **CLOSE)
+    options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 256}
+    texts = model.generate(input_ids=ids, adapter_names=names, **options)
+    for row, name in enumerate(names[:2]):
+        model.set_adapter(name)
+        assert torch.equal(texts[row], model.generate(input_ids=ids[row : row + 1], **options)[0])
+
+
+@torch.no_grad()
+def test_a_memory_says_which_adapters_read_it(tmp_path):
+    """Saved and loaded by the PEFT model itself; refused with other adapters, or without them."""
+    model = spread_adapter(peft.get_peft_model(tiny_model(torch.float32), lora("all-linear"))).eval()
+    ids, more = random_ids(1, 9), random_ids(1, 4, seed=1)
+    memory = model(ids, use_cache=True).cache
+    memory.save_pretrained(tmp_path / "adapted")
+    loaded = StackformerCache.from_pretrained(tmp_path / "adapted", model)
+    assert torch.equal(model(more, cache=loaded).logits, model(more, cache=memory.clone()).logits)
+    with model.disable_adapter():
+        with pytest.raises(ValueError, match="other active adapters"):
+            StackformerCache.from_pretrained(tmp_path / "adapted", model)
+        with pytest.raises(ValueError, match=r"active that read this memory, \['default'\], got \[\]"):
+            memory.save_pretrained(tmp_path / "mistaken")
+        plain = model(ids, use_cache=True).cache
+        plain.save_pretrained(tmp_path / "plain")
+    with pytest.raises(ValueError, match="other active adapters"):
+        StackformerCache.from_pretrained(tmp_path / "plain", model)
+    with pytest.raises(ValueError, match=r"\[\], got \['default'\]"):
+        plain.save_pretrained(tmp_path / "mistaken")
+    # Without its adapter, the model is the one that it was made of.
+    StackformerCache.from_pretrained(tmp_path / "plain", tiny_model(torch.float32))
+    model.add_adapter("other", lora(["qkv_proj"]))
+    StackformerCache.from_pretrained(tmp_path / "adapted", model)
+    model.set_adapter("other")
+    with pytest.raises(ValueError, match="other active adapters"):
+        StackformerCache.from_pretrained(tmp_path / "adapted", model)
+    model.set_adapter("default")
+    merged = model.merge_and_unload()
+    with pytest.raises(ValueError, match="other weights"):
+        StackformerCache.from_pretrained(tmp_path / "adapted", merged)
 
 
 def test_prompt_tuning():

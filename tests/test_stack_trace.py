@@ -167,10 +167,11 @@ def test_files_appear_whole(tmp_path, monkeypatch):
         raise OSError("disk full")
 
     page.write_text("old")
-    monkeypatch.setattr("pathlib.Path.replace", fail)
+    monkeypatch.setattr("os.replace", fail)
     with pytest.raises(OSError, match="disk full"):
         trace.to_html(page)
     assert page.read_text() == "old"
+    assert {path.name for path in tmp_path.iterdir()} == {"trace.html", "trace.png"}
 
 
 @pytest.fixture(scope="module")
