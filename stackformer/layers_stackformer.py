@@ -157,7 +157,9 @@ def all_rows(embedding: nn.Module, count: int, device: torch.device) -> Tensor:
 
 def project(linear: nn.Module, x: Tensor) -> Tensor:
     """A linear layer on x [..., F] of any number of dimensions: quantised ones take three at most."""
-    return linear(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], -1)
+    if type(linear) is nn.Linear or x.dim() <= 3:
+        return linear(x)
+    return linear(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
 
 
 def past_spec(kernel_size: int, channels: int) -> TensorSpec:
