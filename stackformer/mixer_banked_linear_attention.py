@@ -46,7 +46,7 @@ from .memory_bank import (
     combine_spans,
     reverse_banked_linear_attention,
 )
-from .memory_bank_cpu import is_available, mix_once
+from .memory_bank_cpu import is_available, is_plain, mix_once
 from .processing_stack import StateOfAllRows, TokenLayout, address_memories
 
 
@@ -138,6 +138,8 @@ class BankedLinearAttention(nn.Module):
         """Whether these tokens may take the short way of decoding: one of each row, on a CPU, without
         gradients, and through modules that are as they were built."""
         if layout.row_length != 1 or layout.thinking is not None or hidden.device.type != "cpu":
+            return False
+        if not is_plain(hidden):
             return False
         if not is_available() or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return False
