@@ -264,6 +264,15 @@ def at_least_float32(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
+def can_look_at(tensor: Tensor) -> bool:
+    """Whether the operators that run may depend on the elements of a tensor. On a GPU these would have to be
+    waited for; where operators are recorded, or run for many tensors at once, there is no one answer."""
+    if tensor.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    watched = torch._C._len_torch_dispatch_stack() > 0
+    return is_plain(tensor) and not watched and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
+
 def _named_state(name: str, state: State | None) -> dict[str, Tensor]:
     if state is None:
         return {}
@@ -546,7 +555,7 @@ def _causal_product(weights: Tensor, value: Tensor) -> Tensor:
     out of it then, and set their own column to NaN from their own token on. Whether there are any, the last
     token tells, which has met all; on a GPU, to ask takes longer than to be prepared.
     """
-    if value.device.type == "cpu" and is_plain(value) and not torch.compiler.is_compiling():
+    if can_look_at(value):
         product = weights @ value
         if math.isfinite(product[..., -1, :].sum()):
             return product

@@ -333,7 +333,9 @@ def test_sizes_that_fit_no_stack(implementation, sizes):
 
 
 @built
-@pytest.mark.parametrize("sizes", [{"size": 600, "heads": 1}, {"banks": 3000, "levels": 1, "size": 4}])
+@pytest.mark.parametrize(
+    "sizes", [{"size": 600, "heads": 1}, {"banks": 400_000, "levels": 1, "heads": 1, "size": 1}]
+)
 def test_a_mixed_token_that_fits_no_stack(sizes):
     """The same in one piece as in halves of the batch, whatever its working set is."""
     arguments = make_step(batch=2, **sizes)
