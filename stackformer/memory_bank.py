@@ -41,6 +41,8 @@ _MAX_EXPONENT = {torch.float32: 80.0, torch.float64: 400.0}
 # The logarithm of nothing: its exp is 0, so a memory that decays by that much, or more, is wiped. In chunks
 # it stands for all logarithms below it, -inf included: sums of infinite ones have no differences.
 _NOTHING = {torch.float32: -104.0, torch.float64: -746.0}
+# Longer chunks are cut: their work space is larger than any memory, and its size than any integer in the end.
+_MAX_CHUNK = 2**20
 # Elements of work space for one group of chunks: large enough for large products, small enough for a cache.
 _WORKSPACE = 2**19
 
@@ -96,6 +98,7 @@ def banked_linear_attention(
     if chunk_size is None:
         chunk_size = 64 if read.shape[-1] < 4 else 128
     _check_chunk_size(chunk_size)
+    chunk_size = min(chunk_size, _MAX_CHUNK)
     _check_eps(eps)
     if max_decay is not None and not max_decay >= 0:
         raise ValueError(f"`max_decay` must be at least 0, got {max_decay}")

@@ -224,9 +224,11 @@ class BankedLinearAttention(nn.Module):
 
 def _is_untouched(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether calling a module does what its class says and nothing else: it may have been replaced, as by an
-    adapter, have another `forward`, as accelerate gives to modules whose weights it moves, or hooks."""
-    hooks = module._forward_hooks or module._forward_pre_hooks
-    return type(module) is kind and "forward" not in vars(module) and not hooks
+    adapter, have another `forward`, as accelerate gives to modules whose weights it moves, hooks, or a weight
+    of a type of its own, such as a quantised one."""
+    if type(module) is not kind or type(module.weight) not in (Tensor, nn.Parameter):
+        return False
+    return "forward" not in vars(module) and not module._forward_hooks and not module._forward_pre_hooks
 
 
 def _last_of_spans(latest: Tensor, counts: Tensor) -> Tensor:

@@ -347,6 +347,25 @@ def test_a_mixed_token_that_fits_no_stack(sizes):
     assert torch.isfinite(whole).all()
 
 
+@pytest.mark.parametrize("chunk_size", [2**20, 2**31, 2**40, 2**63, 2**80])
+@pytest.mark.parametrize("implementation", ["recurrent", *IMPLEMENTATIONS])
+def test_chunks_of_any_size(implementation, chunk_size):
+    """Whose squares no integer holds, and that no integer holds themselves."""
+    inputs = make_inputs(time=20)
+    output, _ = run(inputs, implementation, chunk_size=chunk_size)
+    again, _ = run(inputs, implementation, chunk_size=chunk_size, max_decay=1.0)
+    torch.testing.assert_close(again, output)
+    torch.autograd.grad(output.sum(), list(inputs.values()))
+
+
+@built
+def test_no_work_space_for_so_long_a_chunk():
+    """Of tokens that take no memory themselves; the operator is called as nobody else would."""
+    tokens, state = torch.ones(1).expand(1, 2**21, 1, 1), torch.ones(1, 1, 1, 1, 1)
+    with pytest.raises(MemoryError):
+        torch.ops.stackformer.chunk_forward([tokens] * 6, state, state[..., 0], 2**21, 1e-6, False)
+
+
 @built
 def test_a_state_from_inference_mode_may_be_trained_on():
     inputs = make_inputs(time=4)

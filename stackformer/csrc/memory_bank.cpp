@@ -749,6 +749,7 @@ struct Chunk {
             step(p, b, h);
             return true;
         }
+        if (p.chunk > 1 << 20) return false;  // its work space may be more bytes than an integer counts
         const int64_t bytes = layout(p, nullptr, backwards) * sizeof(real) + 64;
         void* workspace = std::malloc(bytes);
         if (!workspace) return false;
