@@ -445,7 +445,7 @@ class _Gates:
     """The exponentials of a group of chunks, each [B*H, count, C, R]; `decay` is [B*H, count, R]."""
 
     def __init__(self, read: Tensor, write: Tensor, log_decay: Tensor):
-        total = log_decay.clamp(min=_NOTHING[log_decay.dtype]).cumsum(-2)
+        total = log_decay.cumsum(-2)
         first, last = total[..., :1, :], total[..., -1:, :]
         # Where a later token is no number, the tokens before it are: they get a center that does for all.
         middle = torch.lerp(first, last, 0.5)
@@ -479,42 +479,72 @@ def _scan(state: Tensor, decay: Tensor, update: Tensor) -> tuple[Tensor, Tensor]
     return torch.stack(starts, dim=1), state
 
 
+class _GroupResults(NamedTuple):
+    """What the groups of chunks make together."""
+
+    groups: list[_ChunkGroup]
+    output: Tensor  # [B, T, H, V]
+    denominator: Tensor  # [B, T, H, 1]
+    group_states: Tensor  # [groups, B*H, R*K, V+1], at the start of each
+    state: Tensor  # [B*H, R*K, V+1], after the last one
+
+
+def _in_groups(
+    inputs: tuple[Tensor, ...], memory: Tensor, normalizer: Tensor, length: int, eps: float, prepared: bool
+) -> _GroupResults:
+    """The chunk form without gradients.
+
+    Args:
+        inputs: query to log decay, the latter finite or NaN; prepared: for values that are not finite.
+    """
+    batch, time, heads, key_size = inputs[0].shape
+    memories, value_size = inputs[3].shape[-1], inputs[2].shape[-1]
+    columns = memories * key_size
+    groups = _chunk_groups(
+        time, length, batch * heads * (length * (length + columns) + columns * (value_size + 1))
+    )
+    state = torch.cat([memory, normalizer.unsqueeze(-1)], dim=-1)
+    state = state.reshape(batch * heads, columns, value_size + 1)
+    group_states, outputs, denominators = [], [], []
+    for group in groups:
+        q, k, v, r, w, g = (_in_chunks(tensor, group, memory.dtype) for tensor in inputs)
+        v = _with_ones(v)
+        gates = _Gates(r, w, g)
+        group_states.append(state)
+        starts, state = _scan(state, gates.decay, _expand(gates.write_state, k).transpose(-1, -2) @ v)
+        weights = (q @ k.transpose(-1, -2)).mul_(_inside(gates)).tril_()
+        sums = _causal_product(weights, v) if prepared else weights @ v
+        sums = sums + _expand(gates.read_state, q) @ starts
+        denominator = sums[..., -1:] + eps
+        outputs.append(_from_chunks(sums[..., :-1] / denominator, heads))
+        denominators.append(_from_chunks(denominator, heads))
+    return _GroupResults(
+        groups, torch.cat(outputs, dim=1), torch.cat(denominators, dim=1), torch.stack(group_states), state
+    )
+
+
+def _bounded(log_decay: Tensor, dtype: torch.dtype) -> Tensor:
+    return log_decay.to(dtype).clamp(min=_NOTHING[dtype])
+
+
 class _ChunkedAttention(torch.autograd.Function):
     """`banked_linear_attention` in chunks, with its gradients written out."""
 
     @staticmethod
     def forward(ctx, query, key, value, read, write, log_decay, memory, normalizer, length, eps):
-        batch, time, heads, key_size = query.shape
-        memories, value_size = read.shape[-1], value.shape[-1]
-        dtype = memory.dtype
-        columns = memories * key_size
-        groups = _chunk_groups(
-            time, length, batch * heads * (length * (length + columns) + columns * (value_size + 1))
-        )
-        state = torch.cat([memory, normalizer.unsqueeze(-1)], dim=-1).reshape(
-            batch * heads, columns, value_size + 1
-        )
-        group_states, outputs, denominators = [], [], []
-        for group in groups:
-            q, k, v, r, w, g = (
-                _in_chunks(tensor, group, dtype) for tensor in (query, key, value, read, write, log_decay)
-            )
-            v = _with_ones(v)
-            gates = _Gates(r, w, g)
-            group_states.append(state)
-            starts, state = _scan(state, gates.decay, _expand(gates.write_state, k).transpose(-1, -2) @ v)
-            weights = (q @ k.transpose(-1, -2)).mul_(_inside(gates)).tril_()
-            sums = _causal_product(weights, v) + _expand(gates.read_state, q) @ starts
-            denominator = sums[..., -1:] + eps
-            outputs.append(_from_chunks(sums[..., :-1] / denominator, heads))
-            denominators.append(_from_chunks(denominator, heads))
-        output = torch.cat(outputs, dim=1).to(value.dtype)
-        state = state.view(batch, heads, memories, key_size, value_size + 1)
-        ctx.groups = groups
+        inputs = (query, key, value, read, write, _bounded(log_decay, memory.dtype))
+        # To be prepared for values that are no numbers takes time: only if there are any, where one may ask.
+        may_ask = can_look_at(value)
+        results = _in_groups(inputs, memory, normalizer, length, eps, prepared=not may_ask)
+        # The last token has met all others, through a product or a state.
+        if may_ask and not math.isfinite(results.output[:, -1].sum()):
+            results = _in_groups(inputs, memory, normalizer, length, eps, prepared=True)
+        output = results.output.to(value.dtype)
+        ctx.groups = results.groups
         ctx.save_for_backward(
-            query, key, value, read, write, log_decay, output,
-            torch.cat(denominators, dim=1), torch.stack(group_states),
+            query, key, value, read, write, log_decay, output, results.denominator, results.group_states
         )  # fmt: skip
+        state = results.state.view(*memory.shape[:-1], memory.shape[-1] + 1)
         return output, state[..., :-1].contiguous(), state[..., -1].contiguous()
 
     @staticmethod
@@ -526,9 +556,9 @@ class _ChunkedAttention(torch.autograd.Function):
     @staticmethod
     def _backward(ctx, grad_output, grad_memory, grad_normalizer):
         query, key, value, read, write, log_decay, output, denominator, group_states = ctx.saved_tensors
-        inputs = (query, key, value, read, write, log_decay)
-        heads = query.shape[2]
         dtype = denominator.dtype
+        inputs = (query, key, value, read, write, _bounded(log_decay, dtype))
+        heads = query.shape[2]
         grad_sums = grad_output.to(dtype) / denominator
         grad_sums = torch.cat([grad_sums, -(grad_sums * output).sum(-1, keepdim=True)], dim=-1)
         grad_state = torch.cat([grad_memory, grad_normalizer.unsqueeze(-1)], dim=-1).view_as(group_states[0])
@@ -540,7 +570,10 @@ class _ChunkedAttention(torch.autograd.Function):
             )
             for collected, grad in zip(grads, group_grads, strict=True):
                 collected.append(_from_chunks(grad, heads))
-        results = [torch.cat(parts[::-1], dim=1).to(x.dtype) for parts, x in zip(grads, inputs, strict=True)]
+        results = [torch.cat(parts[::-1], dim=1) for parts in grads]
+        # Where all is wiped, nothing passes; the sum is the rounding errors of what cancels in it.
+        results[5].masked_fill_(inputs[5] <= _NOTHING[dtype], 0.0)
+        results = [grad.to(x.dtype) for grad, x in zip(results, ctx.saved_tensors, strict=False)]
         grad_state = grad_state.view(*grad_memory.shape[:-1], grad_memory.shape[-1] + 1)
         return *results, grad_state[..., :-1], grad_state[..., -1], None, None
 
@@ -555,13 +588,8 @@ def _causal_product(weights: Tensor, value: Tensor) -> Tensor:
     """`weights` [B*H, count, C, C], lower triangular, times `value` [B*H, count, C, V].
 
     The product multiplies later values with 0, which is NaN for values that are not finite. These are left
-    out of it then, and set their own column to NaN from their own token on. Whether there are any, the last
-    token tells, which has met all; on a GPU, to ask takes longer than to be prepared.
+    out of it, and set their own column to NaN from their own token on.
     """
-    if can_look_at(value):
-        product = weights @ value
-        if math.isfinite(product[..., -1, :].sum()):
-            return product
     return weights @ value.nan_to_num(0.0, 0.0, 0.0) + (value - value).cumsum(-2)
 
 
@@ -603,8 +631,7 @@ def _group_backward(
     grad_total = grad_r * r - grad_write_inside * gates.write_inside - leaving
     grad_decay = (starts * grad_ends).sum(-1).unflatten(-1, (r.shape[-1], -1)).sum(-1) * gates.decay
     grad_total[..., -1, :] += leaving.sum(-2) + grad_decay
-    # Where all is wiped, nothing passes; the sum would be the rounding errors of what cancels in it.
-    grad_g = grad_total.flip(-2).cumsum(-2).flip(-2).masked_fill_(g <= _NOTHING[g.dtype], 0.0)
+    grad_g = grad_total.flip(-2).cumsum(-2).flip(-2)
     return (grad_q, grad_k, grad_v[..., :-1], grad_r, grad_w, grad_g), grad_state
 
 
