@@ -10,12 +10,18 @@ Per head, with memories m = 1..R, each a matrix `memory[m]` [K, V] and a key sum
 A read includes the token's own write. With one memory, unit gates and no decay this is the causal linear
 attention of Katharopoulos et al. 2020, "Transformers are RNNs" (equations 18 to 20).
 
+All forms are causal for NaN and infinities, too: the output before a token is the same, to the last bit,
+whatever is in its query, key, value, read or write. Its log decay may change the roundings of the outputs
+before it in its chunk, as the exponents of a chunk are centred; a NaN there changes no more than that.
+
 Letters: B batch, T time, H heads, K key size, V value size, R memories per head, C chunk length.
 Plain tensors in, plain tensors out: nothing here knows of a configuration or a cache.
 """
 
+import math
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from importlib.util import find_spec
 from typing import NamedTuple
@@ -24,14 +30,19 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .memory_bank_cpu import CompiledAttention, attend_once, is_available
+from .memory_bank_cpu import attend, check_inputs, check_tensors, is_available, is_plain
 
 IMPLEMENTATIONS = ("recurrent", "chunk", "cpp", "triton")
 _HAS_TRITON = find_spec("triton") is not None
 
 # The centred exponents of a chunk stay within +-_MAX_EXPONENT: exp(80) squared still is no float32 infinity
 # in the products that are kept (their sum of exponents is at most 0), and exp(-80) is no denormal.
-_MAX_EXPONENT = 80.0
+_MAX_EXPONENT = {torch.float32: 80.0, torch.float64: 400.0}
+# The logarithm of nothing: its exp is 0, so a memory that decays by that much, or more, is wiped. In chunks
+# it stands for all logarithms below it, -inf included: sums of infinite ones have no differences.
+_NOTHING = {torch.float32: -104.0, torch.float64: -746.0}
+# Longer chunks are cut: their work space is larger than any memory, and its size than any integer in the end.
+_MAX_CHUNK = 2**20
 # Elements of work space for one group of chunks: large enough for large products, small enough for a cache.
 _WORKSPACE = 2**19
 
@@ -58,7 +69,8 @@ def banked_linear_attention(
         value: [B, T, H, V].
         read, write: [B, T, H, R], weights of the memories, >= 0. A token whose write weights and log decays
             are zero leaves every memory as it was.
-        log_decay: [B, T, H, R], <= 0, logarithm of what is kept of each memory at each token.
+        log_decay: [B, T, H, R], <= 0, logarithm of what is kept of each memory at each token. -inf wipes a
+            memory: nothing is left of it, and no gradient passes.
         initial_state: memory [B, H, R, K, V] and normalizer [B, H, R, K]; zeros if `None`.
         chunk_size: tokens per chunk; changes speed and memory, not the result. `None` takes 64, or 128 from 4
             memories on, since one state per chunk is kept for the backward pass.
@@ -66,9 +78,11 @@ def banked_linear_attention(
             products per chunk, with a backward pass of its own), "cpp" (the same in C++, for CPUs, where it
             was built) or "triton" (the same as kernels for a GPU). `None` takes the fastest: "cpp" if it can,
             else "recurrent" for one token, and "triton" if it can or "chunk" for more.
-        max_decay: a bound on `-log_decay`, if the caller knows one. `None` measures it, which costs a
-            synchronisation on a GPU and a graph break under `torch.compile`. Chunks are shortened as far as
-            the bound demands, so that no exponential overflows.
+        max_decay: a bound on `-log_decay` of all tokens, if the caller knows one. Chunks are shortened as far
+            as the bound demands, so that no exponential overflows; infinity stands for no bound and shortens
+            them to a few tokens. `None` measures what each chunk decays by, so that a few tokens that wipe
+            memories shorten nothing; to measure costs a synchronisation on a GPU and a graph break under
+            `torch.compile`.
         eps: added to the denominator.
 
     Returns:
@@ -76,13 +90,18 @@ def banked_linear_attention(
         inputs).
 
     Raises:
-        ValueError: if shapes do not agree, or for an `implementation` that is unknown or not possible here.
+        ValueError: if shapes, dtypes or devices do not go together, for numbers out of range, or for an
+            `implementation` that is unknown or not possible here.
     """
-    _check_shapes(query, key, value, read, write, log_decay, initial_state)
+    keys, gates = {"query": query, "key": key}, {"read": read, "write": write, "log_decay": log_decay}
+    check_inputs(keys, value, gates, _named_state("initial_state", initial_state))
     if chunk_size is None:
         chunk_size = 64 if read.shape[-1] < 4 else 128
-    if chunk_size < 1:
-        raise ValueError(f"`chunk_size` must be at least 1, got {chunk_size}")
+    _check_chunk_size(chunk_size)
+    chunk_size = min(chunk_size, _MAX_CHUNK)
+    _check_eps(eps)
+    if max_decay is not None and not max_decay >= 0:
+        raise ValueError(f"`max_decay` must be at least 0, got {max_decay}")
     implementation = _choose_implementation(implementation, query, key, value, read)
 
     dtype = at_least_float32(query)
@@ -90,22 +109,20 @@ def banked_linear_attention(
         initial_state = init_memory_bank(query, value, read)
     memory, normalizer = (tensor.to(dtype) for tensor in initial_state)
 
-    with torch.autocast(query.device.type, enabled=False):
+    with _without_autocast(query.device):
         if implementation == "recurrent":
             tokens = [tensor.to(dtype) for tensor in (query, key, value, read, write, log_decay)]
-            output, state = _recurrent(tokens, (memory, normalizer), eps)
-            return output.to(value.dtype), state
-        if max_decay is None:
-            max_decay = float(log_decay.detach().abs().amax()) if log_decay.numel() else 0.0
-        length = _safe_chunk_length(chunk_size, max_decay)
+            output, new_state = _recurrent(tokens, (memory, normalizer), eps)
+            return output.to(value.dtype), new_state
+        if implementation == "triton":
+            from .memory_bank_triton import chunk_length, chunked_attention
+
+            chunk_size = chunk_length(chunk_size)
+        length = _safe_chunk_length(chunk_size, max_decay, log_decay, dtype)
         tensors = (query, key, value, read, write, log_decay, memory, normalizer)
         if implementation == "cpp":
-            keep_states = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-            attend = CompiledAttention.apply if keep_states or torch.compiler.is_compiling() else attend_once
-            output, memory, normalizer = attend(*tensors, length, eps, keep_states)
+            output, memory, normalizer = attend(*tensors, length, eps)
         elif implementation == "triton":
-            from .memory_bank_triton import chunked_attention
-
             output, memory, normalizer = chunked_attention(*tensors, length, eps)
         else:
             output, memory, normalizer = _ChunkedAttention.apply(*tensors, length, eps)
@@ -130,7 +147,27 @@ def banked_linear_attention_step(
 
     Returns:
         The output [B, H, V] and the new state.
+
+    Raises:
+        ValueError: if shapes, dtypes or devices do not go together.
     """
+    keys, gates = {"query": query, "key": key}, {"read": read, "write": write, "log_decay": log_decay}
+    check_inputs(keys, value, gates, _named_state("state", state), dimensions=3)
+    _check_eps(eps)
+    return _step(query, key, value, read, write, log_decay, state, eps)
+
+
+def _step(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    read: Tensor,
+    write: Tensor,
+    log_decay: Tensor,
+    state: State,
+    eps: float,
+) -> tuple[Tensor, State]:
+    """`banked_linear_attention_step` on tensors that were checked."""
     memory, normalizer = state
     decay = log_decay.exp().unsqueeze(-1)  # [B, H, R, 1]
     written_key = write.unsqueeze(-1) * key.unsqueeze(-2)  # [B, H, R, K]
@@ -153,7 +190,7 @@ def reverse_banked_linear_attention(
     """The state before some tokens, from the state after them: their writes taken out, their decay undone.
 
     What has decayed by exp(-a) comes back with its rounding error amplified by exp(a): undo only as much
-    decay as the dtype can bear.
+    decay as the dtype can bear. Of a memory that was wiped nothing comes back but NaN or infinities.
 
     Args:
         key: [B, T, H, K]; value: [B, T, H, V]; write, log_decay: [B, T, H, R], as they were on the way
@@ -163,7 +200,13 @@ def reverse_banked_linear_attention(
 
     Returns:
         The state before the T tokens, in the dtype of `final_state`.
+
+    Raises:
+        ValueError: if shapes, dtypes or devices do not go together, or `chunk_size` is not positive.
     """
+    state = _named_state("final_state", final_state)
+    check_inputs({"key": key}, value, {"write": write, "log_decay": log_decay}, state)
+    _check_chunk_size(chunk_size)
     memory, normalizer = final_state
     dtype = memory.dtype
     for stop in range(key.shape[1], 0, -chunk_size):
@@ -193,7 +236,17 @@ def combine_spans(log_decay: Tensor, memory: Tensor, normalizer: Tensor) -> Stat
 
     Returns:
         memory [B, H, R, K, V] and normalizer [B, H, R, K]
+
+    Raises:
+        ValueError: if shapes, dtypes or devices do not go together.
     """
+    if log_decay.dim() != 4:
+        raise ValueError(
+            f"`log_decay` must have shape [spans, batch, heads, memories], got {tuple(log_decay.shape)}"
+        )
+    bank = (*log_decay.shape, *memory.shape[4:6])
+    expected = (("log_decay", log_decay, bank[:4]), ("memory", memory, bank))
+    check_tensors("log_decay", log_decay.device, (*expected, ("normalizer", normalizer, bank[:5])))
     later = torch.cat([log_decay[1:], torch.zeros_like(log_decay[:1])]).flip(0).cumsum(0).flip(0)
     kept = later.exp().unsqueeze(-1)
     return (kept.unsqueeze(-1) * memory).sum(0), (kept * normalizer).sum(0)
@@ -214,31 +267,35 @@ def at_least_float32(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
-def _check_shapes(query, key, value, read, write, log_decay, initial_state) -> None:
-    if query.dim() != 4:
-        raise ValueError(f"`query` must have shape [batch, time, heads, key size], got {tuple(query.shape)}")
-    batch, time, heads, key_size = query.shape
-    if time < 1:
-        raise ValueError(
-            f"`query` must have at least one token (dimension 1), got shape {tuple(query.shape)}"
-        )
-    value_size, memories = value.shape[-1], read.shape[-1]
-    expected: dict[str, tuple[Tensor, tuple[int, ...]]] = {
-        "key": (key, (batch, time, heads, key_size)),
-        "value": (value, (batch, time, heads, value_size)),
-        "read": (read, (batch, time, heads, memories)),
-        "write": (write, (batch, time, heads, memories)),
-        "log_decay": (log_decay, (batch, time, heads, memories)),
-    }
-    if initial_state is not None:
-        memory, normalizer = initial_state
-        expected["initial_state[0]"] = (memory, (batch, heads, memories, key_size, value_size))
-        expected["initial_state[1]"] = (normalizer, (batch, heads, memories, key_size))
-    for name, (tensor, shape) in expected.items():
-        if tuple(tensor.shape) != shape:
-            raise ValueError(
-                f"`{name}` must have shape {shape} to go with `query`, got {tuple(tensor.shape)}"
-            )
+def can_look_at(tensor: Tensor) -> bool:
+    """Whether the operators that run may depend on the elements of a tensor. On a GPU these would have to be
+    waited for; where operators are recorded, or run for many tensors at once, there is no one answer."""
+    if tensor.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    watched = torch._C._len_torch_dispatch_stack() > 0
+    return is_plain(tensor) and not watched and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
+
+def _named_state(name: str, state: State | None) -> dict[str, Tensor]:
+    if state is None:
+        return {}
+    if len(state) != 2:
+        raise ValueError(f"`{name}` must be a memory and a normalizer, got {len(state)} tensors")
+    return {f"{name}[0]": state[0], f"{name}[1]": state[1]}
+
+
+def _without_autocast(device: torch.device) -> AbstractContextManager:
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+
+
+def _check_chunk_size(chunk_size: int) -> None:
+    if not isinstance(chunk_size, int) or chunk_size < 1:
+        raise ValueError(f"`chunk_size` must be an integer of at least 1, got {chunk_size!r}")
+
+
+def _check_eps(eps: float) -> None:
+    if not 0 <= eps < math.inf:
+        raise ValueError(f"`eps` must be at least 0 and finite, got {eps}")
 
 
 def _choose_implementation(
@@ -303,14 +360,40 @@ def _recurrent(tokens: list[Tensor], state: State, eps: float) -> tuple[Tensor, 
     """The definition, token by token; autograd differentiates it. `tokens`: query, key, ... [B, T, ...]."""
     outputs = []
     for query, key, value, read, write, log_decay in zip(*(x.unbind(1) for x in tokens), strict=True):
-        output, state = banked_linear_attention_step(query, key, value, read, write, log_decay, state, eps)
+        output, state = _step(query, key, value, read, write, log_decay, state, eps)
         outputs.append(output)
     return torch.stack(outputs, dim=1), state
 
 
-def _safe_chunk_length(chunk_size: int, max_decay: float) -> int:
-    """The longest chunk, halving from `chunk_size`, whose centred exponents stay inside float32."""
-    while chunk_size > 1 and (chunk_size - 1) * max_decay / 2 > _MAX_EXPONENT:
+def _safe_chunk_length(
+    chunk_size: int, max_decay: float | None, log_decay: Tensor, dtype: torch.dtype
+) -> int:
+    """The longest chunk, halving from `chunk_size`, whose centred exponents stay inside the dtype.
+
+    Args:
+        max_decay: the bound on all decays; `None` if there is none but `log_decay` [B, T, H, R] itself.
+    """
+    nothing, most = -_NOTHING[dtype], 2 * _MAX_EXPONENT[dtype]
+    if max_decay is not None:
+        decay = min(max_decay, nothing)
+        while chunk_size > 1 and (chunk_size - 1) * decay > most:
+            chunk_size //= 2
+        return chunk_size
+    while chunk_size // 2 >= log_decay.shape[1]:
+        chunk_size //= 2
+    if chunk_size == 1 or log_decay.is_meta or log_decay.numel() == 0:
+        return chunk_size
+    largest = float(log_decay.detach().abs().amax())
+    if (chunk_size - 1) * largest <= most:
+        return chunk_size
+    # The decay of each whole chunk: a few tokens that forget much, or all, need not shorten every chunk. NaN
+    # shortens none, so that it does not change the roundings of tokens before it.
+    decays = log_decay.detach().to(dtype).abs().nan_to_num(nan=0.0).clamp(max=nothing)
+    while chunk_size > 1:
+        padding = (0, 0, 0, 0, 0, -decays.shape[1] % chunk_size)
+        chunks = torch.nn.functional.pad(decays, padding).unflatten(1, (-1, chunk_size))
+        if float(chunks[:, :, 1:].sum(2).amax()) <= most:
+            break
         chunk_size //= 2
     return chunk_size
 
@@ -351,7 +434,7 @@ def _chunk_groups(time: int, length: int, elements_per_chunk: int) -> list[_Chun
     """Groups that fit the work space; the last one may be a single shorter chunk."""
     length = min(length, time)
     whole = time // length
-    per_group = max(1, _WORKSPACE // elements_per_chunk)
+    per_group = max(1, _WORKSPACE // max(1, elements_per_chunk))
     groups = [_ChunkGroup(i * length, min(per_group, whole - i), length) for i in range(0, whole, per_group)]
     if whole * length < time:
         groups.append(_ChunkGroup(whole * length, 1, time - whole * length))
@@ -363,10 +446,12 @@ class _Gates:
 
     def __init__(self, read: Tensor, write: Tensor, log_decay: Tensor):
         total = log_decay.cumsum(-2)
-        last = total[..., -1:, :]
-        center = (total[..., :1, :] + last) / 2
-        self.from_center, self.to_center = (total - center).exp(), (center - total).exp()
-        self.from_start, self.to_end = total.exp(), (last - total).exp()
+        first, last = total[..., :1, :], total[..., -1:, :]
+        # Where a later token is no number, the tokens before it are: they get a center that does for all.
+        middle = torch.lerp(first, last, 0.5)
+        center = torch.where(last <= first, middle, first - _MAX_EXPONENT[total.dtype])
+        self.from_center, self.to_center = (total - center).exp_(), (center - total).exp_()
+        self.from_start, self.to_end = total.exp(), (last - total).exp_()
         self.decay = last.squeeze(-2).exp()
         self.read_inside, self.write_inside = read * self.from_center, write * self.to_center
         self.read_state, self.write_state = read * self.from_start, write * self.to_end
@@ -394,56 +479,86 @@ def _scan(state: Tensor, decay: Tensor, update: Tensor) -> tuple[Tensor, Tensor]
     return torch.stack(starts, dim=1), state
 
 
+class _GroupResults(NamedTuple):
+    """What the groups of chunks make together."""
+
+    groups: list[_ChunkGroup]
+    output: Tensor  # [B, T, H, V]
+    denominator: Tensor  # [B, T, H, 1]
+    group_states: Tensor  # [groups, B*H, R*K, V+1], at the start of each
+    state: Tensor  # [B*H, R*K, V+1], after the last one
+
+
+def _in_groups(
+    inputs: tuple[Tensor, ...], memory: Tensor, normalizer: Tensor, length: int, eps: float, prepared: bool
+) -> _GroupResults:
+    """The chunk form without gradients.
+
+    Args:
+        inputs: query to log decay, the latter finite or NaN; prepared: for values that are not finite.
+    """
+    batch, time, heads, key_size = inputs[0].shape
+    memories, value_size = inputs[3].shape[-1], inputs[2].shape[-1]
+    columns = memories * key_size
+    groups = _chunk_groups(
+        time, length, batch * heads * (length * (length + columns) + columns * (value_size + 1))
+    )
+    state = torch.cat([memory, normalizer.unsqueeze(-1)], dim=-1)
+    state = state.reshape(batch * heads, columns, value_size + 1)
+    group_states, outputs, denominators = [], [], []
+    for group in groups:
+        q, k, v, r, w, g = (_in_chunks(tensor, group, memory.dtype) for tensor in inputs)
+        v = _with_ones(v)
+        gates = _Gates(r, w, g)
+        group_states.append(state)
+        starts, state = _scan(state, gates.decay, _expand(gates.write_state, k).transpose(-1, -2) @ v)
+        weights = (q @ k.transpose(-1, -2)).mul_(_inside(gates)).tril_()
+        sums = _causal_product(weights, v) if prepared else weights @ v
+        sums = sums + _expand(gates.read_state, q) @ starts
+        denominator = sums[..., -1:] + eps
+        outputs.append(_from_chunks(sums[..., :-1] / denominator, heads))
+        denominators.append(_from_chunks(denominator, heads))
+    return _GroupResults(
+        groups, torch.cat(outputs, dim=1), torch.cat(denominators, dim=1), torch.stack(group_states), state
+    )
+
+
+def _bounded(log_decay: Tensor, dtype: torch.dtype) -> Tensor:
+    return log_decay.to(dtype).clamp(min=_NOTHING[dtype])
+
+
 class _ChunkedAttention(torch.autograd.Function):
     """`banked_linear_attention` in chunks, with its gradients written out."""
 
     @staticmethod
     def forward(ctx, query, key, value, read, write, log_decay, memory, normalizer, length, eps):
-        batch, time, heads, key_size = query.shape
-        memories, value_size = read.shape[-1], value.shape[-1]
-        dtype = memory.dtype
-        columns = memories * key_size
-        groups = _chunk_groups(
-            time, length, batch * heads * (length * (length + columns) + columns * (value_size + 1))
-        )
-        state = torch.cat([memory, normalizer.unsqueeze(-1)], dim=-1).reshape(
-            batch * heads, columns, value_size + 1
-        )
-        group_states, outputs, denominators = [], [], []
-        for group in groups:
-            q, k, v, r, w, g = (
-                _in_chunks(tensor, group, dtype) for tensor in (query, key, value, read, write, log_decay)
-            )
-            v = _with_ones(v)
-            gates = _Gates(r, w, g)
-            group_states.append(state)
-            starts, state = _scan(state, gates.decay, _expand(gates.write_state, k).transpose(-1, -2) @ v)
-            weights = (q @ k.transpose(-1, -2)) * _inside(gates)
-            sums = weights @ v + _expand(gates.read_state, q) @ starts
-            denominator = sums[..., -1:] + eps
-            outputs.append(_from_chunks(sums[..., :-1] / denominator, heads))
-            denominators.append(_from_chunks(denominator, heads))
-        output = torch.cat(outputs, dim=1).to(value.dtype)
-        state = state.view(batch, heads, memories, key_size, value_size + 1)
-        ctx.groups = groups
+        inputs = (query, key, value, read, write, _bounded(log_decay, memory.dtype))
+        # To be prepared for values that are no numbers takes time: only if there are any, where one may ask.
+        may_ask = can_look_at(value)
+        results = _in_groups(inputs, memory, normalizer, length, eps, prepared=not may_ask)
+        # The last token has met all others, through a product or a state.
+        if may_ask and not math.isfinite(results.output[:, -1].sum()):
+            results = _in_groups(inputs, memory, normalizer, length, eps, prepared=True)
+        output = results.output.to(value.dtype)
+        ctx.groups = results.groups
         ctx.save_for_backward(
-            query, key, value, read, write, log_decay, output,
-            torch.cat(denominators, dim=1), torch.stack(group_states),
+            query, key, value, read, write, log_decay, output, results.denominator, results.group_states
         )  # fmt: skip
+        state = results.state.view(*memory.shape[:-1], memory.shape[-1] + 1)
         return output, state[..., :-1].contiguous(), state[..., -1].contiguous()
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_output, grad_memory, grad_normalizer):
-        with torch.autocast(grad_output.device.type, enabled=False):
+        with _without_autocast(grad_output.device):
             return _ChunkedAttention._backward(ctx, grad_output, grad_memory, grad_normalizer)
 
     @staticmethod
     def _backward(ctx, grad_output, grad_memory, grad_normalizer):
         query, key, value, read, write, log_decay, output, denominator, group_states = ctx.saved_tensors
-        inputs = (query, key, value, read, write, log_decay)
-        heads = query.shape[2]
         dtype = denominator.dtype
+        inputs = (query, key, value, read, write, _bounded(log_decay, dtype))
+        heads = query.shape[2]
         grad_sums = grad_output.to(dtype) / denominator
         grad_sums = torch.cat([grad_sums, -(grad_sums * output).sum(-1, keepdim=True)], dim=-1)
         grad_state = torch.cat([grad_memory, grad_normalizer.unsqueeze(-1)], dim=-1).view_as(group_states[0])
@@ -455,14 +570,27 @@ class _ChunkedAttention(torch.autograd.Function):
             )
             for collected, grad in zip(grads, group_grads, strict=True):
                 collected.append(_from_chunks(grad, heads))
-        results = [torch.cat(parts[::-1], dim=1).to(x.dtype) for parts, x in zip(grads, inputs, strict=True)]
-        grad_state = grad_state.view(*grad_memory.shape[:-1], -1)
+        results = [torch.cat(parts[::-1], dim=1) for parts in grads]
+        # Where all is wiped, nothing passes; the sum is the rounding errors of what cancels in it.
+        results[5].masked_fill_(inputs[5] <= _NOTHING[dtype], 0.0)
+        results = [grad.to(x.dtype) for grad, x in zip(results, ctx.saved_tensors, strict=False)]
+        grad_state = grad_state.view(*grad_memory.shape[:-1], grad_memory.shape[-1] + 1)
         return *results, grad_state[..., :-1], grad_state[..., -1], None, None
 
 
 def _inside(gates: _Gates) -> Tensor:
-    """How much of token j is read at token i of the same chunk, all memories together [B*H, count, C, C]."""
-    return (gates.read_inside @ gates.write_inside.transpose(-1, -2)).tril()
+    """How much of token j is read at token i of the same chunk, all memories together [B*H, count, C, C], if
+    j <= i; anything, infinities and NaN included, if not."""
+    return gates.read_inside @ gates.write_inside.transpose(-1, -2)
+
+
+def _causal_product(weights: Tensor, value: Tensor) -> Tensor:
+    """`weights` [B*H, count, C, C], lower triangular, times `value` [B*H, count, C, V].
+
+    The product multiplies later values with 0, which is NaN for values that are not finite. These are left
+    out of it, and set their own column to NaN from their own token on.
+    """
+    return weights @ value.nan_to_num(0.0, 0.0, 0.0) + (value - value).cumsum(-2)
 
 
 def _group_backward(
@@ -479,7 +607,7 @@ def _group_backward(
     grad_ends, grad_state = _scan(grad_state, decay, (read_query.transpose(-1, -2) @ grad_sums).flip(1))
     grad_ends = grad_ends.flip(1)
 
-    scores, inside = q @ k.transpose(-1, -2), _inside(gates)
+    scores, inside = q @ k.transpose(-1, -2), _inside(gates).tril()
     grad_weights = grad_sums @ v.transpose(-1, -2)
     grad_scores = grad_weights * inside  # `inside` is lower triangular
     grad_inside = (grad_weights * scores).tril()
@@ -536,5 +664,5 @@ FEATURE_MAPS: dict[str, FeatureMap] = {
     "relu": torch.nn.functional.relu,
     "softplus": torch.nn.functional.softplus,
     "softmax": lambda x: x.softmax(-1),
-    "exp": lambda x: x.clamp(max=_MAX_EXPONENT / 4).exp(),
+    "exp": lambda x: x.clamp(max=20.0).exp(),
 }

@@ -3,16 +3,23 @@
 
 setup.py builds it where it finds a compiler. It is loaded with ctypes and knows nothing of torch, so that one
 build does for every version. Nothing depends on it: without it, memory_bank.py does the same in torch.
+
+The library reads and writes wherever a pointer leads. So what becomes a pointer here is checked before:
+`check_inputs`, which every implementation of the operator shares, and `_pointer`.
 """
 
 import ctypes
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
+_CPU = torch.device("cpu")
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _INPUTS = ("query", "key", "value", "read", "write", "log_decay")
 # `Precision` of csrc/memory_bank.cpp, by the dtype of queries, keys, values and output.
 _PRECISIONS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
@@ -43,7 +50,7 @@ class _Step(ctypes.Structure):
     """`Step` of csrc/memory_bank.cpp, field by field."""
 
     _fields_ = (
-        [(n, ctypes.c_int64) for n in ("batch", "heads", "size", "banks", "levels", "taps")]
+        [(n, ctypes.c_int64) for n in ("batch", "count", "heads", "size", "banks", "levels", "taps")]
         + [(n, ctypes.c_double) for n in ("eps", "norm_eps")]
         + [(n, ctypes.c_void_p) for n in ("projected", "conv_weight")]
         + [(n, ctypes.c_void_p) for n in ("pointer", "read", "write", "log_decay")]
@@ -52,20 +59,44 @@ class _Step(ctypes.Structure):
     )
 
 
-def _load_library() -> ctypes.CDLL | None:
-    for path in Path(__file__).parent.glob("_memory_bank.*"):
+# `stackformer_abi` of csrc/memory_bank.cpp: a number that both sides change together, and the structs' sizes.
+_ABI = (2 * 10000 + ctypes.sizeof(_Problem)) * 10000 + ctypes.sizeof(_Step)
+
+
+def _load_library(folder: Path) -> ctypes.CDLL | None:
+    """The library in a folder that was built for this platform and for this file; `None` if there is none."""
+    others = []
+    for path in sorted(folder.glob("_memory_bank.*")):
         try:
             library = ctypes.CDLL(str(path))
-            library.stackformer_memory_bank.argtypes = [ctypes.POINTER(_Problem)] + [ctypes.c_int] * 3
-            library.stackformer_step.argtypes = [ctypes.POINTER(_Step)] + [ctypes.c_int] * 2
-            library.stackformer_step.restype = None
-            return library
-        except (OSError, AttributeError):  # built for another platform
+        except OSError:  # built for another platform
             continue
+        if _abi_of(library) != _ABI:  # it would read structs that it was not built for
+            others.append(path.name)
+            continue
+        library.stackformer_memory_bank.argtypes = [ctypes.POINTER(_Problem)] + [ctypes.c_int] * 3
+        library.stackformer_step.argtypes = [ctypes.POINTER(_Step)] + [ctypes.c_int] * 2
+        return library
+    if others:
+        warnings.warn(
+            f"{', '.join(others)} in {folder} was built for another version of stackformer and is not used; "
+            "torch is, which is slower. Install stackformer again to build it anew.",
+            stacklevel=2,
+        )
     return None
 
 
-_LIBRARY = _load_library()
+def _abi_of(library: ctypes.CDLL) -> int | None:
+    """The number that a library was built with; `None` for one from before there were numbers."""
+    try:
+        function = library.stackformer_abi
+    except AttributeError:
+        return None
+    function.restype = ctypes.c_int64
+    return function()
+
+
+_LIBRARY = _load_library(Path(__file__).parent)
 
 
 def is_available() -> bool:
@@ -73,15 +104,88 @@ def is_available() -> bool:
     return _LIBRARY is not None
 
 
+def check_tensors(
+    of: str, device: torch.device, expected: Iterable[tuple[str, Tensor, tuple[int, ...]]]
+) -> None:
+    """Raise a ValueError that names the first tensor that does not go with the others.
+
+    Args:
+        of: the name of the one that the others have to go with.
+        device: of that one.
+        expected: name, tensor and shape of each. A token of decoding has a dozen: three comparisons each.
+    """
+    for name, tensor, shape in expected:
+        if tensor.shape != shape:
+            raise ValueError(
+                f"`{name}` must have shape {tuple(shape)} to go with `{of}`, got {tuple(tensor.shape)}"
+            )
+        if tensor.dtype not in _DTYPES:
+            raise ValueError(f"`{name}` must be one of {_DTYPES}, got {tensor.dtype}")
+        if tensor.device != device:
+            raise ValueError(f"`{name}` must be on {device} as `{of}` is, got a tensor on {tensor.device}")
+
+
+def check_inputs(
+    keys: Mapping[str, Tensor],
+    value: Tensor,
+    gates: Mapping[str, Tensor],
+    state: Mapping[str, Tensor],
+    dimensions: int = 4,
+) -> None:
+    """Raise a ValueError that names what is wrong with the inputs of the operator, if anything is.
+
+    Args:
+        keys: [B, T, H, K] or [B, H, K], as many `dimensions` as these have; value: [..., V]; gates: [..., R].
+        state: a memory [B, H, R, K, V] and a normalizer [B, H, R, K], or neither.
+    """
+    of, like = next(iter(keys.items()))
+    if like.dim() != dimensions:
+        letters = "[batch, time, heads, key size]" if dimensions == 4 else "[batch, heads, key size]"
+        raise ValueError(f"`{of}` must have shape {letters}, got {tuple(like.shape)}")
+    gate, one_gate = next(iter(gates.items()))
+    for name, tensor in ((of, like), ("value", value), (gate, one_gate)):
+        if 0 in tensor.shape[1:]:
+            raise ValueError(
+                f"`{name}` must have at least one token, head and feature, got shape {tuple(tensor.shape)}"
+            )
+    tokens, key_size = tuple(like.shape[:-1]), like.shape[-1]
+    value_size, memories = (x.shape[-1] if x.dim() > 0 else 0 for x in (value, one_gate))
+    expected = [(name, tensor, (*tokens, key_size)) for name, tensor in keys.items()]
+    expected.append(("value", value, (*tokens, value_size)))
+    expected += [(name, tensor, (*tokens, memories)) for name, tensor in gates.items()]
+    bank = (tokens[0], tokens[-1], memories, key_size)
+    expected += zip(state, state.values(), ((*bank, value_size), bank), strict=False)
+    check_tensors(of, like.device, expected)
+
+
+def _pointer(tensor: Tensor) -> int:
+    pointer = tensor.data_ptr()
+    if not pointer and tensor.numel() > 0:
+        raise ValueError(
+            f"tensors must have their elements in memory, got a {type(tensor).__name__} of shape "
+            f"{tuple(tensor.shape)} without any"
+        )
+    return pointer
+
+
 def _tokens(tensor: Tensor) -> _Tokens:
-    return _Tokens(tensor.data_ptr(), *tensor.stride()[:3])
+    return _Tokens(_pointer(tensor), *tensor.stride()[:3])
 
 
 def _dense(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """In the dtype, and with a last dimension that is dense."""
+    """In the dtype, with a last dimension that is dense, and with the sign that is in memory."""
     if tensor.dtype != dtype:  # to ask takes a tenth of `to`, of which a token of decoding has many
         tensor = tensor.to(dtype)
-    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+    if tensor.is_neg():
+        tensor = tensor.resolve_neg()
+    return tensor if tensor.stride()[-1] == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+
+
+def _contiguous(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """In the dtype, with all dimensions dense, and with the sign that is in memory."""
+    if tensor.dtype == dtype and tensor.is_contiguous() and not tensor.is_neg():
+        return tensor
+    return tensor.to(dtype).contiguous().resolve_neg()
 
 
 def _dtypes(inputs: Sequence[Tensor], dtype: torch.dtype) -> list[torch.dtype]:
@@ -101,7 +205,9 @@ def _run(problem: _Problem, dtype: torch.dtype, backwards: bool) -> None:
         raise MemoryError("no memory for the work space of banked linear attention")
 
 
-def _problem(inputs: list[Tensor], output: Tensor, denominator: Tensor, length: int, eps: float) -> _Problem:
+def _problem(
+    inputs: Sequence[Tensor], output: Tensor, denominator: Tensor, length: int, eps: float
+) -> _Problem:
     query, _, value, read, _, _ = inputs
     batch, time, heads, key_size = query.shape
     return _Problem(
@@ -120,21 +226,57 @@ def _problem(inputs: list[Tensor], output: Tensor, denominator: Tensor, length: 
 
 
 def _forward(
-    inputs: list[Tensor], memory: Tensor, normalizer: Tensor, length: int, eps: float, keep_states: bool
+    inputs: Sequence[Tensor], memory: Tensor, normalizer: Tensor, length: int, eps: float, keep_states: bool
 ) -> list[Tensor]:
     """Output [B, T, H, V], in bfloat16 if the tokens are, else the dtype of the state; denominator
     [B, T, H, 1], the final state, and the states at the start of each chunk [B, H, chunks, ...], empty if not
     `keep_states`."""
     inputs = _as_taken(inputs, memory.dtype)
-    memory, normalizer = memory.contiguous(), normalizer.contiguous()
+    memory, normalizer = (_contiguous(tensor, memory.dtype) for tensor in (memory, normalizer))
     results = _empty_results(inputs, memory, normalizer, length, eps, keep_states)
     problem = _problem(inputs, results[0], results[1], length, eps)
-    problem.memory, problem.normalizer = memory.data_ptr(), normalizer.data_ptr()
-    problem.final_memory, problem.final_normalizer = results[2].data_ptr(), results[3].data_ptr()
+    problem.memory, problem.normalizer = _pointer(memory), _pointer(normalizer)
+    problem.final_memory, problem.final_normalizer = _pointer(results[2]), _pointer(results[3])
     if keep_states:
-        problem.start_memory, problem.start_normalizer = results[4].data_ptr(), results[5].data_ptr()
+        problem.start_memory, problem.start_normalizer = _pointer(results[4]), _pointer(results[5])
     _run(problem, results[0].dtype, False)
     return results
+
+
+def _checked_forward(
+    inputs: Sequence[Tensor], memory: Tensor, normalizer: Tensor, length: int, eps: float, keep_states: bool
+) -> list[Tensor]:
+    """`_forward` for anybody who calls the operator."""
+    _check_forward(inputs, memory, normalizer, length)
+    return _forward(inputs, memory, normalizer, length, eps, keep_states)
+
+
+def _fake_forward(inputs, memory, normalizer, length, eps, keep_states) -> list[Tensor]:
+    _check_forward(inputs, memory, normalizer, length)
+    return _empty_results(inputs, memory, normalizer, length, eps, keep_states)
+
+
+def _check_forward(inputs: Sequence[Tensor], memory: Tensor, normalizer: Tensor, length: int) -> None:
+    _check_call(inputs, {"memory": memory, "normalizer": normalizer}, length)
+    _check_precision("memory", memory)
+    if normalizer.dtype != memory.dtype:
+        raise ValueError(f"`normalizer` must be {memory.dtype} as `memory` is, got {normalizer.dtype}")
+
+
+def _check_call(inputs: Sequence[Tensor], state: Mapping[str, Tensor], length: int) -> None:
+    """Raise a ValueError unless the tensors go together, and so are all where the first one is."""
+    if len(inputs) != len(_INPUTS):
+        raise ValueError(f"`inputs` must be the {len(_INPUTS)} tensors {_INPUTS}, got {len(inputs)}")
+    if length < 1:
+        raise ValueError(f"`length` must be at least 1, got {length}")
+    named = dict(zip(_INPUTS, inputs, strict=True))
+    keys, value = {name: named.pop(name) for name in ("query", "key")}, named.pop("value")
+    check_inputs(keys, value, named, state)
+
+
+def _check_precision(name: str, tensor: Tensor) -> None:
+    if tensor.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"`{name}` must be torch.float32 or torch.float64, got {tensor.dtype}")
 
 
 def _empty_results(inputs, memory, normalizer, length, eps, keep_states) -> list[Tensor]:
@@ -163,17 +305,21 @@ def _backward(
     eps: float,
 ) -> list[Tensor]:
     """Gradients of the six inputs and of the initial state, from those of output and final state."""
+    tensors = (output, denominator, start_memory, start_normalizer)
+    _check_backward(inputs, *tensors, grad_output, grad_memory, grad_normalizer, length)
     dtype = denominator.dtype
     inputs = _as_taken(inputs, dtype)
     output, grad_output = _dense(output, inputs[0].dtype), _dense(grad_output, inputs[0].dtype)
+    start_memory, start_normalizer = (_contiguous(x, dtype) for x in (start_memory, start_normalizer))
     grads = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in inputs]
     # Copies: the gradients of the final state are overwritten with those of the initial one.
     states = [
-        x.to(dtype).clone(memory_format=torch.contiguous_format) for x in (grad_memory, grad_normalizer)
+        x.to(dtype).clone(memory_format=torch.contiguous_format).resolve_neg()
+        for x in (grad_memory, grad_normalizer)
     ]
     problem = _problem(inputs, output, denominator, length, eps)
-    problem.start_memory, problem.start_normalizer = start_memory.data_ptr(), start_normalizer.data_ptr()
-    problem.final_memory, problem.final_normalizer = states[0].data_ptr(), states[1].data_ptr()
+    problem.start_memory, problem.start_normalizer = _pointer(start_memory), _pointer(start_normalizer)
+    problem.final_memory, problem.final_normalizer = _pointer(states[0]), _pointer(states[1])
     problem.grad_output = _tokens(grad_output)
     for name, grad in zip(_INPUTS, grads, strict=True):
         setattr(problem, f"grad_{name}", _tokens(grad))
@@ -181,9 +327,32 @@ def _backward(
     return grads + states
 
 
-def _empty_gradients(
-    inputs, output, denominator, memory, normalizer, grad_output, grad_memory, grad_normalizer, *_
-):
+def _check_backward(
+    inputs, output, denominator, start_memory, start_normalizer, grad_output, grad_memory, grad_normalizer,
+    length,
+) -> None:  # fmt: skip
+    _check_call(inputs, {"grad_memory": grad_memory, "grad_normalizer": grad_normalizer}, length)
+    (batch, time, heads, _), value = inputs[0].shape, inputs[2]
+    chunks, bank = -(-time // min(length, time)), grad_memory.shape[2:]
+    check_tensors(
+        "query",
+        value.device,
+        (
+            ("output", output, value.shape),
+            ("grad_output", grad_output, value.shape),
+            ("denominator", denominator, (batch, time, heads, 1)),
+            ("start_memory", start_memory, (batch, heads, chunks, *bank)),
+            ("start_normalizer", start_normalizer, (batch, heads, chunks, *bank[:-1])),
+        ),
+    )
+    _check_precision("denominator", denominator)
+
+
+def _fake_backward(
+    inputs, output, denominator, memory, normalizer, grad_output, grad_memory, grad_normalizer, length, eps
+) -> list[Tensor]:
+    tensors = (output, denominator, memory, normalizer, grad_output, grad_memory, grad_normalizer)
+    _check_backward(inputs, *tensors, length)
     dtypes = _dtypes(inputs, denominator.dtype) + [denominator.dtype] * 2
     shapes = [x.shape for x in (*inputs, grad_memory, grad_normalizer)]
     return [denominator.new_empty(shape, dtype=dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
@@ -201,18 +370,10 @@ if is_available():
         "Tensor start_normalizer, Tensor grad_output, Tensor grad_memory, Tensor grad_normalizer, "
         "int length, float eps) -> Tensor[]"
     )
-    _OPERATORS.impl("chunk_forward", _forward, "CPU")
+    _OPERATORS.impl("chunk_forward", _checked_forward, "CPU")
     _OPERATORS.impl("chunk_backward", _backward, "CPU")
-    torch.library.register_fake("stackformer::chunk_forward", _empty_results, lib=_OPERATORS)
-    torch.library.register_fake("stackformer::chunk_backward", _empty_gradients, lib=_OPERATORS)
-
-
-def attend_once(*arguments) -> tuple[Tensor, Tensor, Tensor]:
-    """`CompiledAttention` without a graph and without the ways through torch, which take longer than a token:
-    output and final state."""
-    *inputs, memory, normalizer, length, eps, keep_states = arguments
-    output, _, memory, normalizer, *_ = _forward(inputs, memory, normalizer, length, eps, keep_states)
-    return output.to(inputs[2].dtype), memory, normalizer
+    torch.library.register_fake("stackformer::chunk_forward", _fake_forward, lib=_OPERATORS)
+    torch.library.register_fake("stackformer::chunk_backward", _fake_backward, lib=_OPERATORS)
 
 
 class CompiledAttention(torch.autograd.Function):
@@ -241,6 +402,92 @@ class CompiledAttention(torch.autograd.Function):
         return *of_inputs, *grads[6:], None, None, None
 
 
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    read: Tensor,
+    write: Tensor,
+    log_decay: Tensor,
+    memory: Tensor,
+    normalizer: Tensor,
+    length: int,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`banked_linear_attention` in chunks of `length` tokens, on tensors that were checked: output and final
+    state."""
+    tensors = (query, key, value, read, write, log_decay, memory, normalizer)
+    keep_states = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    if keep_states or torch.compiler.is_compiling() or not all(map(is_plain, tensors)):
+        return CompiledAttention.apply(*tensors, length, eps, keep_states)
+    # Without a graph, and without the ways through torch, which take longer than a token.
+    results = _forward(tensors[:6], memory, normalizer, length, eps, False)
+    return results[0].to(value.dtype), results[2], results[3]
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor is the elements in its memory and no more: of no type that does something of its own,
+    such as a fake one, and without a tangent of forward-mode differentiation."""
+    return type(tensor) is Tensor and forward_ad._current_level < 0
+
+
+def _check_step(
+    projected: Tensor,
+    conv_weight: Tensor,
+    pointer: Tensor,
+    bank_weights: tuple[Tensor, Tensor, Tensor],
+    norm_weight: Tensor,
+    gate: Tensor,
+    state: tuple[Tensor, ...],
+    rows: Tensor | None,
+) -> tuple[int, int, int, int, int, int, int]:
+    """The sizes that `_Step` begins with, of the arguments of `mix_once`, if these go together."""
+    dimensions = (projected.dim(), conv_weight.dim(), pointer.dim(), bank_weights[0].dim())
+    if dimensions != (2, 3, 2, 3) or len(bank_weights) != 3 or len(state) != 3:
+        raise ValueError(
+            "`projected`, `conv_weight`, `pointer` and `bank_weights[0]` must have 2, 3, 2 and 3 dimensions, "
+            "and `bank_weights` and `state` 3 tensors each, got "
+            f"{dimensions} dimensions, and {len(bank_weights)} and {len(state)} tensors"
+        )
+    (batch, channels), (_, heads, banks) = projected.shape, bank_weights[0].shape
+    levels, taps, size = pointer.shape[1], conv_weight.shape[2], channels // max(3 * heads, 1)
+    if not (size and heads and banks and levels and taps):
+        raise ValueError(
+            "tokens must have at least one channel for each part of each head, bank, level and tap, got "
+            f"{channels} channels, {heads} heads, {banks} banks, {levels} levels and {taps} taps"
+        )
+    memory, normalizer, past = state
+    if rows is None:
+        count = batch
+    else:
+        count = memory.shape[0] if memory.dim() > 0 else 0
+        if rows.shape != (batch,) or rows.dtype != torch.int64 or not rows.is_cpu:
+            raise ValueError(
+                f"`rows` must be {batch} integers of 64 bits on the CPU, got a tensor of shape "
+                f"{tuple(rows.shape)}, {rows.dtype}, on {rows.device}"
+            )
+    gates, width = (batch, heads, banks), heads * size
+    bank = (count, heads, levels * banks, size)
+    check_tensors(
+        "projected",
+        _CPU,
+        (
+            ("projected", projected, (batch, 3 * width)),
+            ("conv_weight", conv_weight, (channels, 1, taps)),
+            ("pointer", pointer, (batch, levels)),
+            ("bank_weights[0]", bank_weights[0], gates),
+            ("bank_weights[1]", bank_weights[1], gates),
+            ("bank_weights[2]", bank_weights[2], gates),
+            ("norm_weight", norm_weight, (size,)),
+            ("gate", gate, (batch, width)),
+            ("state[0]", memory, (*bank, size)),
+            ("state[1]", normalizer, bank),
+            ("state[2]", past, (count, taps - 1, channels)),
+        ),
+    )
+    return batch, count, heads, size, banks, levels, taps
+
+
 def mix_once(
     projected: Tensor,
     conv_weight: Tensor,
@@ -262,7 +509,7 @@ def mix_once(
         norm_weight: [F]; gate: [B, H F].
         state: memory [B, H, S N, F, F], normalizer [B, H, S N, F], past of the convolution
             [B, taps - 1, 3 H F].
-        rows: [B], whose states these are, if the state has more; written in place then.
+        rows: [B], ascending, whose states these are, if the state has more; written in place then.
         in_place: whether to write the new state in place of the old one, which is dense and in float32
             (float64 for float64 tokens) then.
 
@@ -270,40 +517,45 @@ def mix_once(
         What the output is projected from [B, H F], in the dtype of `projected`, and the new state.
 
     Raises:
-        ValueError: if the state is of other shapes than go with the tokens.
+        ValueError: if shapes, dtypes or devices do not go together, for rows that the state does not have,
+            for a state that cannot be written in place, and for tensors that require gradients with these on.
     """
     assert _LIBRARY is not None
-    batch, heads, banks = bank_weights[0].shape
-    levels, taps, channels = pointer.shape[-1], conv_weight.shape[-1], projected.shape[-1]
-    count, size = (batch if rows is None else len(state[0])), channels // (3 * heads)
-    memory_shape = (count, heads, levels * banks, size, size)
-    shapes = [memory_shape, memory_shape[:-1], (count, taps - 1, channels)]
-    if [tuple(tensor.shape) for tensor in state] != shapes:
-        got = [tuple(tensor.shape) for tensor in state]
-        raise ValueError(f"`state` must have shapes {shapes} to go with {batch} tokens, got {got}")
-    low = projected.dtype if projected.dtype in _PRECISIONS else torch.float32
-    high = torch.promote_types(low, torch.float32)
-    tokens = {"projected": projected, "conv_weight": conv_weight, "norm_weight": norm_weight, "gate": gate}
-    gates = {"pointer": pointer, **dict(zip(("read", "write", "log_decay"), bank_weights, strict=True))}
-    past = dict(zip(("memory", "normalizer", "past"), state, strict=True))
-    arguments = {name: _dense(tensor, low).contiguous() for name, tensor in tokens.items()}
-    arguments |= {name: _dense(tensor, high).contiguous() for name, tensor in (gates | past).items()}
-    output = torch.empty_like(arguments["gate"])
-    new_state = state
+    sizes = _check_step(projected, conv_weight, pointer, bank_weights, norm_weight, gate, state, rows)
+    if rows is not None and not in_place:
+        raise ValueError("`in_place` must be true where `rows` are given, got False")
+    tokens = (projected, conv_weight, norm_weight, gate)
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (*tokens, pointer, *bank_weights, *state)):
+        raise ValueError("`mix_once` must be called without gradients, got tensors that require them")
+    dtype = projected.dtype
+    low = dtype if dtype in _PRECISIONS else torch.float32
+    high = torch.float64 if low == torch.float64 else torch.float32
+    projected, conv_weight, norm_weight, gate = (_contiguous(tensor, low) for tensor in tokens)
+    pointer, read, write, log_decay = (_contiguous(tensor, high) for tensor in (pointer, *bank_weights))
+    old_state = tuple(_contiguous(tensor, high) for tensor in state)
     if not in_place:
-        new_state = tuple(torch.empty_like(arguments[name]) for name in past)
-    arguments |= {"output": output, **{f"new_{name}": x for name, x in zip(past, new_state, strict=True)}}
-    step = _Step(
-        batch=batch,
-        heads=heads,
-        size=size,
-        banks=banks,
-        levels=levels,
-        taps=taps,
-        eps=eps,
-        norm_eps=norm_eps,
-        rows=None if rows is None else rows.data_ptr(),
-        **{name: tensor.data_ptr() for name, tensor in arguments.items()},
+        state = tuple(torch.empty_like(tensor) for tensor in old_state)
+    elif any(new is not old for new, old in zip(state, old_state, strict=True)):
+        raise ValueError(
+            f"`state` must be dense and in {high} to be written in place, got "
+            f"{[(tensor.dtype, tensor.stride()) for tensor in state]}"
+        )
+    else:  # nobody else tells autograd
+        torch.autograd.graph.increment_version([tensor for tensor in state if not tensor.is_inference()])
+    output = torch.empty_like(gate)
+    tensors = (
+        *(projected, conv_weight, pointer, read, write, log_decay, norm_weight, gate),
+        *(old_state[2], old_state[0], old_state[1], state[2], state[0], state[1], output),
     )
-    _LIBRARY.stackformer_step(step, _PRECISIONS[low], torch.get_num_threads())
-    return output if low == projected.dtype else output.to(projected.dtype), new_state
+    pointers = [tensor.data_ptr() for tensor in tensors]
+    if not all(pointers):
+        pointers = list(map(_pointer, tensors))  # of tensors without elements, or it raises
+    step = _Step(
+        *sizes, eps, norm_eps, *pointers, None if rows is None else _pointer(rows := rows.contiguous())
+    )
+    failure = _LIBRARY.stackformer_step(step, _PRECISIONS[low], torch.get_num_threads())
+    if failure == 1:
+        raise MemoryError("no memory for the work space of a token")
+    if failure == 2:
+        raise ValueError(f"`rows` must be ascending and less than the state's {sizes[1]}, got {rows}")
+    return output if low == dtype else output.to(dtype), state

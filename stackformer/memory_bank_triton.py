@@ -38,6 +38,8 @@ try:
 except ImportError:  # memory_bank.py does not import this module then
     raise
 
+from .memory_bank_cpu import check_inputs, check_tensors
+
 # With TRITON_INTERPRET=1 kernels run on the CPU, in NumPy.
 INTERPRETED = triton.knobs.runtime.interpret
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -45,6 +47,9 @@ _MAX_FEATURES = 128  # K and V: tiles of [64, K], [64, V] and [K, V] share one m
 _MAX_MEMORIES = 64
 _MAX_BLOCK = 64  # tokens per tile
 _MAX_CHUNK = 256  # gates [C, R] are one tile of the cumulative sums
+# As in memory_bank.py, for float32.
+_NOTHING = tl.constexpr(-104.0)
+_MAX_EXPONENT = tl.constexpr(80.0)
 
 
 def unsupported(query: Tensor, key: Tensor, value: Tensor, read: Tensor) -> str | None:
@@ -115,6 +120,7 @@ def _total_kernel(
     tokens = chunk * CHUNK + tl.arange(0, CHUNK)
     rows, valid = (batch * time + tokens) * H + head, tokens < time
     gates = _load_gates(log_decay, rows, valid, R, BLOCK_R)
+    gates = tl.where(gates < _NOTHING, _NOTHING, gates)
     _store(total, rows, valid, 0, tl.cumsum(gates, 0), R, BLOCK_R)
 
 
@@ -196,10 +202,54 @@ def _gates(
     gates = _load(total, rows, tokens >= 0, 0, R, BLOCK_R)
     first = _load_row(total, (batch * time + start) * H + head, R, BLOCK_R)
     last = _load_row(total, (batch * time + stop - 1) * H + head, R, BLOCK_R)
-    centered = gates - ((first + last) / 2)[None, :]
+    # Where a later token is no number, the tokens before it are: they get a center that does for all.
+    center = tl.where(last <= first, (first + last) / 2, first - _MAX_EXPONENT)
+    centered = gates - center[None, :]
     if WRITES:
         return weights, tl.exp(-centered), tl.exp(last[None, :] - gates)
     return weights, tl.exp(centered), tl.exp(gates)
+
+
+@triton.jit
+def _inside(
+    own, inside, tokens, other_features, other_columns, other_weight, total, batch, head, start, stop, block,
+    first_v, eps, time, H: tl.constexpr, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    PER_CHUNK: tl.constexpr, BLOCK: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_V: tl.constexpr, REVERSE: tl.constexpr, FINITE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Sums and denominators of a block of tokens over those of its chunk.
+
+    The product multiplies columns of later tokens with 0, which is NaN where a column is not FINITE: such are
+    left out of it, and the sums of their own tokens and of later ones are set to NaN.
+    """
+    dtype = own.dtype
+    sums = tl.zeros([BLOCK, BLOCK_V], tl.float32)
+    lost_from = tl.zeros([BLOCK_V], tl.int32) + stop
+    denominators = tl.zeros([BLOCK], tl.float32) + eps
+    for other in range(block if REVERSE else 0, PER_CHUNK if REVERSE else block + 1):
+        others = start + other * BLOCK + tl.arange(0, BLOCK)
+        other_rows, other_valid = (batch * time + others) * H + head, others < stop
+        theirs = _load(other_features, other_rows, other_valid, 0, K, BLOCK_K).to(dtype)
+        columns = _load(other_columns, other_rows, other_valid, first_v, V, BLOCK_V).to(dtype)
+        other_weights, from_center, _ = _gates(
+            other_weight, total, batch, head, others, other_valid, start, stop, time, H, R, BLOCK_R,
+            not REVERSE,
+        )  # fmt: skip
+        products = tl.dot(own, tl.trans(theirs), input_precision=PRECISION)
+        products *= tl.dot(inside, tl.trans(other_weights * from_center), input_precision=PRECISION)
+        if REVERSE:
+            products = tl.where(others[None, :] >= tokens[:, None], products, 0.0)
+        else:
+            products = tl.where(tokens[:, None] >= others[None, :], products, 0.0)
+            denominators += tl.sum(products, 1)
+        if not FINITE:
+            is_number = tl.abs(columns.to(tl.float32)) < float("inf")
+            columns = tl.where(is_number, columns.to(tl.float32), 0.0).to(dtype)
+            lost_from = tl.minimum(lost_from, tl.min(tl.where(is_number, stop, others[:, None]), 0))
+        sums = tl.dot(products.to(dtype), columns, sums, input_precision=PRECISION)
+    if not FINITE:
+        sums = tl.where(tokens[:, None] >= lost_from[None, :], float("nan"), sums)
+    return sums, denominators
 
 
 @_kernel
@@ -231,25 +281,22 @@ def _sums_kernel(
         weight, total, batch, head, tokens, valid, start, stop, time, H, R, BLOCK_R, REVERSE
     )
     inside, beyond = weights * to_center, weights * to_edge
-    sums = tl.zeros([BLOCK, BLOCK_V], tl.float32)
-    denominators = tl.zeros([BLOCK], tl.float32) + eps
-    for other in range(block if REVERSE else 0, PER_CHUNK if REVERSE else block + 1):
-        others = start + other * BLOCK + tl.arange(0, BLOCK)
-        other_rows, other_valid = (batch * time + others) * H + head, others < stop
-        theirs = _load(other_features, other_rows, other_valid, 0, K, BLOCK_K).to(dtype)
-        columns = _load(other_columns, other_rows, other_valid, first_v, V, BLOCK_V).to(dtype)
-        other_weights, from_center, _ = _gates(
-            other_weight, total, batch, head, others, other_valid, start, stop, time, H, R, BLOCK_R,
-            not REVERSE,
-        )  # fmt: skip
-        products = tl.dot(own, tl.trans(theirs), input_precision=PRECISION)
-        products *= tl.dot(inside, tl.trans(other_weights * from_center), input_precision=PRECISION)
-        if REVERSE:
-            products = tl.where(others[None, :] >= tokens[:, None], products, 0.0)
-        else:
-            products = tl.where(tokens[:, None] >= others[None, :], products, 0.0)
-            denominators += tl.sum(products, 1)
-        sums = tl.dot(products.to(dtype), columns, sums, input_precision=PRECISION)
+    sums, denominators = _inside(
+        own, inside, tokens, other_features, other_columns, other_weight, total, batch, head, start, stop,
+        block, first_v, eps, time, H, R, K, V, PER_CHUNK, BLOCK, BLOCK_R, BLOCK_K, BLOCK_V, REVERSE, True,
+        PRECISION,
+    )  # fmt: skip
+    if not REVERSE:
+        # A row of the state after the chunk is finite only if all values of the chunk are.
+        columns = first_v + tl.arange(0, BLOCK_V)
+        after = states + (slot * (chunks + 1) + chunk + 1) * R * K * V + columns
+        after = tl.load(after, mask=columns < V, other=0.0).to(tl.float32)
+        if tl.sum(tl.where(tl.abs(after) < float("inf"), 0, 1), 0) > 0:
+            sums, _ = _inside(
+                own, inside, tokens, other_features, other_columns, other_weight, total, batch, head, start,
+                stop, block, first_v, eps, time, H, R, K, V, PER_CHUNK, BLOCK, BLOCK_R, BLOCK_K, BLOCK_V,
+                REVERSE, False, PRECISION,
+            )  # fmt: skip
     keys = tl.arange(0, BLOCK_K)
     places = (slot * (chunks + 1) + chunk + (1 if REVERSE else 0)) * R * K + keys
     for memory in range(R):
@@ -357,8 +404,8 @@ def _grad_sums_kernel(
 
 @_kernel
 def _grad_decay_kernel(
-    read, write, grad_read, grad_write, inner, grad_decay, time, chunks, slots, parts, H: tl.constexpr,
-    R: tl.constexpr, CHUNK: tl.constexpr, BLOCK_R: tl.constexpr,
+    read, write, log_decay, grad_read, grad_write, inner, grad_decay, time, chunks, slots, parts,
+    H: tl.constexpr, R: tl.constexpr, CHUNK: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """Gradients of log_decay, as in the module's docstring. Grid: B*H*N."""
     slot, chunk = tl.program_id(0).to(tl.int64) // chunks, tl.program_id(0) % chunks
@@ -370,6 +417,9 @@ def _grad_decay_kernel(
     gradient = tl.cumsum(reads - writes, 0, reverse=True)
     for part in range(parts):
         gradient += _load_row(inner, (part * slots + slot) * chunks + chunk, R, BLOCK_R)[None, :]
+    # Where all is wiped, nothing passes; the sum would be the rounding errors of what cancels in it.
+    decays = _load_gates(log_decay, rows, valid, R, BLOCK_R)
+    gradient = tl.where(decays <= _NOTHING, 0.0, gradient)
     _store(grad_decay, rows, valid, 0, gradient, R, BLOCK_R)
 
 
@@ -383,8 +433,7 @@ class _Plan:
         self.batch, self.time, self.heads, self.key_size = query.shape
         self.value_size, self.memories = value.shape[-1], read.shape[-1]
         self.slots = self.batch * self.heads
-        chunk = min(chunk_size, _MAX_CHUNK, triton.next_power_of_2(self.time))
-        chunk = 1 << (chunk.bit_length() - 1)  # the largest power of two up to it
+        chunk = chunk_length(min(chunk_size, triton.next_power_of_2(self.time)))
         self.chunks = triton.cdiv(self.time, chunk)
         dtypes = {tensor.dtype for tensor in (query, key, value)}
         self.dtype = torch.bfloat16 if dtypes == {torch.bfloat16} else torch.float32
@@ -442,9 +491,33 @@ class _Plan:
         _grad_kernel[self.per_block](*tensors, self.time, self.chunks, **self.token_sizes, REVERSE=reverse)
 
 
+def chunk_length(chunk_size: int) -> int:
+    """The tokens of a chunk for which up to `chunk_size` are asked: a power of two."""
+    return 1 << (min(chunk_size, _MAX_CHUNK).bit_length() - 1)
+
+
 def _tile(size: int) -> int:
     """The tile for so many columns: a power of two that matrix units take."""
     return max(16, triton.next_power_of_2(size))
+
+
+def _dense(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """All dense, and with the sign that is in memory: kernels see nothing else."""
+    return tuple(tensor.contiguous().resolve_neg() for tensor in tensors)
+
+
+def _check(query, key, value, read, write, log_decay, memory, normalizer, *others: Tensor) -> None:
+    """Raise a ValueError unless the tensors of an operator go together: kernels follow any pointer.
+
+    Args:
+        others: of the backward pass: output, denominator, and gradients of the output and of the final state.
+    """
+    gates = {"read": read, "write": write, "log_decay": log_decay}
+    state = {"memory": memory, "normalizer": normalizer}
+    check_inputs({"query": query, "key": key}, value, gates, state)
+    names = ("output", "denominator", "grad_output", "grad_memory", "grad_normalizer")
+    shapes = (value.shape, query.shape[:-1], value.shape, memory.shape, normalizer.shape)
+    check_tensors("query", query.device, zip(names, others, shapes, strict=False))
 
 
 # Operators of torch, so that torch.compile takes them as they are and torch knows their gradients. Named
@@ -466,8 +539,9 @@ def _forward(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Output [B, T, H, V], final memory and normalizer, and denominators [B, T, H]."""
-    query, key, value, read, write, log_decay, memory, normalizer = (
-        x.contiguous() for x in (query, key, value, read, write, log_decay, memory, normalizer)
+    _check(query, key, value, read, write, log_decay, memory, normalizer)
+    query, key, value, read, write, log_decay, memory, normalizer = _dense(
+        query, key, value, read, write, log_decay, memory, normalizer
     )
     plan = _Plan(query, key, value, read, chunk_size)
     output, denominator = torch.empty_like(value), query.new_empty(query.shape[:-1], dtype=torch.float32)
@@ -496,10 +570,14 @@ def _backward(
     chunk_size: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of the first eight arguments."""
-    query, key, value, read, write, log_decay, memory, normalizer = (
-        x.contiguous() for x in (query, key, value, read, write, log_decay, memory, normalizer)
+    tensors = (query, key, value, read, write, log_decay, memory, normalizer)
+    _check(*tensors, output, denominator, grad_output, grad_memory, grad_normalizer)
+    query, key, value, read, write, log_decay, memory, normalizer = _dense(
+        query, key, value, read, write, log_decay, memory, normalizer
     )
-    grad_output, *grad_final = (x.contiguous() for x in (grad_output, grad_memory, grad_normalizer))
+    output, denominator, grad_output, *grad_final = _dense(
+        output, denominator, grad_output, grad_memory, grad_normalizer
+    )
     plan = _Plan(query, key, value, read, chunk_size)
     grad_sums = torch.empty_like(value, dtype=plan.dtype)
     grad_denominator = torch.empty_like(denominator)
@@ -529,8 +607,8 @@ def _backward(
             key, write, query, grad_sums, read, total, *grad_states, grad_value, denominator, reverse=True
         )
         _grad_decay_kernel[plan.per_chunk](
-            read, write, grad_read, grad_write, inner, grad_decay, plan.time, plan.chunks, plan.slots,
-            inner.shape[0], **plan.gates,
+            read, write, log_decay, grad_read, grad_write, inner, grad_decay, plan.time, plan.chunks,
+            plan.slots, inner.shape[0], **plan.gates,
         )  # fmt: skip
     grad_gates = grad_read.to(read.dtype), grad_write.to(write.dtype), grad_decay
     return grad_query, grad_key, grad_value, *grad_gates, *grad_initial
@@ -538,12 +616,14 @@ def _backward(
 
 @_forward.register_fake
 def _(query, key, value, read, write, log_decay, memory, normalizer, chunk_size, eps):
+    _check(query, key, value, read, write, log_decay, memory, normalizer)
     denominator = query.new_empty(query.shape[:-1], dtype=torch.float32)
     return *(x.new_empty(x.shape) for x in (value, memory, normalizer)), denominator
 
 
 @_backward.register_fake
 def _(*arguments):
+    _check(*arguments[:13])
     return tuple(x.new_empty(x.shape) for x in arguments[:8])
 
 

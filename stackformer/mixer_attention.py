@@ -11,6 +11,9 @@ those of this call behind, left-aligned: distances between slots are distances b
 row, and padding moves nothing.
 """
 
+import math
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from transformers.masking_utils import (
@@ -24,6 +27,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager
 
 from .configuration_stackformer import StackformerConfig
 from .layers_stackformer import ResidualProjection, all_rows
+from .memory_bank import can_look_at
 from .mixer import Mixer
 from .processing_stack import TokenLayout
 from .state import StateSpec, TensorSpec
@@ -118,11 +122,14 @@ class Attention(Mixer):
             dtype=query.dtype,
             device=query.device,
         )
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
-        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-        return attend(
-            self, query, key, value, mask, scaling=self.head_dim**-0.5, dropout=0.0, sliding_window=window
-        )[0]
+        interface = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
+
+        def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+            options = {"scaling": self.head_dim**-0.5, "dropout": 0.0, "sliding_window": window}
+            return interface(self, query, key, value, mask, **options)[0]
+
+        return attend_to_numbers(attend, query, key, value)
 
     def _with_persistent(self, tokens: nn.Module, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values [B', T + T', H, K] with those of the persistent tokens in front, at position 0."""
@@ -135,6 +142,28 @@ class Attention(Mixer):
         rows = self.qkv_proj(weights).to(key.dtype).unflatten(-1, (3, self.num_heads, self.head_dim))
         _, keys, values = rows.expand(len(key), -1, -1, -1, -1).unbind(2)
         return torch.cat([keys, key], dim=1), torch.cat([values, value], dim=1)
+
+
+def attend_to_numbers(
+    attend: Callable[[Tensor, Tensor, Tensor], Tensor], query: Tensor, key: Tensor, value: Tensor
+) -> Tensor:
+    """`attend` to keys and values that may be no numbers: [B', T', H, K], NaN for the tokens that see one.
+
+    The kernels of softmax attention multiply what a token must not see with 0, and 0 * NaN is NaN. Where this
+    shows, such keys and values are left out, and the tokens that see them are found by attending to marks.
+    On a GPU and in compiled graphs nobody looks: there, NaN may spread to tokens before it.
+
+    Args:
+        attend: queries [B', T', H, K], keys and values [B', T + T', H, K] to what is read [B', T', H, K].
+    """
+    mixed = attend(query, key, value)
+    if query.shape[1] == 1 or not can_look_at(mixed) or math.isfinite(mixed.detach().sum()):
+        return mixed
+    lost = ~torch.isfinite(key.detach() + value.detach()).all(-1, keepdim=True)
+    mixed = attend(query, key.masked_fill(lost, 0.0), value.masked_fill(lost, 0.0))
+    marks = lost.to(value.dtype).expand_as(value)
+    seen = attend(torch.zeros_like(query), torch.zeros_like(key), marks) > 0
+    return mixed.masked_fill(seen, torch.nan)
 
 
 def rotary_head_size(config: StackformerConfig) -> int:
@@ -167,4 +196,4 @@ def _last_of_rows(slots: Tensor, count: int, layout: TokenLayout) -> Tensor:
     return layout.last_of_rows(slots, count)
 
 
-__all__ = ["Attention"]
+__all__ = ["Attention", "attend_to_numbers"]

@@ -16,7 +16,7 @@ from .memory_bank import (
     combine_spans,
     reverse_banked_linear_attention,
 )
-from .memory_bank_cpu import is_available, mix_once
+from .memory_bank_cpu import is_available, is_plain, mix_once
 from .mixer import Mixer
 from .processing_stack import StateOfAllRows, TokenLayout, address_memories
 from .state import StateSpec, TensorSpec
@@ -122,6 +122,8 @@ class BankedLinearAttention(Mixer):
         gradients, and through modules that are as they were built."""
         if layout.row_length != 1 or layout.thinking is not None or hidden.device.type != "cpu":
             return False
+        if not is_plain(hidden):
+            return False
         if not is_available() or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return False
         if self.feature_map is not FEATURE_MAPS["elu_plus_one"]:
@@ -206,9 +208,11 @@ class BankedLinearAttention(Mixer):
 
 def _is_untouched(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether calling a module does what its class says and nothing else: it may have been replaced, as by an
-    adapter, have another `forward`, as accelerate gives to modules whose weights it moves, or hooks."""
-    hooks = module._forward_hooks or module._forward_pre_hooks
-    return type(module) is kind and "forward" not in vars(module) and not hooks
+    adapter, have another `forward`, as accelerate gives to modules whose weights it moves, hooks, or a weight
+    of a type of its own, such as a quantised one."""
+    if type(module) is not kind or type(module.weight) not in (Tensor, nn.Parameter):
+        return False
+    return "forward" not in vars(module) and not module._forward_hooks and not module._forward_pre_hooks
 
 
 def _last_of_spans(latest: Tensor, counts: Tensor) -> Tensor:

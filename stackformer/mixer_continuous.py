@@ -118,7 +118,7 @@ class ContinuousAttention(Mixer):
             read.append(mixed)
             if self.sticky:
                 masses = bin_masses(mean.detach(), variance.detach(), self.num_basis).sum(1)
-                looked = looked + (masses * grid.real[:, number].unsqueeze(-1)).sum(1)
+                looked = looked + masses.masked_fill(~grid.real[:, number].unsqueeze(-1), 0.0).sum(1)
             if number < updates:
                 full = grid.full[:, number].view(-1, 1, 1)
                 block = tokens[:, number * self.block : (number + 1) * self.block]

@@ -14,12 +14,14 @@ Sums of outer products, which never correct, are banked linear attention with on
 Letters: B' rows, T' tokens of a row, H heads, K key size, V value size, C tokens of a chunk.
 """
 
+import math
+
 import torch
 from torch import Tensor, nn
 
 from .configuration_stackformer import StackformerConfig
 from .layers_stackformer import ResidualProjection, RMSNorm, ShortConvolution, convolve, past_spec, swish_gate
-from .memory_bank import at_least_float32
+from .memory_bank import at_least_float32, can_look_at
 from .mixer import Mixer
 from .processing_stack import TokenLayout
 from .state import StateSpec, TensorSpec
@@ -118,11 +120,13 @@ def delta_rule(
         chunk_size: C; changes speed, not results. 32 if `None`.
 
     Returns:
-        The output [B, T, H, V] in the dtype of `value`, and the final state, float32 at least.
+        The output [B, T, H, V] in the dtype of `value`, and the final state, float32 at least. A token that
+        is no number changes nothing before it, or, on a GPU and in compiled graphs, before its chunk.
 
     Raises:
         ValueError: if `chunk_size` is not positive.
     """
+    tokens = (query, key, value, write, log_decay)
     chunk_size = 32 if chunk_size is None else chunk_size
     if chunk_size < 1:
         raise ValueError(f"`chunk_size` must be at least 1, got {chunk_size}")
@@ -157,6 +161,9 @@ def delta_rule(
             starts.append(state)
             written.append(change - correction @ state)
             state = kept[..., -1:, :] * state + end.mT @ written[-1]
+        if size > 1 and can_look_at(state) and not math.isfinite(state.detach().sum()):
+            # Triangular products multiply later tokens with 0, which is NaN: so each gets a chunk of its own.
+            return delta_rule(*tokens, initial_state, chunk_size=1)
         output = since_start * (query @ torch.stack(starts, dim=2))
         output = output + (decay * (query @ key.mT)) @ torch.stack(written, dim=2)
         return output.movedim(1, 3).flatten(1, 2)[:, :length].to(output_dtype), state

@@ -22,6 +22,7 @@ at most theta / (1 - eta), and that of the weights at most this over alpha.
 Letters: B' rows, T' tokens of a row, H heads, K head size, L layers of the memory, C tokens of a chunk.
 """
 
+import math
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -41,9 +42,9 @@ from .layers_stackformer import (
     project,
     swish_gate,
 )
-from .memory_bank import at_least_float32
+from .memory_bank import at_least_float32, can_look_at
 from .mixer import Mixer
-from .mixer_attention import Attention, rotary_embedding, rotary_head_size
+from .mixer_attention import Attention, attend_to_numbers, rotary_embedding, rotary_head_size
 from .processing_stack import BlockGrid, TokenLayout
 from .state import StateSpec, TensorSpec
 
@@ -113,10 +114,33 @@ def advance_memory(
     With cumulated products a of 1 - alpha and c of eta, W_t = a_t W + f_t S - sum_(j<=t) G_tj g_j, where
     f_t = sum_(i<=t) (a_t / a_i) c_i and G_tj = theta_j sum_(j<=i<=t) (a_t / a_i) (c_i / c_j).
 
+    A token that is no number changes nothing before it, or, on a GPU and in compiled graphs,
+    before its chunk.
+
     Args:
         memory: before these tokens; its anchor is left as it is.
         query, key, value: [B', H, C, K].
     """
+    read, after = _advance_at_once(memory, query, key, value, writes)
+    if not can_look_at(after.weights) or math.isfinite(after.weights.detach().sum()):
+        return read, after
+    # Triangular products multiply later tokens with 0, which is NaN, as do the gates those that are none.
+    real = writes.real > 0
+    query, key, value = (x.masked_fill(~real[..., None], 0.0) for x in (query, key, value))
+    writes = Writes(*(gate.masked_fill(~real, 0.0) for gate in writes))
+    answers = []
+    for t in range(query.shape[2]):
+        one = slice(t, t + 1)
+        write = Writes(*(gate[..., one] for gate in writes))
+        answer, memory = _advance_at_once(memory, query[:, :, one], key[:, :, one], value[:, :, one], write)
+        answers.append(answer)
+    return torch.cat(answers, dim=2), memory
+
+
+def _advance_at_once(
+    memory: Memory, query: Tensor, key: Tensor, value: Tensor, writes: Writes
+) -> tuple[Tensor, Memory]:
+    """`advance_memory` in a few products of matrices."""
     keep, momentum = _cumulated(writes.log_keep), _cumulated(writes.log_momentum)
     step = writes.step.unsqueeze(-2)
     keep_start = writes.log_keep.cumsum(-1).exp().unsqueeze(-1)
@@ -443,11 +467,16 @@ class MemoryAsContext(Mixer):
             always = self.kv_proj(tokens).unflatten(-1, (2, *self.heads)).transpose(0, 1)
             slots = torch.cat([always.to(slots.dtype).expand(len(slots), -1, -1, -1, -1), slots], dim=2)
             visible = nn.functional.pad(visible, (always.shape[1], 0), value=True)
-        key, value = slots.transpose(2, 3).unbind(1)  # [B', H, slots, K]
-        mixed = nn.functional.scaled_dot_product_attention(
-            query.transpose(1, 2), key, value, attn_mask=visible.unsqueeze(-3)
-        )
-        return mixed.transpose(1, 2).flatten(2)
+        key, value = slots.unbind(1)  # [B', slots, H, K]
+
+        def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+            mask = visible.unsqueeze(-3)
+            return nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(
+                1, 2
+            )
+
+        return attend_to_numbers(attend, query, key, value).flatten(2)
 
 
 __all__ = ["MemoryAsContext", "MemoryAsGate", "MemoryAsLayer", "NeuralMemory"]

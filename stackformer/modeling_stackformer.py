@@ -673,7 +673,8 @@ class StackformerModel(StackformerPreTrainedModel):
         sequence that is split over them has states that all take part in.
         """
         # Made of the outputs, so that the backward pass, too, comes by here before the steps that were real.
-        embedding = outputs[:, 0] + embeds[:, 0]
+        # A token that is no number must stay the only one.
+        embedding = (outputs[:, 0] + embeds[:, 0]).nan_to_num()
         nobody = torch.zeros(len(embedding), dtype=torch.bool, device=embedding.device)
         layout = TokenLayout.full(len(embedding), 1).masked(nobody)
         stack = init_stack(embedding, self.config.stack_depth, self.config.max_ponder_steps)
@@ -683,7 +684,7 @@ class StackformerModel(StackformerPreTrainedModel):
             stack = stack._replace(pointer=weightless)
             thought, _ = self._think(stack, layout, step - 1, shared)
             stack = step_stack(stack, self._actions(thought), thought, embedding, step, self.return_norm)
-        return outputs + 0 * (thought.sum() + stack.frames.sum())
+        return outputs + 0 * (thought.sum() + stack.frames.sum()).nan_to_num()
 
     def _think(
         self, stack: Stack, layout: TokenLayout, step: int, cache: Cache | None

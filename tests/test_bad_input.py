@@ -116,9 +116,7 @@ def test_a_mask_of_the_past(shape):
         for columns in (1, 7):
             model(IDS[:, :1], attention_mask=torch.ones(2, columns), cache=cache.clone())
         for columns in (6, 8, 2):
-            with pytest.raises(
-                ValueError, match="must have 1 columns, or 7 with those of the 6 tokens"
-            ):
+            with pytest.raises(ValueError, match="must have 1 columns, or 7 with those of the 6 tokens"):
                 model(IDS[:, :1], attention_mask=torch.ones(2, columns), cache=cache)
     assert cache.get_seq_length() == 6
 

@@ -4,10 +4,12 @@ gates."""
 import pytest
 import torch
 
+from stackformer import memory_bank
 from stackformer.memory_bank import (
     FEATURE_MAPS,
     banked_linear_attention,
     banked_linear_attention_step,
+    combine_spans,
     init_memory_bank,
     reverse_banked_linear_attention,
 )
@@ -157,6 +159,186 @@ def test_decays_mixed_from_none_to_complete(implementation):
         inputs["log_decay"][:, ::17] = -300.0
     expected = results_and_gradients(inputs, "recurrent")
     assert_same(expected, results_and_gradients(inputs, implementation), rtol=1e-10)
+
+
+# Where memories are wiped, in log_decay [B, T, H, R] of at least 70 tokens and 3 memories.
+WIPED = {
+    "the first token": lambda x: x[:, :1],
+    "the last token": lambda x: x[:, -1:],
+    "inside of a chunk": lambda x: x[:, 9:10],
+    "at both sides of a chunk's end": lambda x: x[:, 15:17],
+    "some memories": lambda x: x[:, 5:50:22, :, 1:],
+    "some heads": lambda x: x[1:, 30:33, 1:],
+    "several": lambda x: x[:, 3::11],
+    "every token": lambda x: x,
+}
+
+
+@pytest.mark.parametrize("which", WIPED.values(), ids=WIPED.keys())
+@pytest.mark.parametrize("log_decay", [-torch.inf, -1e30, -1e4, -110.0, -95.0])
+@pytest.mark.parametrize("dtype,rtol", [(torch.float64, 1e-10), (torch.float32, 1e-4)])
+@pytest.mark.parametrize("implementation", CHUNKED)
+def test_wiped_memories(implementation, dtype, rtol, log_decay, which):
+    """A log decay of -inf is allowed, and of less than any exponential can say."""
+    inputs = make_inputs(time=70)
+    with torch.no_grad():
+        which(inputs["log_decay"]).fill_(log_decay)
+    expected = results_and_gradients(inputs, "recurrent")
+    inputs = {name: x.detach().to(dtype).requires_grad_() for name, x in inputs.items()}
+    for chunk_size in (16, 64):
+        actual = results_and_gradients(inputs, implementation, chunk_size=chunk_size)
+        if which is WIPED["every token"]:  # a token that reads itself alone, whatever it reads with
+            for name in ("query", "read"):
+                actual.pop(f"gradient of {name}"), expected.pop(f"gradient of {name}", None)
+        assert_same(expected, actual, rtol)
+        if log_decay < -1e3:
+            assert (which(actual["gradient of log_decay"]) == 0).all()
+
+
+@pytest.mark.parametrize("implementation", ["recurrent", *CHUNKED])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("time", [1, 70])
+def test_of_a_wiped_memory_nothing_is_left(implementation, dtype, time):
+    """Not even in the last digit: the same as from an empty state, with other tokens before."""
+    inputs = {name: x.detach() for name, x in make_inputs(time=time).items()}
+    inputs = {name: x.to(dtype if name in NAMES[:3] else torch.float32) for name, x in inputs.items()}
+    if dtype == torch.float64:
+        inputs = {name: x.double() for name, x in inputs.items()}
+    inputs["log_decay"][:, 0] = -torch.inf
+    output, state = run(inputs, implementation, chunk_size=32)
+    inputs["memory"], inputs["normalizer"] = (torch.zeros_like(inputs[name]) for name in NAMES[-2:])
+    expected, expected_state = run(inputs, implementation, chunk_size=32)
+    assert torch.equal(output, expected) and all(map(torch.equal, state, expected_state))
+
+
+@pytest.mark.parametrize("log_decay", [-torch.inf, -1e5])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_wiped_token_does_not_shorten_all_chunks(monkeypatch, dtype, log_decay):
+    """Nor does one that forgets much, if the chunk has room for that."""
+    lengths = []
+    original = memory_bank._safe_chunk_length
+    monkeypatch.setattr(
+        memory_bank,
+        "_safe_chunk_length",
+        lambda *args: lengths.append(original(*args)) or lengths[-1],
+    )
+    inputs = make_inputs(time=200, rate=0.1)
+    inputs = {name: x.detach().to(dtype) for name, x in inputs.items()}
+    inputs["log_decay"][:, 5::64] = log_decay
+    run(inputs, "chunk", chunk_size=64)
+    inputs["log_decay"][:, 6] = log_decay
+    run(inputs, "chunk", chunk_size=64)
+    run(inputs, "chunk", chunk_size=64, max_decay=torch.inf)
+    assert lengths[0] == 64 and lengths[1] >= 2 and lengths[2] >= 2
+
+
+def test_combined_spans_that_wipe():
+    """What was before a span that wipes is gone, in those memories only."""
+    log_decay = -torch.rand(3, 1, 1, 2, dtype=torch.float64)
+    log_decay[1, :, :, 0] = -torch.inf
+    memory, normalizer = torch.rand(3, 1, 1, 2, 4, 5).double(), torch.rand(3, 1, 1, 2, 4).double()
+    log_decay.requires_grad_()
+    combined, keys = combine_spans(log_decay, memory, normalizer)
+    kept = log_decay.exp()[..., None]
+    torch.testing.assert_close(keys, normalizer[2] + kept[2] * (normalizer[1] + kept[1] * normalizer[0]))
+    assert torch.equal(combined[..., 0, :, :], (memory[2] + kept[2, ..., None] * memory[1])[..., 0, :, :])
+    combined.sum().backward()
+    assert torch.isfinite(log_decay.grad).all() and log_decay.grad[1, 0, 0, 0] == 0
+
+
+def test_no_way_back_to_before_a_wipe():
+    """It says so with NaN or infinities, not with numbers."""
+    inputs = {name: x.detach() for name, x in make_inputs(time=20).items()}
+    inputs["log_decay"][:, 5, :, 0] = -torch.inf
+    arguments = [inputs[name] for name in ("key", "value", "write", "log_decay")]
+    memory, normalizer = reverse_banked_linear_attention(*arguments, run(inputs, "recurrent")[1])
+    assert not torch.isfinite(memory[:, :, 0]).any() and not torch.isfinite(normalizer[:, :, 0]).any()
+    torch.testing.assert_close(memory[:, :, 1:], inputs["memory"][:, :, 1:], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("implementation", ["recurrent", *CHUNKED])
+@pytest.mark.parametrize("log_decay", [torch.nan, torch.inf, 3.0, 1e30])
+@pytest.mark.parametrize("time", [1, 40])
+def test_growing_memories_crash_nothing(implementation, log_decay, time):
+    inputs = make_inputs(time=time)
+    with torch.no_grad():
+        inputs["log_decay"][:, ::7] = log_decay
+    results = results_and_gradients(inputs, implementation)
+    assert results["output"].shape == inputs["value"].shape
+
+
+LATER = {"nan": torch.nan, "inf": torch.inf, "-inf": -torch.inf}
+
+
+@pytest.mark.parametrize("value", LATER.values(), ids=LATER.keys())
+@pytest.mark.parametrize("name", NAMES[:6])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("implementation", ["recurrent", *CHUNKED])
+def test_a_later_token_that_is_no_number_changes_nothing_before_it(implementation, dtype, name, value):
+    """Every bit is as it was; a log decay may change roundings, as every other log decay does."""
+    assert_causal(implementation, dtype, name, value, times=(1, 9, 15, 16, 39), time=40)
+
+
+def assert_causal(implementation, dtype, name, value, times, **sizes):
+    """The output before each of some tokens does not depend on whether this token is a number."""
+    inputs = make_inputs(batch=1, rate=0.3, dtype=torch.float64, **sizes)
+    low = dtype in (torch.bfloat16, torch.float16)
+    inputs = {
+        key: x.detach().to(torch.float32 if low and key not in NAMES[:3] else dtype)
+        for key, x in inputs.items()
+    }
+    options = {"max_decay": 0.3, "chunk_size": 16}
+    expected, _ = run(inputs, implementation, **options)
+    for time in times:
+        changed = inputs | {name: inputs[name].clone()}
+        changed[name][:, time, :, 0] = value
+        output, state = run(changed, implementation, **options)
+        if name == "log_decay":
+            tolerance = {"rtol": 1e-2, "atol": 1e-2} if low else {}
+            torch.testing.assert_close(output[:, :time], expected[:, :time], **tolerance)
+        else:
+            assert torch.equal(output[:, :time], expected[:, :time]), time
+        if name in ("key", "value", "write"):
+            assert not torch.isfinite(state[0]).all()
+
+
+@pytest.mark.parametrize("implementation", CHUNKED)
+def test_values_that_are_no_numbers_stay_in_their_column(implementation):
+    """From their token on, as in the recurrence."""
+    inputs = {name: x.detach() for name, x in make_inputs(time=40).items()}
+    inputs["value"][0, 7, 1, 2], inputs["value"][1, 20, 0, 0] = torch.nan, torch.inf
+    expected, expected_state = run(inputs, "recurrent")
+    actual, state = run(inputs, implementation, chunk_size=16)
+    finite = torch.isfinite(expected)
+    assert torch.equal(torch.isfinite(actual), finite) and 0 < (~finite).sum() < finite.numel()
+    torch.testing.assert_close(actual[finite], expected[finite])
+    assert torch.equal(torch.isfinite(state[0]), torch.isfinite(expected_state[0]))
+
+
+def test_measured_chunks_ignore_what_is_no_number():
+    """Large decays beside it still shorten the chunks."""
+    inputs = {name: x.detach() for name, x in make_inputs(time=40, rate=30.0, dtype=torch.float32).items()}
+    expected, _ = run(inputs, "recurrent")
+    inputs["log_decay"][:, 30] = torch.nan
+    for implementation in ("chunk", None):
+        output, _ = run(inputs, implementation)
+        torch.testing.assert_close(output[:, :30], expected[:, :30], rtol=1e-4, atol=1e-5)
+
+
+def test_compiled_chunks_are_causal_too():
+    """There is no look at the values, so they are prepared for in every chunk."""
+    inputs = {name: x.detach() for name, x in make_inputs(time=40).items()}
+    expected, _ = run(inputs, "chunk", max_decay=1.0, chunk_size=16)
+    compiled = torch.compile(
+        lambda inputs: run(inputs, "chunk", max_decay=1.0, chunk_size=16)[0],
+        fullgraph=True,
+        backend="aot_eager",
+    )
+    torch.testing.assert_close(compiled(inputs), expected)
+    inputs["value"][0, 7, 1, 2] = torch.nan
+    output = compiled(inputs)
+    assert torch.equal(torch.isnan(output), torch.isnan(run(inputs, "recurrent")[0]))
+    torch.testing.assert_close(output[:, :7], expected[:, :7])
 
 
 @pytest.mark.parametrize("implementation", CHUNKED)
@@ -333,11 +515,112 @@ def test_equals_fast_transformers(implementation):
         torch.testing.assert_close(mine, reference, rtol=1e-4, atol=1e-5)
 
 
+# What a tensor may be that no implementation takes, made of a good one.
+WRONG = {
+    "on another device": lambda x: x.to("meta"),
+    "integers": lambda x: x.long(),
+    "booleans": lambda x: x > 0,
+    "complex": lambda x: x.to(torch.complex128),
+    "eight bits": lambda x: x.to(torch.float8_e4m3fn),
+    "too long": lambda x: torch.cat([x, x], dim=-1),
+    "too short": lambda x: x[..., :-1],
+    "without elements": lambda x: x[..., :0],
+    "without dimensions": lambda x: x.sum(),
+    "with a dimension more": lambda x: x.unsqueeze(0),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG.values(), ids=WRONG.keys())
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("time", [1, 4])
+@pytest.mark.parametrize("implementation", ["recurrent", *CHUNKED, None])
+def test_a_wrong_tensor_is_named(implementation, time, name, wrong):
+    """And nobody follows its pointer."""
+    inputs = {name: x.detach() for name, x in make_inputs(time=time).items()}
+    inputs[name] = wrong(inputs[name])
+    with pytest.raises(ValueError, match="must") as error:
+        run(inputs, implementation, max_decay=1.0)
+    assert_named(error, name, wrong, {"memory": "initial_state[0]", "normalizer": "initial_state[1]"})
+
+
+def assert_named(error, name, wrong, names):
+    if name in ("query", "value", "read", "write") and wrong in (WRONG["too long"], WRONG["too short"]):
+        return  # the others are as wrong
+    assert f"`{names.get(name, name)}`" in str(error.value)
+
+
+@pytest.mark.parametrize("wrong", WRONG.values(), ids=WRONG.keys())
+@pytest.mark.parametrize("name", NAMES)
+def test_a_wrong_tensor_of_a_step_is_named(name, wrong):
+    inputs = {name: x.detach() for name, x in make_inputs(time=1).items()}
+    inputs |= {n: inputs[n][:, 0] for n in NAMES[:6]}
+    inputs[name] = wrong(inputs[name])
+    *tokens, memory, normalizer = inputs.values()
+    with pytest.raises(ValueError, match="must") as error:
+        banked_linear_attention_step(*tokens, (memory, normalizer))
+    assert_named(error, name, wrong, {"memory": "state[0]", "normalizer": "state[1]"})
+
+
+@pytest.mark.parametrize("wrong", WRONG.values(), ids=WRONG.keys())
+@pytest.mark.parametrize("name", ["key", "value", "write", "log_decay", "memory", "normalizer"])
+def test_a_wrong_tensor_on_the_way_back_is_named(name, wrong):
+    inputs = {name: x.detach() for name, x in make_inputs(time=4).items()}
+    inputs[name] = wrong(inputs[name])
+    state = (inputs["memory"], inputs["normalizer"])
+    with pytest.raises(ValueError, match="must") as error:
+        reverse_banked_linear_attention(*(inputs[n] for n in ("key", "value", "write", "log_decay")), state)
+    assert_named(error, name, wrong, {"memory": "final_state[0]", "normalizer": "final_state[1]"})
+
+
+@pytest.mark.parametrize("wrong", WRONG.values(), ids=WRONG.keys())
+@pytest.mark.parametrize("name", ["log_decay", "memory", "normalizer"])
+def test_a_wrong_tensor_of_spans_is_named(name, wrong):
+    inputs = {
+        "log_decay": -torch.rand(5, 2, 3, 4),
+        "memory": torch.rand(5, 2, 3, 4, 6, 7),
+        "normalizer": torch.rand(5, 2, 3, 4, 6),
+    }
+    if name == "memory" and wrong in (WRONG["too long"], WRONG["too short"], WRONG["without elements"]):
+        pytest.skip("a memory may have any number of values")
+    inputs[name] = wrong(inputs[name])
+    with pytest.raises(ValueError, match="must") as error:
+        combine_spans(**inputs)
+    assert f"`{name}`" in str(error.value)
+
+
+@pytest.mark.parametrize("implementation", ["recurrent", "chunk"])
+@pytest.mark.parametrize("time", [1, 70])
+def test_without_elements_in_memory_it_says_the_shapes(implementation, time):
+    """On the meta device, where there is nothing to measure either."""
+    inputs = {name: x.to("meta") for name, x in make_inputs(time=time).items()}
+    output, (memory, normalizer) = run(inputs, implementation)
+    assert output.shape == inputs["value"].shape and output.is_meta
+    assert memory.shape == inputs["memory"].shape and normalizer.shape == inputs["normalizer"].shape
+
+
+@pytest.mark.parametrize("implementation", ["recurrent", *CHUNKED])
+@pytest.mark.parametrize("time", [1, 70])
+def test_a_batch_without_rows(implementation, time):
+    inputs = make_inputs(batch=0, time=time)
+    for name, tensor in results_and_gradients(inputs, implementation).items():
+        expected = inputs["value"] if name == "output" else inputs[name.split()[-1]]
+        assert tensor.shape == expected.shape, name
+
+
 @pytest.mark.parametrize(
     "change,message",
     [
         ({"implementation": "fast"}, "implementation"),
         ({"chunk_size": 0}, "chunk_size"),
+        ({"chunk_size": -3}, "chunk_size"),
+        ({"chunk_size": 2.5}, "`chunk_size` must be an integer.*2.5"),
+        ({"chunk_size": float("nan")}, "`chunk_size` must be an integer.*nan"),
+        ({"eps": -1e-6}, "`eps` must be at least 0.*-1e-06"),
+        ({"eps": float("nan")}, "`eps` must be at least 0.*nan"),
+        ({"eps": float("inf")}, "`eps` must be .*finite.*inf"),
+        ({"max_decay": -0.1}, "`max_decay` must be at least 0.*-0.1"),
+        ({"max_decay": float("nan")}, "`max_decay` must be at least 0.*nan"),
+        ({"initial_state": (torch.zeros(1),)}, "`initial_state` must be a memory and a normalizer"),
         ({"key": torch.zeros(2, 5, 2, 6)}, "`key` must have shape"),
         ({"write": torch.zeros(2, 5, 2, 4)}, "`write` must have shape"),
         ({"query": torch.zeros(2, 0, 2, 5)}, "at least one token"),
@@ -348,6 +631,20 @@ def test_bad_input_is_named(change, message):
     inputs = {name: tensor for name, tensor in make_inputs(time=5).items() if name not in NAMES[-2:]}
     with pytest.raises(ValueError, match=message):
         banked_linear_attention(**(inputs | change))
+
+
+def test_bad_numbers_of_steps_and_ways_back_are_named():
+    inputs = {name: x.detach() for name, x in make_inputs(time=1).items()}
+    *tokens, memory, normalizer = inputs.values()
+    for eps in (-1.0, float("nan")):
+        with pytest.raises(ValueError, match="`eps` must be at least 0"):
+            banked_linear_attention_step(*(x[:, 0] for x in tokens), (memory, normalizer), eps=eps)
+    _, key, value, _, write, log_decay = tokens
+    for chunk_size in (0, -1, 0.5):
+        with pytest.raises(ValueError, match="`chunk_size` must be an integer"):
+            reverse_banked_linear_attention(
+                key, value, write, log_decay, (memory, normalizer), chunk_size=chunk_size
+            )
 
 
 def test_initial_state_defaults_to_zeros():

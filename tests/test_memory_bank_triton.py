@@ -12,12 +12,17 @@ import torch
 
 from stackformer import memory_bank
 from stackformer.memory_bank import banked_linear_attention
-from tests.test_memory_bank import NAMES, assert_same, make_inputs, run
+from tests.test_memory_bank import LATER, NAMES, WIPED, WRONG, assert_causal, assert_same, make_inputs, run
+from tests.test_memory_bank_cpu import VIEWS
 
 triton = pytest.importorskip("triton", reason="needs Triton: pip install triton")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 STATE = ("memory", "normalizer")
+
+
+# Triton's interpreter computes in NumPy, which warns of NaN and infinities.
+pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning")
 
 
 @pytest.fixture(autouse=True)
@@ -101,6 +106,77 @@ def test_a_token_that_erases_everything():
     with torch.no_grad():
         inputs["log_decay"][:, 3] = -300.0
     assert_kernels_agree(inputs)
+
+
+@pytest.mark.parametrize(
+    "which", ["the first token", "at both sides of a chunk's end", "some memories", "several"]
+)
+@pytest.mark.parametrize("log_decay", [-torch.inf, -95.0])
+def test_wiped_memories(which, log_decay):
+    inputs = make_inputs(time=40, batch=1)
+    with torch.no_grad():
+        WIPED[which](inputs["log_decay"]).fill_(log_decay)
+    assert_kernels_agree(inputs, chunk_size=32)
+
+
+def test_nothing_passes_where_all_is_wiped():
+    inputs = {name: x.float().detach().to(DEVICE) for name, x in make_inputs(time=20, batch=1).items()}
+    inputs["log_decay"][:, 3::4] = -torch.inf
+    inputs = {name: x.requires_grad_() for name, x in inputs.items()}
+    gradient = results_and_gradients(inputs, "triton")["gradient of log_decay"]
+    assert (gradient[:, 3::4] == 0).all() and (gradient[:, :3] != 0).all()
+
+
+@pytest.mark.parametrize("value", LATER.values(), ids=LATER.keys())
+@pytest.mark.parametrize("name", NAMES[:6])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_later_token_that_is_no_number_changes_nothing_before_it(dtype, name, value):
+    assert_causal("triton", dtype, name, value, times=(1, 9, 15, 16), time=20, heads=1)
+
+
+def test_values_that_are_no_numbers_stay_in_their_column():
+    """From their token on; blocks of a chunk as well as chunks are crossed."""
+    inputs = {name: x.float().detach() for name, x in make_inputs(time=150, memories=2, batch=1).items()}
+    inputs["value"][0, 7, 1, 2], inputs["value"][0, 100, 0, 0] = torch.nan, torch.inf
+    expected, _ = run(inputs, "recurrent")
+    inputs = {name: x.to(DEVICE) for name, x in inputs.items()}
+    actual = run(inputs, "triton", chunk_size=128)[0].cpu()
+    finite = torch.isfinite(expected)
+    assert torch.equal(torch.isfinite(actual), finite) and 0 < (~finite).sum() < finite.numel()
+    torch.testing.assert_close(actual[finite], expected[finite], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("wrong", WRONG.values(), ids=WRONG.keys())
+@pytest.mark.parametrize("place", range(8), ids=NAMES)
+def test_the_operators_called_with_a_wrong_tensor(place, wrong):
+    """They raise before a kernel follows its pointer."""
+    from stackformer.memory_bank_triton import _backward, _forward
+
+    inputs = [tensor.detach().float().to(DEVICE) for tensor in make_inputs(time=4, batch=1).values()]
+    output, memory, normalizer, denominator = _forward(*inputs, 8, 1e-6)
+    results = (output, denominator, output, memory, normalizer)
+    inputs[place] = wrong(inputs[place])
+    with pytest.raises((ValueError, RuntimeError), match="must"):
+        run(dict(zip(NAMES, inputs, strict=True)), "triton", max_decay=1.0)
+    with pytest.raises((ValueError, RuntimeError)):
+        _forward(*inputs, 8, 1e-6)
+    with pytest.raises((ValueError, RuntimeError)):
+        _backward(*inputs, *results, 8)
+
+
+def test_a_batch_without_rows():
+    inputs = {name: x.float().detach().to(DEVICE) for name, x in make_inputs(time=4, batch=0).items()}
+    inputs = {name: x.requires_grad_() for name, x in inputs.items()}
+    results = results_and_gradients(inputs, "triton")
+    assert all(results[f"gradient of {name}"].shape == x.shape for name, x in inputs.items())
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_views_are_read_as_what_they_are(view):
+    inputs = {name: x.float().detach().to(DEVICE) for name, x in make_inputs(time=20, batch=1).items()}
+    expected, _ = run(inputs, "triton")
+    for name, tensor in inputs.items():
+        assert torch.equal(run(inputs | {name: view(tensor)}, "triton")[0], expected), name
 
 
 def test_zero_writes_leave_the_state_alone():

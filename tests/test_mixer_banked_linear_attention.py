@@ -123,6 +123,44 @@ def test_modules_that_were_changed_are_called(name, change):
     assert called == [name]
 
 
+def test_weights_of_a_type_of_their_own(monkeypatch):
+    """Such as quantised ones, whose elements are not what lies in their memory."""
+
+    class Quantised(torch.Tensor):
+        pass
+
+    mixer, tokens, state = example()
+    layout = TokenLayout.full(len(tokens[0]), 1)
+    expected = mixer(*tokens, layout, state)[0]
+    calls = in_one_call(monkeypatch)
+    mixer.conv.weight = torch.nn.Parameter(mixer.conv.weight.detach().as_subclass(Quantised))
+    with torch.no_grad():
+        actual = mixer(*tokens, layout, state)[0]
+    assert not calls
+    torch.testing.assert_close(actual.as_subclass(torch.Tensor), expected)
+
+
+@pytest.mark.parametrize("tangent", [False, True])
+def test_tokens_that_are_more_than_their_elements(monkeypatch, tangent):
+    """Fake ones, and ones with a tangent, go through the modules, which know what to do."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.autograd import forward_ad
+
+    mixer, tokens, state = example(feature_map="elu_plus_one")
+    layout = TokenLayout.full(len(tokens[0]), 1)
+    calls = in_one_call(monkeypatch)
+    if not tangent:
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
+            tokens, state = [mode.from_tensor(x) for x in tokens], tuple(map(mode.from_tensor, state))
+            assert mixer(*tokens, layout, state)[0].shape == tokens[0].shape
+    else:
+        with forward_ad.dual_level(), torch.no_grad():
+            hidden = forward_ad.make_dual(tokens[0], torch.ones_like(tokens[0]))
+            with pytest.raises(NotImplementedError):  # it is not lost
+                mixer(hidden, tokens[1], layout, state)
+    assert not calls
+
+
 def test_not_for_another_feature_map(monkeypatch):
     mixer, tokens, state = example(feature_map="relu")
     calls = in_one_call(monkeypatch)

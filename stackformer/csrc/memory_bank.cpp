@@ -43,16 +43,17 @@ struct Problem {
 };
 
 // One token of a whole mixer, from the projections of its input to what its output is projected from: short convolution,
-// feature map, recurrence, normalisation, gate. All dense; F is the head size, N banks, S levels, R = S N.
+// feature map, recurrence, normalisation, gate. All dense; F is the head size, N banks, S levels, R = S N. The state has
+// `count` rows.
 struct Step {
-    int64_t batch, heads, size, banks, levels, taps;
+    int64_t batch, count, heads, size, banks, levels, taps;
     double eps, norm_eps;
     const void *projected, *conv_weight;             // queries, keys, values [B, 3 H F], their taps [3 H F, taps]
     const void *pointer, *read, *write, *log_decay;  // [B, S], [B, H, N]
     const void *norm_weight, *gate;                  // [F], [B, H F]
     const void *past, *memory, *normalizer;          // [B, taps - 1, 3 H F], [B, H, R, F, F], [B, H, R, F]
     void *new_past, *new_memory, *new_normalizer, *output;  // output [B, H F]
-    const int64_t* rows;  // [B], whose states these are, if not in order; the new ones may be in place of the old
+    const int64_t* rows;  // [B], ascending, whose states these are, if not all; the new ones may be in place of the old
 };
 
 }  // extern "C"
@@ -214,13 +215,28 @@ struct Chunk {
         return sum(sums);
     }
 
+    // The logarithm of nothing: exp of it is 0, and so what decays by it, or by more, is wiped. Sums of finite numbers
+    // have differences, as those of infinite ones have not.
+    static constexpr real NOTHING = sizeof(real) == 4 ? -104 : -746;
+    // Elements on the stack of a thread that takes one token of one head; more are on the heap.
+    static constexpr int64_t LOCAL = 4096;
+
+    static INLINE bool is_finite(real value) { return value - value == 0; }
+
+    static INLINE bool are_finite(const real* values, int64_t size) {
+        vec nothing{};
+        for (int64_t i = 0; i < size; i += LANES) nothing += load(values + i) * 0;
+        return is_finite(sum(nothing));
+    }
+
     // Sizes, the padded ones a multiple of PAD; pads are zero wherever they could be seen.
     int64_t C, K, V, R, Cp, Kp, Vp, length;
     int64_t direction;  // of time: 1, or -1 in the backward pass
+    bool wipes;         // whether a memory of the chunk may be wiped
     real *q, *k, *v, *qT, *kT, *vT;      // [Cp, Kp], [Cp, Vp] and transposed
     real *scores, *inside, *weights;     // [Cp, Cp]
     real *scaled;                        // [Cp, max(Kp, Vp)] or [Kp, Cp]
-    real *sums;                          // [Cp, Vp]
+    real *sums, *denominators;           // [Cp, Vp], [Cp]
     real *from_start, *to_end, *from_center, *to_center;                  // [R, Cp]
     real *read_state, *write_state, *read_inside, *write_inside, *decay;  // [R, Cp], decay [R]
     real *memory, *normalizer;                                            // [R, Kp, Vp], [R, Kp]
@@ -249,7 +265,7 @@ struct Chunk {
         q = take(free, Cp * Kp), k = take(free, Cp * Kp), v = take(free, Cp * Vp);
         qT = take(free, Cp * Kp), kT = take(free, Cp * Kp);
         scores = take(free, Cp * Cp), inside = take(free, Cp * Cp), weights = take(free, Cp * Cp);
-        scaled = take(free, Cp * wide), sums = take(free, Cp * wide);
+        scaled = take(free, Cp * wide), sums = take(free, Cp * wide), denominators = take(free, Cp);
         from_start = take(free, R * Cp), to_end = take(free, R * Cp);
         from_center = take(free, R * Cp), to_center = take(free, R * Cp);
         read_state = take(free, R * Cp), write_state = take(free, R * Cp);
@@ -352,14 +368,23 @@ struct Chunk {
         load_tile(q, p.query, b, t, h, K, Kp);
         load_tile(k, p.key, b, t, h, K, Kp);
         load_tile(v, p.value, b, t, h, V, Vp);
+        wipes = false;
         for (int64_t r = 0; r < R; r++) {
             real first = 0, total = 0;
             for (int64_t i = 0; i < length; i++) {
-                total += at<real>(p.log_decay, b, t + i, h)[r];
+                const real log_decay = at<real>(p.log_decay, b, t + i, h)[r];
+                total += log_decay < NOTHING ? NOTHING : log_decay;
                 if (i == 0) first = total;
                 from_start[r * Cp + i] = total;  // for now its logarithm
             }
-            const real center = (first + total) / 2;
+            wipes |= total <= NOTHING;
+            real least = total;
+            if (!(total <= first)) {  // where a later token is no number, the tokens before it are
+                least = first;
+                for (int64_t i = 0; i < length; i++)
+                    if (from_start[r * Cp + i] < least) least = from_start[r * Cp + i];
+            }
+            const real center = (first + least) / 2;
             const real enter = std::exp(center), leave = std::exp(total - center);
             decay[r] = std::exp(total);
             for (int64_t i = 0; i < Cp; i++) {
@@ -381,12 +406,35 @@ struct Chunk {
         transpose(k, Cp, Kp, kT);
         product<LOWER_RESULT>(Cp, Cp, Kp, q, Kp, 1, kT, Cp, scores, Cp, 0);
         product<LOWER_RESULT, false>(Cp, Cp, R, read_inside, 1, Cp, write_inside, Cp, inside, Cp, 0);
-        // Rows up to the end of the diagonal's tile, where products that skip what is zero still look.
-        for (int64_t i = 0; i < Cp; i++) {
-            const int64_t stop = round_up(i + 1, PAD);
-            for (int64_t j = i + 1; j < stop; j++) inside[i * Cp + j] = 0;
-            for (int64_t j = 0; j < stop; j++) weights[i * Cp + j] = scores[i * Cp + j] * inside[i * Cp + j];
+        // Rows up to the end of the diagonal's tile, where products that skip what is zero still look. Later tokens are
+        // set to 0, and not multiplied with it: they may be no numbers.
+        lanes number;
+        for (int n = 0; n < LANES; n++) number[n] = n;
+        for (int64_t i = 0; i < Cp; i++)
+            for (int64_t j = 0; j < round_up(i + 1, PAD); j += LANES) {
+                const int64_t n = i * Cp + j;
+                const lanes kept = number <= static_cast<integer>(i - j);
+                const vec part = load(inside + n);
+                store(inside + n, (vec)((lanes)part & kept));
+                store(weights + n, (vec)((lanes)(part * load(scores + n)) & kept));
+            }
+    }
+
+    // What is read of the chunk's own tokens, to `sums`. The product multiplies later values with 0, which is NaN for
+    // values that are not finite: these are left out of it then, and added to the tokens from their own on. Whether there
+    // are any, the last token tells: its sums are of all values.
+    INLINE void read_chunk(const Problem& p, int64_t b, int64_t t, int64_t h) {
+        for (bool again = false;; again = true) {
+            product<LOWER_A>(Cp, Vp, Cp, weights, Cp, 1, v, Vp, sums, Vp, 0);
+            if (again) break;
+            if (are_finite(sums + (length - 1) * Vp, Vp)) return;
+            for (int64_t n = 0; n < Cp * Vp; n++) v[n] = is_finite(v[n]) ? v[n] : 0;
         }
+        load_tile(v, p.value, b, t, h, V, Vp);
+        for (int64_t j = 0; j < length; j++)
+            for (int64_t n = 0; n < V; n++)
+                if (!is_finite(v[j * Vp + n]))
+                    for (int64_t i = j; i < length; i++) sums[i * Vp + n] += weights[i * Cp + j] * v[j * Vp + n];
     }
 
     // rows [count, width] = source times a factor for each row or for each column.
@@ -457,13 +505,28 @@ struct Chunk {
         for (int64_t j = 0; j < V; j++) assign(output[j], sums[j] / denominator);
     }
 
-    // `Step` for one head of one row.
-    static INLINE void mix(const Step& p, int64_t head) {
+    // `Step` for one head of one row; false if there was no memory for it.
+    static INLINE bool mix(const Step& p, int64_t head) {
+        const int64_t F = p.size, R = p.levels * p.banks, count = 4 * F + 3 * R;
+        if (count <= LOCAL) {
+            real work[LOCAL];
+            mix(p, head, work);
+            return true;
+        }
+        real* work = static_cast<real*>(std::malloc(count * sizeof(real)));
+        if (!work) return false;
+        mix(p, head, work);
+        std::free(work);
+        return true;
+    }
+
+    // The same, with 4 F + 3 R elements of work space.
+    static INLINE void mix(const Step& p, int64_t head, real* work) {
         const int64_t b = head / p.heads, h = head % p.heads, F = p.size, S = p.levels, N = p.banks, R = S * N;
         const int64_t row = p.rows ? p.rows[b] : b;
         const int64_t width = p.heads * F, channels = 3 * width, history = p.taps - 1;
         // The convolution of queries, keys and values with their past, which moves on by one.
-        real features[3 * F], sums[F];
+        real *features = work, *sums = work + 3 * F;
         for (int64_t part = 0; part < 3; part++) {
             const int64_t first = part * width + h * F;
             const token* projected = static_cast<const token*>(p.projected) + b * channels + first;
@@ -483,7 +546,7 @@ struct Chunk {
             features[j] = features[j] > 0 ? features[j] + 1 : std::exp(features[j]);
 
         // The memories of each level have the pointer's weight there.
-        real read[R], write[R], log_decay[R];
+        real *read = sums + F, *write = read + R, *log_decay = write + R;
         for (int64_t r = 0; r < R; r++) {
             const real weight = static_cast<const real*>(p.pointer)[b * S + r / N];
             const int64_t bank = head * N + r % N;
@@ -521,8 +584,7 @@ struct Chunk {
                 store_state(memory, normalizer, static_cast<real*>(p.start_memory) + (head * chunks + chunk) * size,
                             static_cast<real*>(p.start_normalizer) + (head * chunks + chunk) * keys);
             prefetch_written(p.output, b, t, h, V);
-            product<LOWER_A>(Cp, Vp, Cp, weights, Cp, 1, v, Vp, sums, Vp, 0);
-            real denominators[Cp];
+            read_chunk(p, b, t, h);
             for (int64_t i = 0; i < Cp; i++) {
                 vec total{};
                 for (int64_t j = 0; j <= i; j += LANES) total += load(weights + i * Cp + j);
@@ -640,6 +702,8 @@ struct Chunk {
                 if (i == length - 1) later += leaving + grad_decay;
                 later += grad_read_inside[n] * read_inside[n] + grad_read_state[n] * read_state[n] -
                          grad_write_inside[n] * write_inside[n] - grad_write_state[n] * write_state[n];
+                // Where all is wiped, nothing passes; the sum would be the rounding errors of what cancels in it.
+                if (wipes && at<real>(p.log_decay, b, t + i, h)[r] <= NOTHING) later = 0;
                 at<real>(p.grad_log_decay, b, t + i, h)[r] = later;
             }
         }
@@ -681,10 +745,11 @@ struct Chunk {
 
     INLINE bool run(const Problem& p, int64_t head, bool backwards) {
         const int64_t b = head / p.heads, h = head % p.heads;
-        if (p.time == 1 && !backwards && !p.start_memory) {
+        if (p.time == 1 && !backwards && !p.start_memory && 2 * (p.key_size + p.value_size) <= LOCAL) {
             step(p, b, h);
             return true;
         }
+        if (p.chunk > 1 << 20) return false;  // its work space may be more bytes than an integer counts
         const int64_t bytes = layout(p, nullptr, backwards) * sizeof(real) + 64;
         void* workspace = std::malloc(bytes);
         if (!workspace) return false;
@@ -697,7 +762,7 @@ struct Chunk {
 
 struct Functions {
     bool (*run)(const Problem&, int64_t head, bool backwards);
-    void (*mix)(const Step&, int64_t head);
+    bool (*mix)(const Step&, int64_t head);
 };
 
 // The same code for several instruction sets; the processor's best is taken when the library runs.
@@ -708,7 +773,7 @@ struct Functions {
         target static bool run(const Problem& p, int64_t head, bool backwards) {         \
             return Code().run(p, head, backwards);                                       \
         }                                                                                \
-        target static void mix(const Step& p, int64_t head) { Code::mix(p, head); }      \
+        target static bool mix(const Step& p, int64_t head) { return Code::mix(p, head); } \
         static Functions get() { return {run, mix}; }                                    \
     };
 FUNCTIONS(Portable, , Chunk<real, token, 16, 8, false>)
@@ -751,6 +816,10 @@ bool is_much(int64_t heads) { return heads >= 16; }
 
 }  // namespace
 
+// What a caller has to agree with: it hands over structs, and nothing else tells it which. To be changed with the fields
+// of `Problem` and `Step` and with what the functions do, here and in memory_bank_cpu.py; the sizes are part of it.
+extern "C" int64_t stackformer_abi() { return (2 * 10000 + int64_t(sizeof(Problem))) * 10000 + int64_t(sizeof(Step)); }
+
 // Runs all heads on `threads` threads. Returns 0, or 1 if there was no memory for the work space.
 extern "C" int stackformer_memory_bank(const Problem* problem, int precision, int backwards, int threads) {
     const Functions functions = choose(precision);
@@ -762,10 +831,18 @@ extern "C" int stackformer_memory_bank(const Problem* problem, int precision, in
     return failed;
 }
 
-// One token of a mixer, all heads on `threads` threads.
-extern "C" void stackformer_step(const Step* step, int precision, int threads) {
+// One token of a mixer, all heads on `threads` threads. Returns 0, 1 if there was no memory for the work space, or 2 if
+// the rows are not ascending numbers of the state's: each one once, since heads write at the same time.
+extern "C" int stackformer_step(const Step* step, int precision, int threads) {
+    int64_t last = -1;
+    for (int64_t b = 0; step->rows && b < step->batch; b++) {
+        if (step->rows[b] <= last || step->rows[b] >= step->count) return 2;
+        last = step->rows[b];
+    }
     const Functions functions = choose(precision);
     const int64_t heads = step->batch * step->heads;
-#pragma omp parallel for if (is_much(heads)) num_threads(threads)
-    for (int64_t head = 0; head < heads; head++) functions.mix(*step, head);
+    int failed = 0;
+#pragma omp parallel for if (is_much(heads)) num_threads(threads) reduction(| : failed)
+    for (int64_t head = 0; head < heads; head++) failed |= !functions.mix(*step, head);
+    return failed;
 }
