@@ -19,6 +19,7 @@ from transformers import Trainer, TrainingArguments, default_data_collator
 
 from .cache_stackformer import StackformerCache
 from .long_context import METHODS, long_context_backward, long_context_loss
+from .trainer_stackformer import SelectiveDecay
 
 
 @dataclass
@@ -130,7 +131,7 @@ class DocumentStreams(torch.utils.data.Dataset):
         }
 
 
-class LongContextTrainer(Trainer):
+class LongContextTrainer(SelectiveDecay, Trainer):
     """A Trainer with [`LongContextArguments`], whose datasets are documents (see [`DocumentStreams`]).
 
     Checkpoints have the states of the streams, so that a run goes on in the middle of its documents. Beside
