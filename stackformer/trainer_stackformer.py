@@ -27,8 +27,8 @@ COLLAPSED_STEPS, COLLAPSED_ENTROPY = 1.05, 0.2
 
 
 # Parameters of the model without weight decay, beside biases and norms: by a part of their name, which is how
-# the Trainer tells those. A mark on the parameter (`_no_weight_decay` in other models) would be lost in loading,
-# copying and sharding, and the Trainer does not ask for it.
+# the Trainer tells those. A mark on the parameter (`_no_weight_decay` in other models) would be lost in
+# loading, copying and sharding, and the Trainer does not ask for it.
 UNDECAYED = re.compile(r"(?:^|\.)(?:step_gate|time_decay|time_first|shift|initial_memory|persistent)(?:$|\.)")
 
 
