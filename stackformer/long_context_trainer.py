@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments, default_data_collator
 
 from .cache_stackformer import StackformerCache
+from .checkpoints import WholeCheckpoints
 from .long_context import METHODS, long_context_backward, long_context_loss
 from .trainer_stackformer import SelectiveDecay
 
@@ -131,7 +132,7 @@ class DocumentStreams(torch.utils.data.Dataset):
         }
 
 
-class LongContextTrainer(SelectiveDecay, Trainer):
+class LongContextTrainer(SelectiveDecay, WholeCheckpoints, Trainer):
     """A Trainer with [`LongContextArguments`], whose datasets are documents (see [`DocumentStreams`]).
 
     Checkpoints have the states of the streams, so that a run goes on in the middle of its documents. Beside
@@ -247,15 +248,13 @@ class LongContextTrainer(SelectiveDecay, Trainer):
         streams = None
         if self._carried is not None:
             streams = [layer.slices for layer in self._carried.layers], self._carried.get_seq_length()
-        path = self._streams_file(output_dir)
-        torch.save(streams, path.with_suffix(".partial"))
-        path.with_suffix(".partial").replace(path)
+        torch.save(streams, Path(output_dir) / streams_files(self.args)[self.args.process_index])
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         super()._load_rng_state(checkpoint)
         if checkpoint is None:
             return
-        path = self._streams_file(checkpoint)
+        path = Path(checkpoint) / streams_files(self.args)[self.args.process_index]
         if not path.is_file():
             raise ValueError(
                 f"`resume_from_checkpoint` must hold {path.name}, the states of this process' streams: a run "
@@ -267,8 +266,10 @@ class LongContextTrainer(SelectiveDecay, Trainer):
             for layer, slices in zip(self._carried.layers, streams[0], strict=True):
                 layer.load(slices, streams[1], self.args.device)
 
-    def _streams_file(self, folder: str) -> Path:
-        return Path(folder) / f"streams_{self.args.process_index}_of_{self.args.world_size}.pt"
+
+def streams_files(args: TrainingArguments) -> list[str]:
+    """The files of a checkpoint that have the states of the streams, one of each process."""
+    return [f"streams_{number}_of_{args.world_size}.pt" for number in range(args.world_size)]
 
 
 def _token_ids(document: Any) -> tuple[Any, Any]:
@@ -291,4 +292,4 @@ def _continued(cache: StackformerCache | None, continues: Tensor) -> Stackformer
     return cache
 
 
-__all__ = ["DocumentStreams", "LongContextArguments", "LongContextTrainer"]
+__all__ = ["DocumentStreams", "LongContextArguments", "LongContextTrainer", "streams_files"]

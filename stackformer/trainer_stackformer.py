@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
 from transformers.utils import logging
 
+from .checkpoints import WholeCheckpoints
 from .processing_stack import entropy, expected_steps
 
 logger = logging.get_logger(__name__)
@@ -146,9 +147,9 @@ class SelectiveDecay:
         return [name for name in names if not UNDECAYED.search(name)]
 
 
-class StackformerTrainer(PonderLogging, SelectiveDecay, Trainer):
-    """transformers' [`Trainer`] that logs how deep the model ponders, and decays no gate and no memory: see
-    [`PonderLogging`] and [`SelectiveDecay`]."""
+class StackformerTrainer(PonderLogging, SelectiveDecay, WholeCheckpoints, Trainer):
+    """transformers' [`Trainer`] that logs how deep the model ponders, decays no gate and no memory, and
+    leaves no checkpoint half-written: see [`PonderLogging`], [`SelectiveDecay`] and [`WholeCheckpoints`]."""
 
 
 def _reader(model: nn.Module) -> nn.Module:
