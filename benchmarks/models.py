@@ -25,6 +25,7 @@ from transformers import (
     StaticCache,
 )
 
+from scripts.command_line import COUNT
 from stackformer import StackformerCache, StackformerConfig
 
 VOCABULARY = 261
@@ -111,9 +112,9 @@ FAMILIES = {
 def add_arguments(parser: argparse.ArgumentParser, models: Iterable[str]) -> None:
     """What says which models to compare, and how large."""
     parser.add_argument("--models", nargs="+", default=list(models), choices=list(FAMILIES))
-    parser.add_argument("--parameters", type=int, default=10_000_000, help="parameters of every model")
-    parser.add_argument("--threads", type=int, default=None, help="threads; torch's default if not given")
-    parser.add_argument("--layers", type=int, default=8, help="layers; the stack has half, mamba2 twice")
+    parser.add_argument("--parameters", type=COUNT, default=10_000_000, help="parameters of every model")
+    parser.add_argument("--threads", type=COUNT, default=None, help="threads; torch's default if not given")
+    parser.add_argument("--layers", type=COUNT, default=8, help="layers; the stack has half, mamba2 twice")
     parser.add_argument(
         "--dtype",
         default="float32",

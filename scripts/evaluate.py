@@ -23,10 +23,11 @@ from typing import Any
 import numpy as np
 import torch
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, PreTrainedModel
+from transformers import PreTrainedModel
 
-import stackformer  # noqa: F401  (importing it registers the Auto classes)
-from scripts.data import encode, read_bytes
+from scripts.command_line import COUNT, DataclassParser, check_input_file, check_output_file, run_main
+from scripts.data import encode, parse_range, read_bytes
+from scripts.loading import check_device, load_model, load_saved_tokenizer
 from scripts.report import bits_per_byte, commit, machine_line, write_json
 
 
@@ -50,6 +51,16 @@ class EvaluationArguments:
     device: str = field(default="cpu", metadata={"help": "Device of the model, such as cuda."})
     json: str | None = field(default=None, metadata={"help": "File to write the results to."})
 
+    def __post_init__(self) -> None:
+        for name in ("window", "stride", "batch_size", "chunk_length"):
+            COUNT.check(name, getattr(self, name))
+        if self.stride is not None and self.stride > self.window:
+            raise ValueError(f"stride={self.stride}: expected 1 <= stride <= window={self.window}.")
+        if not self.windowed and not self.carry_state:
+            raise ValueError("windowed=False, carry_state=False: expected one of them to be evaluated.")
+        if self.range is not None:
+            parse_range(self.range, None, "range")
+
 
 def window_spans(num_predictions: int, window: int, stride: int) -> list[tuple[int, int, int]]:
     """Windows (start, first, stop): inputs start..stop-1, of which first..stop-1 predict a token anew.
@@ -70,6 +81,7 @@ def windowed_nll(
     model: PreTrainedModel, ids: torch.Tensor, window: int, stride: int, batch_size: int = 16
 ) -> float:
     """Sum of -log p(token) in nats over `ids[1:]`, each from its window; ids: [tokens], on its device."""
+    COUNT.check("batch_size", batch_size)
     spans = window_spans(len(ids) - 1, window, stride)
     total = 0.0
     with tqdm(total=len(ids) - 1, desc="windowed", unit="token") as progress:
@@ -107,12 +119,15 @@ def carried_nll(model: PreTrainedModel, ids: torch.Tensor, chunk_length: int) ->
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Evaluate as `argv` says (default: the command line), print a table, and return what --json holds."""
-    (args,) = HfArgumentParser(
+    (args,) = DataclassParser(
         EvaluationArguments, description=__doc__.split("\n")[0]
     ).parse_args_into_dataclasses(argv)
-    tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)
-    model = AutoModelForCausalLM.from_pretrained(args.model_name_or_path).to(args.device).eval()
+    check_input_file("text", args.text)
+    check_output_file("json", args.json)
+    check_device("device", args.device)
     data = read_bytes(args.text, args.range)
+    tokenizer = load_saved_tokenizer("model_name_or_path", args.model_name_or_path)
+    model = load_model("model_name_or_path", args.model_name_or_path, args.device)
     ids = torch.from_numpy(encode(data, tokenizer).astype(np.int64)).to(args.device)
     if len(ids) < 2:
         raise ValueError(f"text={args.text!r}: expected at least two tokens, got {len(ids)}.")
@@ -171,4 +186,4 @@ __all__ = ["EvaluationArguments", "carried_nll", "main", "print_table", "window_
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -5,12 +5,20 @@ import json
 import math
 import os
 import platform
+import secrets
 import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from transformers.utils import logging
+
+from stackformer.checkpoints import sync
+
+logger = logging.get_logger(__name__)
 
 
 def bits_per_byte(mean_nll: float, num_tokens: int, num_bytes: int) -> float:
@@ -36,13 +44,37 @@ def machine_line() -> str:
     )
 
 
-def write_text(path: str | Path, text: str) -> None:
-    """Write `text` to `path`, creating its folder; a reader sees the old file or the new one, whole."""
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """A file to write instead of `path`, whose place it then takes; the folder is created.
+
+    A reader sees the old file or the new one, whole, whatever happens meanwhile, and however many processes
+    write it. If writing fails nothing is left.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    # It keeps the ending, by which others know what to write.
+    partial = path.with_name(f".{path.stem}.{os.getpid()}-{secrets.token_hex(4)}.partial{path.suffix}")
+    try:
+        yield partial
+        sync(partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write `text` to `path`; a reader sees the old file or the new one, whole."""
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def draw_or_warn(draw: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+    """Draw a picture of results that are complete without it: if drawing fails, a warning says why."""
+    try:
+        draw(*args, **kwargs)
+    except Exception as error:  # whatever it is, the results matter more
+        logger.warning(f"A picture was not drawn: {type(error).__name__}: {error}")
 
 
 def write_json(path: str | Path, content: dict[str, Any]) -> None:
@@ -50,4 +82,12 @@ def write_json(path: str | Path, content: dict[str, Any]) -> None:
     write_text(path, json.dumps(content, indent=2) + "\n")
 
 
-__all__ = ["bits_per_byte", "commit", "machine_line", "write_json", "write_text"]
+__all__ = [
+    "bits_per_byte",
+    "commit",
+    "draw_or_warn",
+    "machine_line",
+    "replacing",
+    "write_json",
+    "write_text",
+]
