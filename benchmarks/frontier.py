@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from benchmarks import harness
 from scripts.command_line import COUNT, NATURAL, THRESHOLD, check_input_file, run_main
 from scripts.data import encode, parse_range
-from scripts.loading import load_model, load_saved_tokenizer
+from scripts.loading import check_source, load_model, load_saved_tokenizer
 from scripts.report import bits_per_byte, draw_or_warn, replacing
 from stackformer.trainer_stackformer import ponder_metrics, ponder_sums
 
@@ -91,6 +91,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--block_size", type=COUNT, default=256, help="tokens T of a block")
     parser.add_argument("--tokens", type=COUNT, default=16, help="tokens decoded in a timed call")
     args = parser.parse_args(argv)
+    check_source("model", args.model)
     check_input_file("text", args.text)
     if args.range is not None:
         parse_range("{}:{}".format(*args.range), Path(args.text).stat().st_size, "range")

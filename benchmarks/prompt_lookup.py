@@ -14,7 +14,7 @@ import torch
 
 from benchmarks import harness
 from scripts.command_line import COUNT, read_text, run_main
-from scripts.loading import load_model, load_saved_tokenizer
+from scripts.loading import check_source, load_model, load_saved_tokenizer
 
 PROMPT = "def add(a, b):\n    return a + b\n\n" * 8
 GREEDY, LOOKUP = "greedy", "prompt lookup"
@@ -29,6 +29,7 @@ def main(argv: list[str] | None = None) -> dict:
     parser.add_argument("--new_tokens", type=COUNT, default=200, help="tokens to generate")
     parser.add_argument("--draft", type=COUNT, default=10, help="tokens of a draft")
     args = parser.parse_args(argv)
+    check_source("model", args.model)
     if not read_text("prompt", args.prompt):
         raise ValueError("prompt='': expected a text to go on from.")
     tokenizer = load_saved_tokenizer("model", args.model)

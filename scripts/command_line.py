@@ -99,7 +99,7 @@ class Range:
         limits = {"at least": self.least, "above": self.above, "at most": self.most, "below": self.below}
         texts = [f"{what} {limit:g}" for what, limit in limits.items() if limit is not None]
         kind = "a whole number" if self.number is int else "a number"
-        return " ".join([kind, " and ".join(texts)]).strip()
+        return ", ".join([kind, " and ".join(texts)]) if texts else kind
 
 
 COUNT = Range(int, least=1)

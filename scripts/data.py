@@ -118,13 +118,14 @@ def load_splits(args: DataArguments) -> tuple[bytes, bytes]:
     return _load_dataset_splits(args)
 
 
-def load_tokenizer(spec: str, train_text: bytes) -> PreTrainedTokenizerFast:
-    """A tokenizer from "byte", "bpe:VOCAB" (trained on `train_text`), or the path or name of a saved one."""
+def load_tokenizer(spec: str, train_text: bytes, name: str = "tokenizer") -> PreTrainedTokenizerFast:
+    """A tokenizer from "byte", "bpe:VOCAB" (trained on `train_text`), or the path or name of a saved one, the
+    option `name`."""
     if spec == "byte":
         return build_byte_tokenizer()
     kind, _, size = spec.partition(":")
     if kind != "bpe":
-        return load_saved_tokenizer("tokenizer", spec)
+        return load_saved_tokenizer(name, spec)
     check_tokenizer(spec)
     return train_bpe_tokenizer(_pieces(train_text), int(size))
 

@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 
 from scripts.command_line import COUNT, DataclassParser, check_input_file, check_output_file, run_main
 from scripts.data import encode, parse_range, read_bytes
-from scripts.loading import check_device, load_model, load_saved_tokenizer
+from scripts.loading import check_device, check_source, load_model, load_saved_tokenizer
 from scripts.report import bits_per_byte, commit, machine_line, write_json
 
 
@@ -122,15 +122,16 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     (args,) = DataclassParser(
         EvaluationArguments, description=__doc__.split("\n")[0]
     ).parse_args_into_dataclasses(argv)
+    check_source("model_name_or_path", args.model_name_or_path)
     check_input_file("text", args.text)
     check_output_file("json", args.json)
     check_device("device", args.device)
     data = read_bytes(args.text, args.range)
     tokenizer = load_saved_tokenizer("model_name_or_path", args.model_name_or_path)
-    model = load_model("model_name_or_path", args.model_name_or_path, args.device)
     ids = torch.from_numpy(encode(data, tokenizer).astype(np.int64)).to(args.device)
     if len(ids) < 2:
         raise ValueError(f"text={args.text!r}: expected at least two tokens, got {len(ids)}.")
+    model = load_model("model_name_or_path", args.model_name_or_path, args.device)
 
     runs = {}
     if args.windowed:

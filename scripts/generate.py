@@ -72,8 +72,8 @@ def main(argv: list[str] | None = None) -> str:
     check_device("device", args.device)
     prompt = read_text("prompt", args.prompt)
     tokenizer = load_saved_tokenizer("model_name_or_path", args.model_name_or_path)
-    model = load_model("model_name_or_path", args.model_name_or_path, args.device)
     inputs = encode_prompt(tokenizer, prompt, args.chat).to(args.device)
+    model = load_model("model_name_or_path", args.model_name_or_path, args.device)
     sampling = {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p}
 
     set_seed(args.seed)

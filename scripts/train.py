@@ -263,6 +263,19 @@ def build_model(args: ModelArguments, tokenizer: PreTrainedTokenizerFast) -> Pre
     return model
 
 
+def choose_tokenizer(
+    args: ModelArguments, checkpoint: str | None, train_text: bytes
+) -> PreTrainedTokenizerFast:
+    """The tokenizer of the checkpoint that a run goes on from, the one asked for, or that of the model."""
+    sources = {
+        "resume_from_checkpoint": checkpoint,
+        "tokenizer": args.tokenizer,
+        "model_name_or_path": args.model_name_or_path,
+    }
+    name, source = next(((name, x) for name, x in sources.items() if x), ("tokenizer", "byte"))
+    return load_tokenizer(source, train_text, name)
+
+
 def block_nll(logits: torch.Tensor | tuple[torch.Tensor, ...], labels: torch.Tensor) -> torch.Tensor:
     """Mean negative log likelihood of each block [B], from its logits [B, T, vocab] and labels [B, T].
 
@@ -287,6 +300,7 @@ def build_trainer(
     """
     train_ids, eval_ids = (encode(text, tokenizer) for text in texts)
     train_blocks = Blocks(train_ids, block_size, "training")
+    eval_blocks = Blocks(eval_ids, block_size, "evaluation")
     batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     warn_of_little_text(len(texts[0]), len(train_blocks), batch)
     num_eval_bytes = len(texts[1])
@@ -299,7 +313,7 @@ def build_trainer(
         model,
         args,
         train_dataset=train_blocks,
-        eval_dataset=Blocks(eval_ids, block_size, "evaluation"),
+        eval_dataset=eval_blocks,
         data_collator=default_data_collator,
         processing_class=tokenizer,
         compute_metrics=compute_metrics,
@@ -357,8 +371,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     checkpoint = find_checkpoint(args)
     set_seed(args.seed)
     texts = load_splits(data_args)
-    tokenizer_source = checkpoint or model_args.tokenizer or model_args.model_name_or_path or "byte"
-    tokenizer = load_tokenizer(tokenizer_source, texts[0])
+    tokenizer = choose_tokenizer(model_args, checkpoint, texts[0])
     model = build_model(model_args, tokenizer)
     trainer = build_trainer(model, tokenizer, texts, data_args.block_size, args)
     draw_course(trainer)
@@ -486,6 +499,7 @@ __all__ = [
     "build_trainer",
     "check_model",
     "check_training",
+    "choose_tokenizer",
     "find_checkpoint",
     "main",
     "parse_overrides",

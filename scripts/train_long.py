@@ -24,7 +24,7 @@ import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, set_seed
 
 from scripts.command_line import COUNT, DataclassParser, run_main
-from scripts.data import DataArguments, encode, load_splits, load_tokenizer
+from scripts.data import DataArguments, encode, load_splits
 from scripts.report import bits_per_byte
 from scripts.train import (
     SMALL_MODEL_DEFAULTS,
@@ -32,6 +32,7 @@ from scripts.train import (
     build_model,
     check_model,
     check_training,
+    choose_tokenizer,
     find_checkpoint,
     train_and_save,
 )
@@ -96,8 +97,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     checkpoint = find_checkpoint(args, streams_files(args))
     set_seed(args.seed)
     texts = load_splits(data_args)
-    tokenizer_source = checkpoint or model_args.tokenizer or model_args.model_name_or_path or "byte"
-    tokenizer = load_tokenizer(tokenizer_source, texts[0])
+    tokenizer = choose_tokenizer(model_args, checkpoint, texts[0])
     model = build_model(model_args, tokenizer)
     trainer = build_trainer(model, tokenizer, texts, data_args.num_documents, args)
     num_eval_tokens = len(trainer.eval_dataset[0])

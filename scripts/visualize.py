@@ -30,8 +30,8 @@ def main(argv: list[str] | None = None) -> None:
     text = read_text("text", args.text)
     if not text:
         raise ValueError("text='': expected a text for the model to read.")
-    model = load_model("model", args.model)
     tokenizer = load_saved_tokenizer("model", args.model)
+    model = load_model("model", args.model)
     trace = model.stack_trace(tokenizer(text, return_tensors="pt").input_ids[:, : args.max_tokens], tokenizer)
     Path(args.output).parent.mkdir(parents=True, exist_ok=True)
     if suffix == ".html":

@@ -134,6 +134,7 @@ def long_context_backward(
     """
     _check_options(piece_size, method, max_log_decay, max_drift, storage)
     shift_labels = next_labels(input_ids, labels, shift_labels)
+    _check_inputs(model, input_ids, shift_labels, attention_mask, num_items_in_batch)
     if num_items_in_batch is None:
         num_items_in_batch = shift_labels.ne(-100).sum().clamp(min=1)
 
@@ -167,7 +168,10 @@ def long_context_loss(
     piece_size: int = 1024,
 ) -> LongContextOutput:
     """The loss of `long_context_backward`, and the state after the last token, without any gradient."""
+    if piece_size < 1:
+        raise ValueError(f"`piece_size` must be at least 1, got {piece_size}")
     shift_labels = next_labels(input_ids, labels, shift_labels)
+    _check_inputs(model, input_ids, shift_labels, attention_mask, num_items_in_batch)
     if num_items_in_batch is None:
         num_items_in_batch = shift_labels.ne(-100).sum().clamp(min=1)
     pieces = _Pieces(model, input_ids, shift_labels, attention_mask, piece_size)
@@ -552,6 +556,10 @@ class _Storage:
 def next_labels(input_ids: Tensor, labels: Tensor | None, shift_labels: Tensor | None) -> Tensor:
     if (labels is None) == (shift_labels is None):
         raise ValueError("You must specify exactly one of `labels` and `shift_labels`")
+    if input_ids.dim() != 2 or input_ids.numel() == 0:
+        raise ValueError(
+            f"`input_ids` must have the shape [B, T], both at least 1, got {tuple(input_ids.shape)}"
+        )
     if shift_labels is None:
         shift_labels = nn.functional.pad(cast(Tensor, labels), (0, 1), value=-100)[:, 1:]
     if shift_labels.shape != input_ids.shape:
@@ -574,6 +582,38 @@ def _check_options(
             raise ValueError(f"`{name}` must be at least 0, got {value}")
     if storage not in ("device", "cpu") and not os.path.isdir(storage):
         raise ValueError(f"`storage` must be 'device', 'cpu' or an existing folder, got {storage!r}")
+
+
+def _check_inputs(
+    model: nn.Module,
+    input_ids: Tensor,
+    shift_labels: Tensor,
+    attention_mask: Tensor | None,
+    num_items_in_batch: Tensor | int | None,
+) -> None:
+    if input_ids.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"`input_ids` must be integers (int64 or int32), got {input_ids.dtype}")
+    if shift_labels.dtype != torch.int64:
+        raise ValueError(f"`labels` or `shift_labels` must be int64, got {shift_labels.dtype}")
+    if attention_mask is not None and attention_mask.shape != input_ids.shape:
+        raise ValueError(
+            f"`attention_mask` must have the shape {tuple(input_ids.shape)} of `input_ids`, got "
+            f"{tuple(attention_mask.shape)}"
+        )
+    if num_items_in_batch is not None and not num_items_in_batch > 0:
+        raise ValueError(f"`num_items_in_batch` must be above 0, got {float(num_items_in_batch):g}")
+    size = extract_model_from_parallel(model).config.vocab_size
+    labels = shift_labels.masked_fill(shift_labels == -100, 0)
+    for name, values, others in (
+        ("`input_ids`", input_ids, ""),
+        ("`labels` or `shift_labels`", labels, ", or -100"),
+    ):
+        low, high = torch.stack(values.aminmax()).tolist()
+        if low < 0 or high >= size:
+            raise ValueError(
+                f"{name} must be ids of the {size} tokens of the vocabulary{others}, got "
+                f"{low if low < 0 else high}"
+            )
 
 
 __all__ = [
