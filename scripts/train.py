@@ -353,12 +353,14 @@ def save(trainer: Trainer) -> None:
     model that was there before or this one (see `replace_model`)."""
     output_dir = Path(trainer.args.output_dir)
     partial = output_dir / "_partial-model"  # an underscore keeps it off the Hub
-    trainer.model.config.use_cache = True  # the Trainer turns it off, which is right for training only
     if trainer.is_world_process_zero():
         for left_over in (partial, output_dir / PARTIAL):  # of a process that was killed
             shutil.rmtree(left_over, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
+    config = trainer.model.config
+    use_cache, config.use_cache = config.use_cache, True  # the Trainer turns it off, for itself only
     trainer.save_model(str(partial))
+    config.use_cache = use_cache
     if trainer.is_world_process_zero():
         replace_model(partial, output_dir)
 
@@ -413,6 +415,7 @@ def train_and_save(
     wall_time = time.perf_counter() - started
     save(trainer)
     after = measure()
+    model.config.use_cache = True
 
     metrics = {
         "bits_per_byte_before": before,
