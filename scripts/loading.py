@@ -60,9 +60,14 @@ def load_saved_tokenizer(name: str, source: str) -> PreTrainedTokenizerBase:
     Raises:
         ValueError: if it cannot be loaded.
     """
-    if Path(source).is_dir() and not any(any(Path(source).glob(name)) for name in TOKENIZER_FILES):
+    if Path(source).is_dir() and not has_tokenizer(source):
         raise ValueError(f"{name}={source!r}: expected a tokenizer beside the model, the folder has none.")
     return load_saved(AutoTokenizer.from_pretrained, name, source, "tokenizer")
+
+
+def has_tokenizer(folder: str | Path) -> bool:
+    """Whether a folder has files of some kind of tokenizer."""
+    return any(any(Path(folder).glob(name)) for name in TOKENIZER_FILES)
 
 
 def check_device(name: str, device: str) -> None:
@@ -125,6 +130,7 @@ def hub_answers() -> bool:
 __all__ = [
     "check_device",
     "check_source",
+    "has_tokenizer",
     "hub_answers",
     "is_hub_name",
     "load_model",

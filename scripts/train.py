@@ -74,7 +74,7 @@ from scripts.command_line import (
     run_main,
 )
 from scripts.data import Blocks, DataArguments, check_tokenizer, encode, load_splits, load_tokenizer
-from scripts.loading import check_source, load_model
+from scripts.loading import check_source, has_tokenizer, load_model
 from scripts.report import bits_per_byte, commit, machine_line, write_json
 from stackformer.checkpoints import PARTIAL, checkpoint_fault, newest_checkpoint, replace_model
 from stackformer.trainer_stackformer import StackformerTrainer
@@ -266,9 +266,12 @@ def build_model(args: ModelArguments, tokenizer: PreTrainedTokenizerFast) -> Pre
 def choose_tokenizer(
     args: ModelArguments, checkpoint: str | None, train_text: bytes
 ) -> PreTrainedTokenizerFast:
-    """The tokenizer of the checkpoint that a run goes on from, the one asked for, or that of the model."""
+    """The tokenizer of the checkpoint that a run goes on from, the one asked for, or that of the model.
+
+    A sharded checkpoint has none: there, what was asked for is made once more.
+    """
     sources = {
-        "resume_from_checkpoint": checkpoint,
+        "resume_from_checkpoint": checkpoint if checkpoint and has_tokenizer(checkpoint) else None,
         "tokenizer": args.tokenizer,
         "model_name_or_path": args.model_name_or_path,
     }
@@ -359,6 +362,8 @@ def save(trainer: Trainer) -> None:
     trainer.accelerator.wait_for_everyone()
     config = trainer.model.config
     use_cache, config.use_cache = config.use_cache, True  # the Trainer turns it off, for itself only
+    if trainer.is_fsdp_enabled:  # checkpoints may be in parts, a model for others is in one
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model(str(partial))
     config.use_cache = use_cache
     if trainer.is_world_process_zero():
@@ -408,8 +413,10 @@ def train_and_save(
         checkpoint: where to go on, or `None`.
     """
     args, model = trainer.args, trainer.model
-    # The weights of a checkpoint are read when training starts, so before that there is nothing to measure.
-    before = None if checkpoint else measure()
+    # The weights of a checkpoint are read when training starts, so before that there is nothing to measure;
+    # nor can models be run before that with DeepSpeed and FSDP.
+    later = checkpoint or trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
+    before = None if later else measure()
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=checkpoint)
     wall_time = time.perf_counter() - started
@@ -434,7 +441,7 @@ def train_and_save(
     }
     if trainer.is_world_process_zero():
         write_json(Path(args.output_dir) / "metrics.json", metrics)
-        start = "resumed" if before is None else f"{before:.4f}"
+        start = f"{before:.4f}" if before is not None else "resumed" if checkpoint else "new"
         print(f"bits per byte: {start} -> {after:.4f} after {metrics['steps']} steps in {wall_time:.1f} s")
         print(metrics["machine"])
     return metrics

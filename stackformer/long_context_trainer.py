@@ -20,7 +20,7 @@ from transformers import Trainer, TrainingArguments, default_data_collator
 from .cache_stackformer import StackformerCache
 from .checkpoints import WholeCheckpoints
 from .long_context import METHODS, long_context_backward, long_context_loss
-from .trainer_stackformer import SelectiveDecay
+from .trainer_stackformer import EvaluatedFirst, SelectiveDecay
 
 
 @dataclass
@@ -159,7 +159,7 @@ class DocumentStreams(torch.utils.data.Dataset):
         }
 
 
-class LongContextTrainer(SelectiveDecay, WholeCheckpoints, Trainer):
+class LongContextTrainer(SelectiveDecay, WholeCheckpoints, EvaluatedFirst, Trainer):
     """A Trainer with [`LongContextArguments`], whose datasets are documents (see [`DocumentStreams`]).
 
     Checkpoints have the states of the streams, so that a run goes on in the middle of its documents. Beside

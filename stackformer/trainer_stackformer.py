@@ -12,9 +12,10 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from accelerate.utils import is_compiled_module
+from accelerate.utils import extract_model_from_parallel, is_compiled_module
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
+from transformers.training_args import ParallelMode
 from transformers.utils import logging
 
 from .checkpoints import WholeCheckpoints
@@ -147,9 +148,47 @@ class SelectiveDecay:
         return [name for name in names if not UNDECAYED.search(name)]
 
 
-class StackformerTrainer(PonderLogging, SelectiveDecay, WholeCheckpoints, Trainer):
+class EvaluatedFirst:
+    """Put before a Trainer class that may evaluate a model before it trains it, in several processes.
+
+    An evaluation prepares the model without wrapping it, and accelerate prepares nothing twice: the training
+    after it would not exchange gradients, and every process would train a model of its own.
+    """
+
+    def train(self, *args, **kwargs):
+        """As in the Trainer, with a model that is prepared for training."""
+        trainer: Any = self
+        wraps = trainer.args.parallel_mode == ParallelMode.DISTRIBUTED
+        wraps = wraps and not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
+        if wraps and not isinstance(trainer.model_wrapped, nn.parallel.DistributedDataParallel):
+            # Taken out of what an evaluation put around it: autocast, a compiler.
+            extract_model_from_parallel(trainer.model, keep_fp32_wrapper=False, keep_torch_compile=True)
+            trainer.model_wrapped = trainer.model
+            vars(trainer.model).pop("_is_accelerate_prepared", None)
+        return super().train(*args, **kwargs)  # type: ignore[misc]
+
+
+class StackformerTrainer(PonderLogging, SelectiveDecay, WholeCheckpoints, EvaluatedFirst, Trainer):
     """transformers' [`Trainer`] that logs how deep the model ponders, decays no gate and no memory, and
     leaves no checkpoint half-written: see [`PonderLogging`], [`SelectiveDecay`] and [`WholeCheckpoints`]."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        if self.is_deepspeed_enabled:
+            self._check_deepspeed()
+
+    def _check_deepspeed(self) -> None:
+        """ZeRO-2 and ZeRO-3 add up the gradients of the processes in the order in which each has them. Where
+        tokens halt at different depths that order differs, and parameters get the gradients of others."""
+        settings = self.accelerator.state.deepspeed_plugin.deepspeed_config
+        stage = settings.get("zero_optimization", {}).get("stage", 0)
+        config = self.model.config.to_dict()
+        halts = config.get("max_ponder_steps", 1) > 1 and config.get("halting_threshold", 0) > 0
+        if stage > 1 and halts:
+            raise ValueError(
+                "DeepSpeed's `zero_optimization.stage` must be 0 or 1 for a model whose tokens halt at "
+                f"different depths (or `halting_threshold` 0), got {stage}"
+            )
 
 
 def _reader(model: nn.Module) -> nn.Module:
@@ -191,4 +230,4 @@ def ponder_metrics(sums: Tensor) -> dict[str, float]:
     return {name: round(value, 4) for name, value in metrics.items()}
 
 
-__all__ = ["PonderLogging", "SelectiveDecay", "StackformerTrainer"]
+__all__ = ["EvaluatedFirst", "PonderLogging", "SelectiveDecay", "StackformerTrainer"]
