@@ -218,7 +218,8 @@ def test_the_training_script(tmp_path, strategy):
     text.write_bytes(b"".join(b"%d " % (number * number) for number in range(2000)))
     argv = [
         "--config", str(preset), "--dataset", str(text), "--block_size", "32", "--use_cpu",
-        "--max_steps", "4", "--save_steps", "2", "--learning_rate", "1e-2", "--weight_decay", "0.1", "--tokenizer", "bpe:270",
+        "--max_steps", "4", "--save_steps", "2", "--learning_rate", "1e-2", "--weight_decay", "0.1",
+        "--tokenizer", "bpe:270",
     ]  # fmt: skip
     one, two = tmp_path / "one", tmp_path / "two"
     scripts.train.main([*argv, "--per_device_train_batch_size", "4", "--output_dir", str(one)])
