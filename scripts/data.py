@@ -36,7 +36,9 @@ PIECE_LENGTH = 1 << 16
 @dataclass
 class DataArguments:
     dataset: str = field(
-        metadata={"help": "A text file, a name or folder for `datasets`, or enwik8 / text8 with --data_path."}
+        metadata={
+            "help": "A text file, a folder or OWNER/NAME for `datasets`, or enwik8 / text8 with --data_path."
+        }
     )
     data_path: str | None = field(default=None, metadata={"help": "The local file of enwik8 or text8."})
     dataset_config: str | None = field(

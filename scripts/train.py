@@ -15,7 +15,7 @@ With other fields than the preset's, other parts of the file, and other options 
 On a dataset of the `datasets` library, with a BPE trained on it:
 
     python -m scripts.train --config configs/stackformer-tiny.json --tokenizer bpe:4096 \
-        --dataset wikitext --dataset_config wikitext-2-raw-v1 --output_dir runs/wikitext
+        --dataset Salesforce/wikitext --dataset_config wikitext-2-raw-v1 --output_dir runs/wikitext
 
 Resume a run that was stopped (the same command, and); start a new run from the weights of another:
 
