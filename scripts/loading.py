@@ -29,7 +29,8 @@ def check_source(name: str, source: str, what: str = "model") -> None:
     """
     path = Path(source)
     if path.is_dir():
-        if what == "model" and not (path / "config.json").is_file():
+        names = ("config.json", "adapter_config.json")  # an adapter names the model that it is for
+        if what == "model" and not any((path / x).is_file() for x in names):
             raise ValueError(f"{name}={source!r}: expected a saved model, the folder has no config.json.")
         return
     if path.exists():
