@@ -113,9 +113,10 @@ def _publish(partial: Path, final: Path) -> None:
 
 def sync(path: Path) -> None:
     """Have a file, or the entries of a folder, on the disk, and not only in the memory of the system."""
-    if os.name != "posix" and path.is_dir():
-        return  # other systems do not open folders
-    descriptor = os.open(path, os.O_RDONLY)
+    posix = os.name == "posix"  # other systems do not open folders, and write what is open for writing
+    if path.is_dir() and not posix:
+        return
+    descriptor = os.open(path, os.O_RDONLY if posix else os.O_RDWR)
     try:
         os.fsync(descriptor)
     finally:

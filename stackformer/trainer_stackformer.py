@@ -1,8 +1,9 @@
 # Copyright 2026 The Stackformer authors. Licensed under the Apache License, Version 2.0.
 """transformers' Trainer with ponder steps in its log, so that a collapse of the depth is seen as it happens,
-and with weight decay for weights only.
+with weight decay for weights only, and with checkpoints that are complete.
 
-Not needed to train: the model's loss is complete without it.
+Not needed to train: the model's loss is complete without it. Each of these is a class of its own, to be put
+before any other Trainer.
 """
 
 import re
@@ -169,8 +170,9 @@ class EvaluatedFirst:
 
 
 class StackformerTrainer(PonderLogging, SelectiveDecay, WholeCheckpoints, EvaluatedFirst, Trainer):
-    """transformers' [`Trainer`] that logs how deep the model ponders, decays no gate and no memory, and
-    leaves no checkpoint half-written: see [`PonderLogging`], [`SelectiveDecay`] and [`WholeCheckpoints`]."""
+    """transformers' [`Trainer`] that logs how deep the model ponders, decays no gate and no memory, leaves no
+    checkpoint half-written, and may be evaluated first: see [`PonderLogging`], [`SelectiveDecay`],
+    [`WholeCheckpoints`] and [`EvaluatedFirst`]."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
