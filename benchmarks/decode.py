@@ -26,6 +26,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from benchmarks import harness, models
+from scripts.command_line import COUNT, POSITIVE, run_main
+from scripts.report import draw_or_warn
 
 COMPILED = ", compiled"
 
@@ -151,11 +153,11 @@ def main(argv: list[str] | None = None) -> dict:
     models.add_arguments(
         parser, (models.PLAIN, models.BANKS, models.STACK, models.LLAMA, models.MAMBA2, models.RWKV)
     )
-    parser.add_argument("--contexts", type=int, nargs="+", default=[1024, 32768], help="tokens read before")
-    parser.add_argument("--batch_size", type=int, nargs="+", default=[1, 8], help="rows decoded together")
-    parser.add_argument("--tokens", type=int, default=32, help="tokens decoded in a timed call")
-    parser.add_argument("--piece", type=int, default=2048, help="tokens read at once")
-    parser.add_argument("--max_cache_bytes", type=float, default=4e9, help="of Llama's keys and values")
+    parser.add_argument("--contexts", type=COUNT, nargs="+", default=[1024, 32768], help="tokens read before")
+    parser.add_argument("--batch_size", type=COUNT, nargs="+", default=[1, 8], help="rows decoded together")
+    parser.add_argument("--tokens", type=COUNT, default=32, help="tokens decoded in a timed call")
+    parser.add_argument("--piece", type=COUNT, default=2048, help="tokens read at once")
+    parser.add_argument("--max_cache_bytes", type=POSITIVE, default=4e9, help="of Llama's keys and values")
     parser.add_argument(
         "--compile", action=argparse.BooleanOptionalAction, default=True, help="compiled sides, too"
     )
@@ -173,8 +175,7 @@ def main(argv: list[str] | None = None) -> dict:
         for length in lengths:
             rows += measure(length, batch, built, states, args)
     rows += measure_generate(built, args)
-    if args.plot:
-        plot(rows, args.plot)
+    measured = list(rows)
     every_table = tables(rows, built, args)
     if len(lengths) > 1:
         in_turn = [
@@ -187,7 +188,10 @@ def main(argv: list[str] | None = None) -> dict:
         every_table[
             f"Decoding after contexts of each length in turn, tokens/s (in brackets: times {lengths[0]:,})"
         ] = harness.table(in_turn, "context", harness.tokens_per_second)
-    return harness.report(args, rows, every_table)
+    content = harness.report(args, rows, every_table)
+    if args.plot:
+        draw_or_warn(plot, measured, args.plot)
+    return content
 
 
 def tables(rows: list[harness.Row], built: dict, args: argparse.Namespace) -> dict[str, str]:
@@ -223,4 +227,4 @@ def plot(rows: list[harness.Row], path: str) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

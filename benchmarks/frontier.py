@@ -11,16 +11,18 @@ were computed. Then it is read with a cache in batches of the sizes asked for (p
 """
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
-import stackformer  # noqa: F401  (registers the model)
 from benchmarks import harness
-from scripts.data import encode
-from scripts.report import bits_per_byte
+from scripts.command_line import COUNT, NATURAL, THRESHOLD, check_input_file, run_main
+from scripts.data import encode, parse_range
+from scripts.loading import check_source, load_model, load_saved_tokenizer
+from scripts.report import bits_per_byte, draw_or_warn, save_figure
 from stackformer.trainer_stackformer import ponder_metrics, ponder_sums
 
 
@@ -53,9 +55,7 @@ def decode(model: PreTrainedModel, ids: Tensor, threshold: float) -> harness.Wor
     def work() -> None:
         cache = None
         for token in ids.split(1, dim=1):
-            cache = model(
-                token, past_key_values=cache, use_cache=True, halting_threshold=threshold
-            ).past_key_values
+            cache = model(token, cache=cache, use_cache=True, halting_threshold=threshold).cache
 
     return work
 
@@ -80,17 +80,21 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     harness.add_plot(parser)
     parser.add_argument("--model", required=True, help="saved model, with its tokenizer")
     parser.add_argument("--text", required=True, help="file to evaluate on")
-    parser.add_argument("--range", type=int, nargs=2, default=None, help="bytes of the file, from and to")
+    parser.add_argument("--range", type=NATURAL, nargs=2, default=None, help="bytes of the file, from and to")
     parser.add_argument(
-        "--thresholds", type=float, nargs="+", default=[0.0, 0.01, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8],
+        "--thresholds", type=THRESHOLD, nargs="+", default=[0.0, 0.01, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8],
         help="halting thresholds; times refer to the first",
     )  # fmt: skip
-    parser.add_argument("--batch_size", type=int, nargs="+", default=[1, 8, 64], help="rows timed together")
-    parser.add_argument("--block_size", type=int, default=256, help="tokens T of a block")
-    parser.add_argument("--tokens", type=int, default=16, help="tokens decoded in a timed call")
+    parser.add_argument("--batch_size", type=COUNT, nargs="+", default=[1, 8, 64], help="rows timed together")
+    parser.add_argument("--block_size", type=COUNT, default=256, help="tokens T of a block")
+    parser.add_argument("--tokens", type=COUNT, default=16, help="tokens decoded in a timed call")
     args = parser.parse_args(argv)
-    model = AutoModelForCausalLM.from_pretrained(args.model).to(args.device).eval()
+    check_source("model", args.model)
+    check_input_file("text", args.text)
+    if args.range is not None:
+        parse_range("{}:{}".format(*args.range), Path(args.text).stat().st_size, "range")
     blocks, num_bytes = load(args)
+    model = load_model("model", args.model, args.device)
     quality = [evaluate(model, blocks, num_bytes, threshold) for threshold in args.thresholds]
     times = [row for batch in args.batch_size for row in measure(model, blocks, batch, args)]
     tables = {
@@ -100,9 +104,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         ),
     }
     rows = [{**row, "use": "evaluation"} for row in quality] + times
+    content = harness.report(args, rows, tables)
     if args.plot:
-        plot(quality, times, args.plot)
-    return harness.report(args, rows, tables)
+        draw_or_warn(plot, quality, times, args.plot)
+    return content
 
 
 def load(args: argparse.Namespace) -> tuple[Tensor, int]:
@@ -111,7 +116,8 @@ def load(args: argparse.Namespace) -> tuple[Tensor, int]:
         start, stop = args.range or (0, None)
         file.seek(start)
         text = file.read(None if stop is None else stop - start)
-    ids = torch.from_numpy(encode(text, AutoTokenizer.from_pretrained(args.model)).astype("int64"))
+    tokenizer = load_saved_tokenizer("model", args.model)
+    ids = torch.from_numpy(encode(text, tokenizer).astype("int64"))
     rows = len(ids) // args.block_size
     if rows == 0:
         raise ValueError(f"`text` must have at least {args.block_size} tokens (`block_size`), got {len(ids)}")
@@ -150,9 +156,9 @@ def plot(quality: list[harness.Row], times: list[harness.Row], path: str) -> Non
     right.legend()
     for axis in (left, right):
         axis.grid(True, alpha=0.3)
-    figure.savefig(path, dpi=150)
+    save_figure(path, figure)
     pyplot.close(figure)
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

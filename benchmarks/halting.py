@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 
 from benchmarks import harness, models
 from benchmarks.training import training_step
+from scripts.command_line import COUNT, SHARE, run_main
 from stackformer.processing_stack import DEQUEUE
 
 FULL, ONE = "full depth", "one step"
@@ -130,12 +131,16 @@ def main(argv: list[str] | None = None) -> dict:
     harness.add_timing(parser, repeats=7)
     models.add_arguments(parser, (models.STACK,))
     parser.add_argument(
-        "--shares", type=float, nargs="+", default=[0.0, 0.25, 0.5, 0.75, 1.0],
+        "--shares", type=SHARE, nargs="+", default=[0.0, 0.25, 0.5, 0.75, 1.0],
         help="shares of the tokens that return at the first ponder step",
     )  # fmt: skip
-    parser.add_argument("--batch_size", type=int, nargs="+", default=[1, 8, 64], help="rows decoded together")
-    parser.add_argument("--time", type=int, default=2048, help="tokens T of a training step and of a prompt")
-    parser.add_argument("--tokens", type=int, default=16, help="tokens decoded in a timed call")
+    parser.add_argument(
+        "--batch_size", type=COUNT, nargs="+", default=[1, 8, 64], help="rows decoded together"
+    )
+    parser.add_argument(
+        "--time", type=COUNT, default=2048, help="tokens T of a training step and of a prompt"
+    )
+    parser.add_argument("--tokens", type=COUNT, default=16, help="tokens decoded in a timed call")
     args = parser.parse_args(argv)
     built = models.build_all(args)
     rows = []
@@ -159,4 +164,4 @@ def main(argv: list[str] | None = None) -> dict:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -17,7 +17,9 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
-from scripts.report import commit, machine_line, write_json
+from scripts.command_line import COUNT, NOT_NEGATIVE, Parser, check_output_file, check_picture_file
+from scripts.loading import check_device
+from scripts.report import commit, draw_or_warn, machine_line, save_figure, write_json
 
 Row = dict[str, Any]
 Work = Callable[[], Any]
@@ -27,9 +29,25 @@ LARGE_PRODUCT, SMALL_PRODUCTS = "sgemm 1024", "batched sgemm 64"
 MACHINE = (LARGE_PRODUCT, SMALL_PRODUCTS)
 
 
-def parser(doc: str) -> argparse.ArgumentParser:
+class BenchmarkParser(Parser):
+    """A parser that checks what `parser` and `add_plot` add."""
+
+    def parse_args(self, args=None, namespace=None):
+        """As argparse's.
+
+        Raises:
+            ValueError: for a value out of its range, or a place that cannot be used.
+        """
+        parsed = super().parse_args(args, namespace)
+        check_output_file("json", parsed.json)
+        check_picture_file("plot", vars(parsed).get("plot"))
+        check_device("device", parsed.device)
+        return parsed
+
+
+def parser(doc: str) -> BenchmarkParser:
     """A parser of a benchmark's command line, with the arguments that all have."""
-    parser = argparse.ArgumentParser(description=doc.split("\n")[0])
+    parser = BenchmarkParser(description=doc.split("\n")[0])
     parser.add_argument("--device", default="cpu", help="where to run")
     parser.add_argument("--json", default=None, help="file to write all measurements to")
     return parser
@@ -37,9 +55,9 @@ def parser(doc: str) -> argparse.ArgumentParser:
 
 def add_timing(parser: argparse.ArgumentParser, repeats: int) -> None:
     """What `measure` needs to know."""
-    parser.add_argument("--repeats", type=int, default=repeats, help="timed calls of each side")
+    parser.add_argument("--repeats", type=COUNT, default=repeats, help="timed calls of each side")
     parser.add_argument(
-        "--budget", type=float, default=30.0, help="seconds per case, after which 3 repeats are enough"
+        "--budget", type=NOT_NEGATIVE, default=30.0, help="seconds per case, after which 3 repeats are enough"
     )
 
 
@@ -223,8 +241,10 @@ def report_speed(
         ),
         memory: table(rows, "T", lambda row: size(row["peak_bytes"])),
     }
+    content = report(args, rows, tables)
     if args.plot:
-        plot_lines(
+        draw_or_warn(
+            plot_lines,
             args.plot,
             {what: rows},
             "T",
@@ -232,7 +252,7 @@ def report_speed(
             x_label,
             "microseconds per token",
         )
-    return report(args, rows, tables)
+    return content
 
 
 def plot_lines(
@@ -264,5 +284,5 @@ def plot_lines(
         axis.grid(True, which="major", alpha=0.3)
     axes[0][0].set_ylabel(y_label)
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right center")
-    figure.savefig(path, dpi=150)
+    save_figure(path, figure)
     pyplot.close(figure)

@@ -23,6 +23,7 @@ import resource
 import time
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,7 +31,16 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import stackformer  # noqa: F401  (registers the model)
-from scripts.report import commit, machine_line, write_json
+from scripts.command_line import (
+    COUNT,
+    NOT_NEGATIVE,
+    POSITIVE,
+    Parser,
+    check_output_file,
+    check_picture_file,
+    run_main,
+)
+from scripts.report import commit, draw_or_warn, machine_line, save_figure, write_json
 from scripts.train import read_preset
 from stackformer.long_context import DriftError, long_context_backward
 
@@ -188,32 +198,39 @@ def plot(lengths: list[dict[str, Any]], path: str) -> None:
             axis.plot([row["length"] for row in rows], [row[name] / scale for row in rows], "o-", label=side)
         axis.set(xscale="log", yscale="log", xlabel="tokens", ylabel=name.replace("bytes", "MiB"))
     axes[0].legend()
-    figure.savefig(path, dpi=150)
+    save_figure(path, figure)
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Measure as `argv` says (default: the command line)."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("--config", default="configs/long-tiny.json", help="preset of the model")
     parser.add_argument("--config_overrides", default=None, help="fields other than the preset's, name=value")
     lengths = [4096, 16384, 65536, 262144, 1048576]
-    parser.add_argument("--lengths", type=int, nargs="+", default=lengths, help="tokens of a context")
+    parser.add_argument("--lengths", type=COUNT, nargs="+", default=lengths, help="tokens of a context")
     parser.add_argument(
-        "--decays", type=float, nargs="*", default=[0, 1e-4, 1e-3, 1e-2, 1], help="max_decay_rate"
+        "--decays", type=NOT_NEGATIVE, nargs="*", default=[0, 1e-4, 1e-3, 1e-2, 1], help="max_decay_rate"
     )
     parser.add_argument(
-        "--drift_lengths", type=int, nargs="+", default=[16384, 65536, 262144], help="tokens for --decays"
+        "--drift_lengths", type=COUNT, nargs="+", default=[16384, 65536, 262144], help="tokens for --decays"
     )
-    parser.add_argument("--batch_size", type=int, default=1, help="rows")
-    parser.add_argument("--piece_size", type=int, default=1024, help="tokens run at once")
-    parser.add_argument("--max_log_decay", type=float, default=6.0, help="nats undone at most")
+    parser.add_argument("--batch_size", type=COUNT, default=1, help="rows")
+    parser.add_argument("--piece_size", type=COUNT, default=1024, help="tokens run at once")
+    parser.add_argument("--max_log_decay", type=NOT_NEGATIVE, default=6.0, help="nats undone at most")
     parser.add_argument("--storage", default="device", help="where states are kept: device, cpu or a folder")
-    parser.add_argument("--noise", type=float, default=0.05, help="standard deviation added to the weights")
-    parser.add_argument("--max_gib", type=float, default=8.0, help="memory that a side may take")
-    parser.add_argument("--threads", type=int, default=1, help="threads of torch")
+    parser.add_argument(
+        "--noise", type=NOT_NEGATIVE, default=0.05, help="standard deviation added to the weights"
+    )
+    parser.add_argument("--max_gib", type=POSITIVE, default=8.0, help="memory that a side may take")
+    parser.add_argument("--threads", type=COUNT, default=1, help="threads of torch")
     parser.add_argument("--json", default=None, help="file to write the results to")
     parser.add_argument("--plot", default=None, help="picture to write")
     args = parser.parse_args(argv)
+    check_output_file("json", args.json)
+    check_picture_file("plot", args.plot)
+    if args.storage not in ("device", "cpu") and not Path(args.storage).is_dir():
+        raise ValueError(f"storage={args.storage!r}: expected device, cpu or a folder that is there.")
+    read_preset(args.config, args.config_overrides)
     torch.set_num_threads(args.threads)
     results = {"machine": machine_line(), "commit": commit(), "arguments": vars(args)}
     results |= {"lengths": measure_lengths(args), "decays": measure_decays(args)}
@@ -222,9 +239,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     if args.json:
         write_json(args.json, results)
     if args.plot:
-        plot(results["lengths"], args.plot)
+        draw_or_warn(plot, results["lengths"], args.plot)
     return results
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -27,6 +27,7 @@ import stackformer  # noqa: F401  (registers the model)
 from benchmarks.tasks import IGNORED, Task, seeded
 from benchmarks.tasks.recall import DistantRecall
 from benchmarks.tasks.run import TRAIN, evaluate
+from scripts.command_line import COUNT, NATURAL, NOT_NEGATIVE, Parser, check_output_file, run_main
 from scripts.report import commit, machine_line, write_json
 from scripts.train import read_preset
 from stackformer.long_context import METHODS
@@ -143,24 +144,26 @@ def print_table(rows: list[dict[str, Any]], args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Train and test as `argv` says (default: the command line)."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("--methods", nargs="+", default=["reverse", "truncated"], choices=METHODS)
-    parser.add_argument("--length", type=int, default=131072, help="tokens of a long context")
-    parser.add_argument("--steps", type=int, default=60, help="on long contexts")
-    parser.add_argument("--batch_size", type=int, default=1, help="long contexts of a step")
-    parser.add_argument("--piece_size", type=int, default=4096, help="tokens of a piece of them")
-    parser.add_argument("--learning_rate", type=float, default=5e-3, help="on long contexts")
-    parser.add_argument("--short_length", type=int, default=128, help="tokens of a short context")
-    parser.add_argument("--short_steps", type=int, default=600, help="on short contexts")
-    parser.add_argument("--short_batch_size", type=int, default=64, help="short contexts of a step")
-    parser.add_argument("--short_learning_rate", type=float, default=1e-2, help="on short contexts")
-    parser.add_argument("--num_kv_pairs", type=int, default=4, help="pairs to keep")
-    parser.add_argument("--num_test", type=int, default=32, help="test sequences")
+    parser.add_argument("--length", type=COUNT, default=131072, help="tokens of a long context")
+    parser.add_argument("--steps", type=COUNT, default=60, help="on long contexts")
+    parser.add_argument("--batch_size", type=COUNT, default=1, help="long contexts of a step")
+    parser.add_argument("--piece_size", type=COUNT, default=4096, help="tokens of a piece of them")
+    parser.add_argument("--learning_rate", type=NOT_NEGATIVE, default=5e-3, help="on long contexts")
+    parser.add_argument("--short_length", type=COUNT, default=128, help="tokens of a short context")
+    parser.add_argument("--short_steps", type=COUNT, default=600, help="on short contexts")
+    parser.add_argument("--short_batch_size", type=COUNT, default=64, help="short contexts of a step")
+    parser.add_argument("--short_learning_rate", type=NOT_NEGATIVE, default=1e-2, help="on short contexts")
+    parser.add_argument("--num_kv_pairs", type=COUNT, default=4, help="pairs to keep")
+    parser.add_argument("--num_test", type=COUNT, default=32, help="test sequences")
     parser.add_argument("--config", default="configs/plain-tiny.json", help="preset of the model")
     parser.add_argument("--config_overrides", default=SMALL, help="fields other than the preset's")
-    parser.add_argument("--seed", type=int, default=0, help="of weights and sequences")
+    parser.add_argument("--seed", type=NATURAL, default=0, help="of weights and sequences")
     parser.add_argument("--json", default=None, help="file to write the results to")
     args = parser.parse_args(argv)
+    check_output_file("json", args.json)
+    read_preset(args.config, args.config_overrides)
     results = {"machine": machine_line(), "commit": commit(), "arguments": vars(args), "rows": measure(args)}
     print(results["machine"])
     print_table(results["rows"], args)
@@ -170,4 +173,4 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

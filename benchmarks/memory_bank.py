@@ -29,6 +29,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from benchmarks import harness
+from scripts.command_line import COUNT, NATURAL, run_main
+from scripts.report import draw_or_warn
 from stackformer.memory_bank import banked_linear_attention
 from stackformer.memory_bank_cpu import is_available
 
@@ -206,16 +208,16 @@ def main(argv: list[str] | None = None) -> dict:
     harness.add_timing(parser, repeats=15)
     harness.add_plot(parser)
     parser.add_argument(
-        "--time", type=int, nargs="+", default=[256, 1024, 4096, 16384, 65536], help="lengths T"
+        "--time", type=COUNT, nargs="+", default=[256, 1024, 4096, 16384, 65536], help="lengths T"
     )
-    parser.add_argument("--memories", type=int, nargs="+", default=[1, 4, 16], help="memories per head R")
+    parser.add_argument("--memories", type=COUNT, nargs="+", default=[1, 4, 16], help="memories per head R")
     parser.add_argument("--implementations", nargs="+", default=list(OURS), choices=list(OURS))
-    parser.add_argument("--batch_size", type=int, default=1, help="batch size")
-    parser.add_argument("--heads", type=int, default=4, help="heads")
-    parser.add_argument("--head_dim", type=int, nargs="+", default=[64], help="key and value sizes K = V")
+    parser.add_argument("--batch_size", type=COUNT, default=1, help="batch size")
+    parser.add_argument("--heads", type=COUNT, default=4, help="heads")
+    parser.add_argument("--head_dim", type=COUNT, nargs="+", default=[64], help="key and value sizes K = V")
     parser.add_argument("--modes", nargs="+", default=[FORWARD, BACKWARD], choices=[FORWARD, BACKWARD])
-    parser.add_argument("--max_quadratic", type=int, default=8192, help="longest T for softmax attention")
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="numbers of threads")
+    parser.add_argument("--max_quadratic", type=NATURAL, default=8192, help="longest T for softmax attention")
+    parser.add_argument("--threads", type=COUNT, nargs="+", default=[1, 2], help="numbers of threads")
     args = parser.parse_args(argv)
     if CausalLinearAttention is None:
         print("pytorch-fast-transformers is not installed: not measured")
@@ -230,10 +232,11 @@ def main(argv: list[str] | None = None) -> dict:
                     rows += measure(length, head_dim, mode, args)
     torch.set_num_threads(threads_before)
     print(f"B={args.batch_size}, H={args.heads}; ratios: time relative to {rows[0]['side']}")
+    content = harness.report(args, rows, tables(rows))
     if args.plot:
-        plot(rows, args.plot)
-    return harness.report(args, rows, tables(rows))
+        draw_or_warn(plot, rows, args.plot)
+    return content
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

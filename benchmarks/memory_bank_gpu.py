@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from scripts.command_line import COUNT, POSITIVE, Parser, check_output_file, run_main
 from scripts.report import commit, machine_line, write_json
 from stackformer.memory_bank import banked_linear_attention
 
@@ -235,23 +236,24 @@ def table(rows: list[dict]) -> str:
 
 def main(argv: list[str] | None = None) -> list[dict]:
     """Measure as `argv` says (default: the command line) and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = Parser(description=__doc__.split("\n")[0])
     lengths = [2048, 4096, 8192, 16384, 32768, 65536]
-    parser.add_argument("--time", type=int, nargs="+", default=lengths, help="lengths T")
-    parser.add_argument("--memories", type=int, nargs="+", default=[1, 4, 16], help="memories per head R")
+    parser.add_argument("--time", type=COUNT, nargs="+", default=lengths, help="lengths T")
+    parser.add_argument("--memories", type=COUNT, nargs="+", default=[1, 4, 16], help="memories per head R")
     parser.add_argument(
-        "--chunk_sizes", type=int, nargs="+", default=[64, 128, 256], help="our chunk sizes C"
+        "--chunk_sizes", type=COUNT, nargs="+", default=[64, 128, 256], help="our chunk sizes C"
     )
-    parser.add_argument("--batch_size", type=int, default=1, help="batch size")
-    parser.add_argument("--heads", type=int, default=16, help="heads")
-    parser.add_argument("--head_dim", type=int, default=64, help="key and value size")
+    parser.add_argument("--batch_size", type=COUNT, default=1, help="batch size")
+    parser.add_argument("--heads", type=COUNT, default=16, help="heads")
+    parser.add_argument("--head_dim", type=COUNT, default=64, help="key and value size")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     parser.add_argument(
-        "--tolerance", type=float, default=0.03, help="largest relative error that is accepted"
+        "--tolerance", type=POSITIVE, default=0.03, help="largest relative error that is accepted"
     )
-    parser.add_argument("--repeats", type=int, default=20, help="timed passes of each side")
+    parser.add_argument("--repeats", type=COUNT, default=20, help="timed passes of each side")
     parser.add_argument("--json", default=None, help="file to write the results to")
     args = parser.parse_args(argv)
+    check_output_file("json", args.json)
     if not torch.cuda.is_available():
         parser.error(
             "this benchmark needs a CUDA GPU, and torch finds none; benchmarks.memory_bank runs on a CPU"
@@ -289,4 +291,4 @@ def main(argv: list[str] | None = None) -> list[dict]:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

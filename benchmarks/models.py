@@ -25,7 +25,9 @@ from transformers import (
     StaticCache,
 )
 
+from scripts.command_line import COUNT
 from stackformer import StackformerCache, StackformerConfig, StackformerStaticCache
+from stackformer.versions import CACHE_NAME
 
 VOCABULARY = 261
 HEAD = 64
@@ -111,9 +113,9 @@ FAMILIES = {
 def add_arguments(parser: argparse.ArgumentParser, models: Iterable[str]) -> None:
     """What says which models to compare, and how large."""
     parser.add_argument("--models", nargs="+", default=list(models), choices=list(FAMILIES))
-    parser.add_argument("--parameters", type=int, default=10_000_000, help="parameters of every model")
-    parser.add_argument("--threads", type=int, default=None, help="threads; torch's default if not given")
-    parser.add_argument("--layers", type=int, default=8, help="layers; the stack has half, mamba2 twice")
+    parser.add_argument("--parameters", type=COUNT, default=10_000_000, help="parameters of every model")
+    parser.add_argument("--threads", type=COUNT, default=None, help="threads; torch's default if not given")
+    parser.add_argument("--layers", type=COUNT, default=8, help="layers; the stack has half, mamba2 twice")
     parser.add_argument(
         "--dtype",
         default="float32",
@@ -190,7 +192,7 @@ def random_ids(batch: int, length: int, device: str = "cpu") -> Tensor:
     return torch.randint(0, 256, (batch, length), generator=generator).to(device)
 
 
-# What the models call their cache, if not `past_key_values`.
+# What the models call their cache, if not what most do.
 _CACHE_NAMES = {"mamba2": "cache_params", "rwkv": "state"}
 
 
@@ -200,7 +202,7 @@ def read(model: PreTrainedModel, ids: Tensor, cache: Any = None, step: Callable 
     Args:
         step: called in place of the model, such as a compiled one.
     """
-    name = _CACHE_NAMES.get(model.config.model_type, "past_key_values")
+    name = _CACHE_NAMES.get(model.config.model_type, CACHE_NAME)
     keep = {} if model.config.model_type == "rwkv" else {"logits_to_keep": 1}
     outputs = (model if step is None else step)(ids, use_cache=True, **{name: cache}, **keep)
     return outputs.logits[:, -1], outputs[name]

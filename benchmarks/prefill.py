@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from benchmarks import harness, models
+from scripts.command_line import COUNT, NATURAL, run_main
 
 
 def measure(length: int, built: dict[str, PreTrainedModel], args) -> list[harness.Row]:
@@ -35,9 +36,11 @@ def main(argv: list[str] | None = None) -> dict:
     models.add_arguments(
         parser, (models.PLAIN, models.BANKS, models.STACK, models.LLAMA, models.MAMBA2, models.QWEN3_NEXT)
     )
-    parser.add_argument("--time", type=int, nargs="+", default=[512, 2048, 8192, 16384], help="lengths T")
-    parser.add_argument("--batch_size", type=int, default=1, help="prompts read together")
-    parser.add_argument("--max_rwkv", type=int, default=512, help="longest T for RWKV, a loop over tokens")
+    parser.add_argument("--time", type=COUNT, nargs="+", default=[512, 2048, 8192, 16384], help="lengths T")
+    parser.add_argument("--batch_size", type=COUNT, default=1, help="prompts read together")
+    parser.add_argument(
+        "--max_rwkv", type=NATURAL, default=512, help="longest T for RWKV, a loop over tokens"
+    )
     args = parser.parse_args(argv)
     built = models.build_to_infer(args)
     rows = [row for length in args.time for row in measure(length, built, args)]
@@ -47,4 +50,4 @@ def main(argv: list[str] | None = None) -> dict:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

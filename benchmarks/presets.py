@@ -33,6 +33,7 @@ from benchmarks.decode import GreedyLoop
 from benchmarks.tasks import run as tasks
 from benchmarks.tasks.heat_map import read_rows
 from scripts import study
+from scripts.command_line import COUNT, NOT_NEGATIVE, Parser, check_output_folder, run_main
 from scripts.report import commit, machine_line, write_text
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -182,7 +183,7 @@ def table(rows: study.Rows) -> str:
 
 def main(argv: list[str] | None = None) -> study.Rows:
     """Run what `argv` says (default: the command line); the numbers of each preset."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = Parser(description=__doc__.split("\n")[0])
     study.add_arguments(parser)
     parser.set_defaults(
         steps=100, warmup_steps=10, learning_rate=3e-3, train_range="0:3600000", eval_range="3600000:3632768"
@@ -190,11 +191,14 @@ def main(argv: list[str] | None = None) -> study.Rows:
     parser.add_argument("--rows", nargs="+", default=list(PRESETS), choices=PRESETS, help="presets")
     every = [*COLUMNS, TEXT]
     parser.add_argument("--columns", nargs="+", default=every, choices=every, help="what to measure")
-    parser.add_argument("--task_steps", type=int, help="training steps on every task; its own if not given")
-    parser.add_argument("--task_learning_rate", type=float, default=3e-3, help="on tasks")
-    parser.add_argument("--num_test", type=int, default=256, help="test sequences of a task")
+    parser.add_argument("--task_steps", type=COUNT, help="training steps on every task; its own if not given")
+    parser.add_argument("--task_learning_rate", type=NOT_NEGATIVE, default=3e-3, help="on tasks")
+    parser.add_argument("--num_test", type=COUNT, default=256, help="test sequences of a task")
     parser.add_argument("--output_dir", default="outputs/presets", help="folder of the table")
     args = parser.parse_args(argv)
+    check_output_folder("output_dir", args.output_dir)
+    if TEXT in args.columns:
+        study.check(args)
     rows = run_all(args)
     chances = ", ".join(
         f"{1 / tasks.build_task(x.task, x.options).num_answers:.2f} at {name}" for name, x in COLUMNS.items()
@@ -211,4 +215,4 @@ Text: {args.steps} steps of {args.batch_size} x {args.block_size} bytes. Guessin
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from benchmarks import harness, models
 from benchmarks.decode import GreedyLoop
 from benchmarks.training import training_step
+from scripts.command_line import COUNT, run_main
 
 
 def profiled(work: harness.Work, calls: int) -> list[harness.Row]:
@@ -57,11 +58,13 @@ def table(rows: list[harness.Row]) -> str:
 def main(argv: list[str] | None = None) -> dict:
     """Measure as `argv` says (default: the command line)."""
     parser = harness.parser(__doc__)
-    parser.add_argument("--repeats", type=int, default=3, help="calls that the profile is the mean of")
+    parser.add_argument("--repeats", type=COUNT, default=3, help="calls that the profile is the mean of")
     models.add_arguments(parser, (models.PLAIN, models.STACK))
-    parser.add_argument("--time", type=int, default=2048, help="tokens T of a training step and of a prompt")
-    parser.add_argument("--batch_size", type=int, default=1, help="rows")
-    parser.add_argument("--rows", type=int, default=12, help="operators in a table; the file has all")
+    parser.add_argument(
+        "--time", type=COUNT, default=2048, help="tokens T of a training step and of a prompt"
+    )
+    parser.add_argument("--batch_size", type=COUNT, default=1, help="rows")
+    parser.add_argument("--rows", type=COUNT, default=12, help="operators in a table; the file has all")
     args = parser.parse_args(argv)
     built = models.build_all(args)
     rows, tables = [], {"Models": models.describe(built)}
@@ -76,4 +79,4 @@ def main(argv: list[str] | None = None) -> dict:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -11,10 +11,10 @@ anything is timed.
 """
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import stackformer  # noqa: F401  (registers the model)
 from benchmarks import harness
+from scripts.command_line import COUNT, read_text, run_main
+from scripts.loading import check_source, load_model, load_saved_tokenizer
 
 PROMPT = "def add(a, b):\n    return a + b\n\n" * 8
 GREEDY, LOOKUP = "greedy", "prompt lookup"
@@ -26,11 +26,15 @@ def main(argv: list[str] | None = None) -> dict:
     harness.add_timing(parser, repeats=7)
     parser.add_argument("--model", required=True, help="saved model, with its tokenizer")
     parser.add_argument("--prompt", default=PROMPT, help="what both sides go on from")
-    parser.add_argument("--new_tokens", type=int, default=200, help="tokens to generate")
-    parser.add_argument("--draft", type=int, default=10, help="tokens of a draft")
+    parser.add_argument("--new_tokens", type=COUNT, default=200, help="tokens to generate")
+    parser.add_argument("--draft", type=COUNT, default=10, help="tokens of a draft")
     args = parser.parse_args(argv)
-    model = AutoModelForCausalLM.from_pretrained(args.model).eval().to(args.device)
-    ids = AutoTokenizer.from_pretrained(args.model)(args.prompt, return_tensors="pt").input_ids
+    check_source("model", args.model)
+    if not read_text("prompt", args.prompt):
+        raise ValueError("prompt='': expected a text to go on from.")
+    tokenizer = load_saved_tokenizer("model", args.model)
+    model = load_model("model", args.model, args.device)
+    ids = tokenizer(args.prompt, return_tensors="pt").input_ids
     greedy = {"max_new_tokens": args.new_tokens, "do_sample": False, "eos_token_id": None}
     options = {GREEDY: greedy, LOOKUP: {**greedy, "prompt_lookup_num_tokens": args.draft}}
     sides = {
@@ -66,4 +70,4 @@ def count_calls(model: torch.nn.Module, work: harness.Work) -> tuple[int, torch.
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

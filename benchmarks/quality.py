@@ -19,7 +19,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from scripts import study
-from scripts.report import machine_line
+from scripts.command_line import Parser, check_output_file, check_picture_file, run_main
+from scripts.report import draw_or_warn, machine_line
+from scripts.train import read_preset
 from stackformer.processing_stack import DEQUEUE, NOOP
 
 
@@ -118,7 +120,7 @@ def run_all(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 def main(argv: list[str] | None = None) -> study.Rows:
     """Run what `argv` says (default: the command line); medians and ranges of each row."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = Parser(description=__doc__.split("\n")[0])
     study.add_arguments(parser)
     parser.set_defaults(train_range="0:3600000", eval_range="3600000:3800000", seeds=[1, 2, 3])
     parser.add_argument("--preset", default="configs/stackformer-tiny.json", help="rows change its fields")
@@ -128,6 +130,10 @@ def main(argv: list[str] | None = None) -> study.Rows:
     parser.add_argument("--json", default="outputs/quality.jsonl", help="file of finished runs, a line each")
     parser.add_argument("--plot", default="outputs/quality.png", help="picture to write")
     args = parser.parse_args(argv)
+    check_output_file("json", args.json)
+    check_picture_file("plot", args.plot)
+    read_preset(args.preset)
+    study.check(args)
     rows = study.summarize(run_all(args), ("bits_per_byte", "ponder_steps", "parameters", "seconds"))
     rows = {name: rows[name] for name in args.rows}
     print(machine_line())
@@ -139,9 +145,10 @@ def main(argv: list[str] | None = None) -> study.Rows:
         "training time": lambda row: f"{row['seconds'].median:.0f} s",
     }
     print(study.table(rows, columns))
-    study.draw(rows, {"bits_per_byte": "bits per byte: median and range over the seeds"}, args.plot)
+    panels = {"bits_per_byte": "bits per byte: median and range over the seeds"}
+    draw_or_warn(study.draw, rows, panels, args.plot)
     return rows
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from benchmarks import harness
 from benchmarks.models import build
 from benchmarks.tasks import run
+from scripts.command_line import COUNT, NATURAL, check_output_folder, run_main
 from stackformer import StackformerConfig
 from stackformer.layers_stackformer import ShortConvolution, convolve
 from stackformer.mixer import Mixer
@@ -139,18 +140,21 @@ def main(argv: list[str] | None = None) -> dict:
     parser = harness.parser(__doc__)
     harness.add_timing(parser, repeats=7)
     parser.add_argument(
-        "--time", type=int, nargs="*", default=[256, 1024, 4096], help="lengths T; may be none"
+        "--time", type=COUNT, nargs="*", default=[256, 1024, 4096], help="lengths T; may be none"
     )
-    parser.add_argument("--batch_size", type=int, default=1, help="batch size")
-    parser.add_argument("--heads", type=int, default=4, help="heads")
-    parser.add_argument("--head_dim", type=int, default=32, help="size of a head, and of its memory's layers")
-    parser.add_argument("--chunk_size", type=int, default=16, help="tokens of a chunk")
-    parser.add_argument("--max_per_token", type=int, default=4096, help=f"longest T of {PER_TOKEN}")
+    parser.add_argument("--batch_size", type=COUNT, default=1, help="batch size")
+    parser.add_argument("--heads", type=COUNT, default=4, help="heads")
+    parser.add_argument(
+        "--head_dim", type=COUNT, default=32, help="size of a head, and of its memory's layers"
+    )
+    parser.add_argument("--chunk_size", type=COUNT, default=16, help="tokens of a chunk")
+    parser.add_argument("--max_per_token", type=NATURAL, default=4096, help=f"longest T of {PER_TOKEN}")
     parser.add_argument("--recall", default=None, help="folder for the runs of recall; none if not given")
     parser.add_argument(
-        "--recall_steps", type=int, default=None, help="training steps; the grid's if not given"
+        "--recall_steps", type=COUNT, default=None, help="training steps; the grid's if not given"
     )
     args = parser.parse_args(argv)
+    check_output_folder("recall", args.recall)
     mixers = {name: Mixer(args, mixer).to(args.device) for name, mixer in SIDES.items()}
     check(mixers, args)
     rows = [row for length in args.time for row in measure(length, mixers, args)]
@@ -165,4 +169,4 @@ def main(argv: list[str] | None = None) -> dict:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -14,6 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 from benchmarks import harness, models
+from scripts.command_line import COUNT, NATURAL, run_main
 
 
 def training_step(
@@ -63,9 +64,11 @@ def main(argv: list[str] | None = None) -> dict:
     models.add_arguments(
         parser, (models.PLAIN, models.BANKS, models.STACK, models.LLAMA, models.MAMBA2, models.QWEN3_NEXT)
     )
-    parser.add_argument("--time", type=int, nargs="+", default=[512, 2048, 8192, 16384], help="contexts T")
-    parser.add_argument("--tokens_per_step", type=int, default=16384, help="tokens of a batch")
-    parser.add_argument("--max_rwkv", type=int, default=512, help="longest T for RWKV, a loop over tokens")
+    parser.add_argument("--time", type=COUNT, nargs="+", default=[512, 2048, 8192, 16384], help="contexts T")
+    parser.add_argument("--tokens_per_step", type=COUNT, default=16384, help="tokens of a batch")
+    parser.add_argument(
+        "--max_rwkv", type=NATURAL, default=512, help="longest T for RWKV, a loop over tokens"
+    )
     args = parser.parse_args(argv)
     built = {name: model.train() for name, model in models.build_all(args).items()}
     check(built, args.dtype)
@@ -76,4 +79,4 @@ def main(argv: list[str] | None = None) -> dict:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

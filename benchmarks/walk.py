@@ -8,8 +8,6 @@ core and of a stack of 4 ponder steps, each of one layer. A move is a call from 
 another; each is counted as often as it happens.
 """
 
-import argparse
-import json
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -19,6 +17,8 @@ from typing import Any
 import torch
 
 import stackformer
+from scripts.command_line import Parser, check_output_file, run_main
+from scripts.report import write_json
 from stackformer import StackformerConfig, StackformerForCausalLM
 
 PACKAGE = Path(stackformer.__file__).parent
@@ -73,17 +73,18 @@ def steps(fields: dict[str, Any]) -> dict[str, Callable[[], Any]]:
 
     @torch.no_grad()
     def decode() -> None:
-        model.eval()(ids[:, :1], past_key_values=outputs.past_key_values)
+        model.eval()(ids[:, :1], cache=outputs.cache)
 
     return {"training": train, "decoding": decode}
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Prints a table as `argv` says (default: the command line), and returns what --json holds."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("--json", help="file to write the results to")
     parser.add_argument("--moves", action="store_true", help="print each move")
     args = parser.parse_args(argv)
+    check_output_file("json", args.json)
     results = {}
     print("| step | functions | files | moves |\n|---|---|---|---|")
     for name, fields in MODELS.items():
@@ -94,9 +95,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             if args.moves:
                 print("\n".join(row["walk"]))
     if args.json:
-        Path(args.json).write_text(json.dumps(results, indent=2), encoding="utf-8")
+        write_json(args.json, results)
     return results
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from scripts import study
-from scripts.report import machine_line, write_text
+from scripts.command_line import Parser, check_output_folder, run_main
+from scripts.report import draw_or_warn, machine_line, write_text
 from scripts.text8 import is_dump, write_text8
 from scripts.train import read_preset
 from stackformer.configuration_stackformer import StackformerConfig
@@ -181,7 +182,7 @@ that are predicted from their own start.
 
 def main(argv: list[str] | None = None) -> study.Rows:
     """Run what `argv` says (default: the command line); medians and ranges of each row."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = Parser(description=__doc__.split("\n")[0])
     study.add_arguments(parser)
     parser.set_defaults(steps=300, learning_rate=3e-3)
     parser.add_argument("--dataset", choices=["enwik8", "text8"], default="enwik8", help="what the file is")
@@ -192,6 +193,8 @@ def main(argv: list[str] | None = None) -> study.Rows:
     args = parser.parse_args(argv)
     if not Path(args.data_path).is_file():
         parser.error(f"--data_path must be a file, got {args.data_path!r}")
+    check_output_folder("output_dir", args.output_dir)
+    study.check(args)
     folder = Path(args.output_dir)
     if args.dataset == "text8" and is_dump(args.data_path):
         source, args.data_path = args.data_path, str(folder / "text8")
@@ -215,10 +218,10 @@ def main(argv: list[str] | None = None) -> study.Rows:
         "tokens_per_second": "training, tokens/s",
         "state_bytes": "bytes of state",
     }
-    study.draw(rows, panels, folder / "report.png", logarithmic=["state_bytes"])
     print(text)
+    draw_or_warn(study.draw, rows, panels, folder / "report.png", logarithmic=["state_bytes"])
     return rows
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

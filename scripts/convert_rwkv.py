@@ -8,8 +8,10 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, HfArgumentParser, RwkvConfig, RwkvForCausalLM
+from transformers import AutoConfig, RwkvConfig, RwkvForCausalLM
 
+from scripts.command_line import DataclassParser, check_output_folder, run_main
+from scripts.loading import load_saved, load_saved_tokenizer
 from stackformer import StackformerConfig, StackformerForCausalLM
 
 LAYER_NORM_EPS = 1e-5  # RWKV's last normalisation has this one, whatever the config says
@@ -102,22 +104,28 @@ def convert_weights(weights: dict[str, Tensor], config: RwkvConfig) -> dict[str,
 @torch.no_grad()
 def main(argv: list[str] | None = None) -> StackformerForCausalLM:
     """Convert as `argv` says (default: the command line), save, and return the model."""
-    (args,) = HfArgumentParser(
+    (args,) = DataclassParser(
         ConversionArguments, description=__doc__.split("\n")[0]
     ).parse_args_into_dataclasses(argv)
-    config = AutoConfig.from_pretrained(args.model_name_or_path)
+    check_output_folder("output_dir", args.output_dir)
+    config = load_saved(AutoConfig.from_pretrained, "model_name_or_path", args.model_name_or_path, "model")
     if not isinstance(config, RwkvConfig):
         raise ValueError(
             f"model_name_or_path={args.model_name_or_path}: expected an RWKV-4, got {config.model_type}."
         )
     # Not called, it has not divided its weights by `rescale_every` yet.
-    source = RwkvForCausalLM.from_pretrained(args.model_name_or_path)
+    source = load_saved(
+        RwkvForCausalLM.from_pretrained, "model_name_or_path", args.model_name_or_path, "model"
+    )
+    tokenizer = None
+    if args.tokenizer:
+        tokenizer = load_saved_tokenizer("model_name_or_path", args.model_name_or_path)
     model = StackformerForCausalLM(convert_config(config))
     # Assigned, they keep their dtypes: that of the decays is float32 in any model.
     model.load_state_dict(convert_weights(source.state_dict(), config), assign=True)
     model.save_pretrained(args.output_dir)
-    if args.tokenizer:
-        AutoTokenizer.from_pretrained(args.model_name_or_path).save_pretrained(args.output_dir)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(args.output_dir)
     print(f"{args.output_dir}: {model.num_parameters():,} parameters")
     return model.eval()
 
@@ -126,4 +134,4 @@ __all__ = ["ConversionArguments", "convert_config", "convert_weights", "main"]
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

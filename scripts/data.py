@@ -5,6 +5,7 @@ A corpus is bytes before it is anything else, so positions, splits and bits per 
 tokenizer.
 """
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,11 +13,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from tqdm import tqdm
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
+from scripts.command_line import check_input_file, one_line
+from scripts.loading import check_source, hub_answers, is_hub_name, load_saved_tokenizer
 from scripts.text8 import is_dump
 from stackformer.tokenization_stackformer import (
     build_byte_tokenizer,
+    check_vocab_size,
     is_byte_tokenizer,
     train_bpe_tokenizer,
 )
@@ -32,7 +36,9 @@ PIECE_LENGTH = 1 << 16
 @dataclass
 class DataArguments:
     dataset: str = field(
-        metadata={"help": "A text file, a name or folder for `datasets`, or enwik8 / text8 with --data_path."}
+        metadata={
+            "help": "A text file, a folder or OWNER/NAME for `datasets`, or enwik8 / text8 with --data_path."
+        }
     )
     data_path: str | None = field(default=None, metadata={"help": "The local file of enwik8 or text8."})
     dataset_config: str | None = field(
@@ -50,16 +56,44 @@ class DataArguments:
     )
     block_size: int = field(default=256, metadata={"help": "Tokens in a training example."})
 
+    def __post_init__(self) -> None:
+        if self.block_size < 2:
+            raise ValueError(
+                f"block_size={self.block_size}: expected at least 2, a token and one to predict."
+            )
+        for name in ("train_range", "eval_range"):
+            if (text := getattr(self, name)) is not None:
+                parse_range(text, None, name)
+        if self.dataset in CORPUS_URLS and self.data_path is None:
+            url = CORPUS_URLS[self.dataset]
+            raise ValueError(
+                f"data_path=None: expected the local file of {self.dataset} (unpacked from {url})."
+            )
+        if self.data_path is not None:
+            check_input_file("data_path", self.data_path)
+        elif Path(self.dataset).is_file():
+            check_input_file("dataset", self.dataset)
+        elif not Path(self.dataset).is_dir() and not is_hub_name(self.dataset):
+            raise ValueError(
+                f"dataset={self.dataset!r}: expected a text file, or a folder or OWNER/NAME for `datasets`, "
+                "found no such file or folder."
+            )
 
-def parse_range(text: str, size: int, name: str) -> tuple[int, int]:
-    """The ends of "START:STOP" in a text of `size` bytes, where not given its own; errors call it `name`."""
+
+def parse_range(text: str, size: int | None, name: str) -> tuple[int, int]:
+    """The ends of "START:STOP" in a text of `size` bytes, where not given its own; errors call it `name`.
+
+    If `size` is None, it is any.
+    """
+    largest = sys.maxsize if size is None else size
     try:
         first, last = text.split(":")
-        start, stop = int(first or 0), int(last or size)
+        start, stop = int(first or 0), int(last or largest)
     except ValueError:
         start, stop = -1, -1
-    if not 0 <= start < stop <= size:
-        raise ValueError(f"{name}={text!r}: expected START:STOP with 0 <= START < STOP <= {size} bytes.")
+    if not 0 <= start < stop <= largest:
+        limit = "" if size is None else f" <= {size} bytes"
+        raise ValueError(f"{name}={text!r}: expected START:STOP with 0 <= START < STOP{limit}.")
     return start, stop
 
 
@@ -77,9 +111,6 @@ def load_splits(args: DataArguments) -> tuple[bytes, bytes]:
     A file is split by position. So is a dataset without a validation or test split; with one, that is the
     evaluation text, and the ranges select inside each of the two.
     """
-    if args.dataset in CORPUS_URLS and args.data_path is None:
-        url = CORPUS_URLS[args.dataset]
-        raise ValueError(f"data_path=None: expected the local file of {args.dataset} (unpacked from {url}).")
     path = args.data_path or args.dataset
     if args.data_path or Path(path).is_file():
         train_range, eval_range = _ranges_by_position(args, _file_size(path))
@@ -89,16 +120,31 @@ def load_splits(args: DataArguments) -> tuple[bytes, bytes]:
     return _load_dataset_splits(args)
 
 
-def load_tokenizer(spec: str, train_text: bytes) -> PreTrainedTokenizerFast:
-    """A tokenizer from "byte", "bpe:VOCAB" (trained on `train_text`), or the path or name of a saved one."""
+def load_tokenizer(spec: str, train_text: bytes, name: str = "tokenizer") -> PreTrainedTokenizerFast:
+    """A tokenizer from "byte", "bpe:VOCAB" (trained on `train_text`), or the path or name of a saved one, the
+    option `name`."""
     if spec == "byte":
         return build_byte_tokenizer()
     kind, _, size = spec.partition(":")
     if kind != "bpe":
-        return AutoTokenizer.from_pretrained(spec)
-    if not size.isdecimal():
-        raise ValueError(f"tokenizer={spec!r}: expected bpe:VOCAB with a vocabulary size, such as bpe:4096.")
+        return load_saved_tokenizer(name, spec)
+    check_tokenizer(spec)
     return train_bpe_tokenizer(_pieces(train_text), int(size))
+
+
+def check_tokenizer(spec: str) -> None:
+    """Raises:
+    ValueError: unless `load_tokenizer` may know what to do with `spec`.
+    """
+    kind, _, size = spec.partition(":")
+    if kind == "bpe":
+        if not size.isdecimal():
+            raise ValueError(
+                f"tokenizer={spec!r}: expected bpe:VOCAB with a vocabulary size, such as bpe:4096."
+            )
+        check_vocab_size(int(size))
+    elif spec != "byte":
+        check_source("tokenizer", spec, "tokenizer")
 
 
 def encode(data: bytes, tokenizer: PreTrainedTokenizerFast) -> np.ndarray:
@@ -128,7 +174,8 @@ class Blocks(torch.utils.data.Dataset):
             raise ValueError(f"block_size={block_size}: expected at least 2, a token and one to predict.")
         if len(ids) < block_size:
             raise ValueError(
-                f"block_size={block_size}: expected at most the {len(ids)} tokens of the {name} text."
+                f"block_size={block_size}: expected at most the {len(ids)} tokens of the {name} text; give a "
+                "smaller --block_size, a longer text, or other --train_range and --eval_range."
             )
         self.blocks = ids[: len(ids) // block_size * block_size].reshape(-1, block_size)
 
@@ -141,8 +188,7 @@ class Blocks(torch.utils.data.Dataset):
 
 
 def _file_size(path: str | Path) -> int:
-    if not Path(path).is_file():
-        raise ValueError(f"{str(path)!r}: expected a text file, found none.")
+    check_input_file("text", path)
     return Path(path).stat().st_size
 
 
@@ -158,13 +204,16 @@ def _ranges_by_position(args: DataArguments, size: int) -> tuple[str, str]:
 
 
 def _load_dataset_splits(args: DataArguments) -> tuple[bytes, bytes]:
-    from datasets import load_dataset  # an optional dependency: a text file needs none
+    import datasets  # an optional dependency: a text file needs none
 
+    if not Path(args.dataset).is_dir() and not hub_answers():
+        datasets.config.HF_HUB_OFFLINE = True  # what is in the cache will do; else, this says at once
     try:
-        splits = load_dataset(args.dataset, args.dataset_config)
-    except FileNotFoundError as error:
+        splits = datasets.load_dataset(args.dataset, args.dataset_config)
+    except (OSError, ValueError) as error:
         raise ValueError(
-            f"dataset={args.dataset!r}: expected a text file or a dataset that `datasets` can load."
+            f"dataset={args.dataset!r}: expected a text file or a dataset that `datasets` can load: "
+            f"{one_line(error)}"
         ) from error
     if "train" not in splits:
         raise ValueError(f"dataset={args.dataset!r}: expected a train split, found {sorted(splits)}.")
@@ -194,4 +243,13 @@ def _pieces(data: bytes) -> Iterator[str]:
     return (text[start : start + PIECE_LENGTH] for start in range(0, len(text), PIECE_LENGTH))
 
 
-__all__ = ["Blocks", "DataArguments", "encode", "load_splits", "load_tokenizer", "parse_range", "read_bytes"]
+__all__ = [
+    "Blocks",
+    "DataArguments",
+    "check_tokenizer",
+    "encode",
+    "load_splits",
+    "load_tokenizer",
+    "parse_range",
+    "read_bytes",
+]

@@ -7,7 +7,6 @@ Everything it makes is in outputs/demo: the model, its tokenizer, what it genera
 byte of a text that it had not seen (trace.html to explore, trace.png to show).
 """
 
-import argparse
 import os
 import subprocess
 import sys
@@ -17,8 +16,9 @@ from pydoc_data.topics import topics
 
 from transformers import AutoConfig, AutoModelForCausalLM, TrainingArguments, set_seed
 
-from scripts.report import machine_line
-from scripts.train import build_trainer
+from scripts.command_line import COUNT, Parser, check_output_folder, run_main
+from scripts.report import draw_or_warn, machine_line, write_text
+from scripts.train import LOGGED_SHARE, build_trainer, save
 from stackformer import build_byte_tokenizer
 
 PRESET = Path(__file__).parent.parent / "configs" / "stackformer-tiny.json"
@@ -38,11 +38,12 @@ print(generator(prompt, max_new_tokens=200, do_sample=True, temperature=0.7)[0][
 
 def main(argv: list[str] | None = None) -> None:
     """Run the demo as `argv` says (default: the command line)."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("--output_dir", default="outputs/demo", help="where everything goes")
-    parser.add_argument("--max_steps", type=int, default=250, help="training steps")
-    parser.add_argument("--batch_size", type=int, default=8, help="blocks of 256 bytes per step")
+    parser.add_argument("--max_steps", type=COUNT, default=250, help="training steps")
+    parser.add_argument("--batch_size", type=COUNT, default=8, help="blocks of 256 bytes per step")
     args = parser.parse_args(argv)
+    check_output_folder("output_dir", args.output_dir)
     started = time.perf_counter()
     print(machine_line())
 
@@ -63,7 +64,7 @@ def main(argv: list[str] | None = None) -> None:
         learning_rate=2e-3,
         lr_scheduler_type="cosine",
         warmup_steps=0.05,
-        logging_steps=50,
+        logging_steps=LOGGED_SHARE,
         save_strategy="no",
         report_to="none",
         dataloader_pin_memory=False,
@@ -71,20 +72,18 @@ def main(argv: list[str] | None = None) -> None:
     trainer = build_trainer(model, tokenizer, (text[:split], text[split:]), 256, arguments)
     before = trainer.evaluate()["eval_bits_per_byte"]
     trainer.train()
+    save(trainer)
     after = trainer.evaluate()["eval_bits_per_byte"]
     print(f"bits per byte of held-out text: {before:.3f} before, {after:.3f} after training")
-
-    model.config.use_cache = True  # the Trainer turns it off
-    trainer.save_model(args.output_dir)
     print(f"saved to {args.output_dir}; a new process reloads it and goes on from {PROMPT!r}:\n")
     generated = generate_in_a_new_process(args.output_dir, PROMPT)
     print(generated)
-    Path(args.output_dir, "generated.txt").write_text(generated, encoding="utf-8")
+    write_text(Path(args.output_dir, "generated.txt"), generated)
 
     trace = model.eval().stack_trace(text[split : split + 1000].decode(errors="replace"), tokenizer)
     page, picture = Path(args.output_dir, "trace.html"), Path(args.output_dir, "trace.png")
     trace.to_html(page)
-    trace.to_png(picture)
+    draw_or_warn(trace.to_png, picture)
     print(f"what the model did at each byte of a held-out text: {page}, {picture}")
     print(f"done in {time.perf_counter() - started:.0f} s")
 
@@ -100,4 +99,4 @@ def generate_in_a_new_process(folder: str, prompt: str) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -12,7 +12,7 @@ carried    the text is read once, from its start, in chunks; the cache is carrie
            of the text so far. With a cache that grows this slows down; with a state of one size it does not.
 
 Both predict every token but the first one exactly once. Works for any causal language model of transformers
-(carried: for those that return `past_key_values`).
+(carried: for those that return a cache).
 """
 
 import math
@@ -23,11 +23,13 @@ from typing import Any
 import numpy as np
 import torch
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, PreTrainedModel
+from transformers import PreTrainedModel
 
-import stackformer  # noqa: F401  (importing it registers the Auto classes)
-from scripts.data import encode, read_bytes
+from scripts.command_line import COUNT, DataclassParser, check_input_file, check_output_file, run_main
+from scripts.data import encode, parse_range, read_bytes
+from scripts.loading import check_device, check_source, load_model, load_saved_tokenizer
 from scripts.report import bits_per_byte, commit, machine_line, write_json
+from stackformer.versions import CACHE_NAME
 
 
 @dataclass
@@ -50,6 +52,16 @@ class EvaluationArguments:
     device: str = field(default="cpu", metadata={"help": "Device of the model, such as cuda."})
     json: str | None = field(default=None, metadata={"help": "File to write the results to."})
 
+    def __post_init__(self) -> None:
+        for name in ("window", "stride", "batch_size", "chunk_length"):
+            COUNT.check(name, getattr(self, name))
+        if self.stride is not None and self.stride > self.window:
+            raise ValueError(f"stride={self.stride}: expected 1 <= stride <= window={self.window}.")
+        if not self.windowed and not self.carry_state:
+            raise ValueError("windowed=False, carry_state=False: expected one of them to be evaluated.")
+        if self.range is not None:
+            parse_range(self.range, None, "range")
+
 
 def window_spans(num_predictions: int, window: int, stride: int) -> list[tuple[int, int, int]]:
     """Windows (start, first, stop): inputs start..stop-1, of which first..stop-1 predict a token anew.
@@ -70,6 +82,7 @@ def windowed_nll(
     model: PreTrainedModel, ids: torch.Tensor, window: int, stride: int, batch_size: int = 16
 ) -> float:
     """Sum of -log p(token) in nats over `ids[1:]`, each from its window; ids: [tokens], on its device."""
+    COUNT.check("batch_size", batch_size)
     spans = window_spans(len(ids) - 1, window, stride)
     total = 0.0
     with tqdm(total=len(ids) - 1, desc="windowed", unit="token") as progress:
@@ -89,17 +102,17 @@ def carried_nll(model: PreTrainedModel, ids: torch.Tensor, chunk_length: int) ->
     The inputs are `ids[:-1]` in chunks, so the last logits of a chunk predict the first token of the next.
 
     Raises:
-        ValueError: if `chunk_length` is not positive, or the model returns no `past_key_values`.
+        ValueError: if `chunk_length` is not positive, or the model returns no cache.
     """
     if chunk_length < 1:
         raise ValueError(f"chunk_length={chunk_length}: expected at least 1.")
     total, cache = 0.0, None
     with tqdm(total=len(ids) - 1, desc="carried", unit="token") as progress:
         for inputs, targets in zip(ids[:-1].split(chunk_length), ids[1:].split(chunk_length), strict=True):
-            outputs = model(input_ids=inputs[None], past_key_values=cache, use_cache=True)
-            cache = outputs.past_key_values
+            outputs = model(input_ids=inputs[None], use_cache=True, **{CACHE_NAME: cache})
+            cache = outputs.get(CACHE_NAME)
             if cache is None:
-                raise ValueError(f"carry_state: {type(model).__name__} returned no past_key_values to carry.")
+                raise ValueError(f"carry_state: {type(model).__name__} returned no cache to carry.")
             total += _nll(outputs.logits[0], targets)
             progress.update(len(inputs))
     return total
@@ -107,15 +120,19 @@ def carried_nll(model: PreTrainedModel, ids: torch.Tensor, chunk_length: int) ->
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Evaluate as `argv` says (default: the command line), print a table, and return what --json holds."""
-    (args,) = HfArgumentParser(
+    (args,) = DataclassParser(
         EvaluationArguments, description=__doc__.split("\n")[0]
     ).parse_args_into_dataclasses(argv)
-    tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)
-    model = AutoModelForCausalLM.from_pretrained(args.model_name_or_path).to(args.device).eval()
+    check_source("model_name_or_path", args.model_name_or_path)
+    check_input_file("text", args.text)
+    check_output_file("json", args.json)
+    check_device("device", args.device)
     data = read_bytes(args.text, args.range)
+    tokenizer = load_saved_tokenizer("model_name_or_path", args.model_name_or_path)
     ids = torch.from_numpy(encode(data, tokenizer).astype(np.int64)).to(args.device)
     if len(ids) < 2:
         raise ValueError(f"text={args.text!r}: expected at least two tokens, got {len(ids)}.")
+    model = load_model("model_name_or_path", args.model_name_or_path, args.device)
 
     runs = {}
     if args.windowed:
@@ -171,4 +188,4 @@ __all__ = ["EvaluationArguments", "carried_nll", "main", "print_table", "window_
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

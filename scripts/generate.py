@@ -6,21 +6,13 @@ python -m scripts.generate --model_name_or_path runs/tiny --temperature 0 < prom
 python -m scripts.generate --model_name_or_path runs/chat --chat --prompt "What is a stack?"
 """
 
-import sys
 from dataclasses import dataclass, field
 
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    BatchEncoding,
-    HfArgumentParser,
-    PreTrainedTokenizerFast,
-    TextStreamer,
-    set_seed,
-)
+from transformers import BatchEncoding, PreTrainedTokenizerFast, TextStreamer, set_seed
 
-import stackformer  # noqa: F401  (importing it registers the Auto classes)
+from scripts.command_line import COUNT, NATURAL, NOT_NEGATIVE, DataclassParser, Range, read_text, run_main
+from scripts.loading import check_device, check_source, load_model, load_saved_tokenizer
 
 
 @dataclass
@@ -43,21 +35,23 @@ class GenerationArguments:
     device: str = field(default="cpu", metadata={"help": "Device of the model, such as cuda."})
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens={self.max_new_tokens}: expected at least 1.")
-        if self.temperature < 0:
-            raise ValueError(f"temperature={self.temperature}: expected 0 (greedy) or more.")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p={self.top_p}: expected 0 < top_p <= 1.")
+        COUNT.check("max_new_tokens", self.max_new_tokens)
+        NOT_NEGATIVE.check("temperature", self.temperature)
+        Range(float, above=0, most=1).check("top_p", self.top_p)
+        NATURAL.check("seed", self.seed)
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerFast, prompt: str, chat: bool) -> BatchEncoding:
     """Ids and mask [1, tokens] of a prompt; an empty one is the beginning-of-sequence token."""
     if chat:
+        if not prompt:
+            raise ValueError("prompt='': expected a message for the chat.")
         messages = [{"role": "user", "content": prompt}]
         return tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
         )
+    if not prompt and tokenizer.bos_token is None:
+        raise ValueError("prompt='': expected a text, this tokenizer has no token to begin with.")
     return tokenizer(prompt or tokenizer.bos_token, return_tensors="pt")
 
 
@@ -71,13 +65,15 @@ def stop_ids(tokenizer: PreTrainedTokenizerFast, chat: bool) -> list[int]:
 @torch.no_grad()
 def main(argv: list[str] | None = None) -> str:
     """Generate as `argv` says (default: the command line), printing, and return the new text."""
-    (args,) = HfArgumentParser(
+    (args,) = DataclassParser(
         GenerationArguments, description=__doc__.split("\n")[0]
     ).parse_args_into_dataclasses(argv)
-    tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)
-    model = AutoModelForCausalLM.from_pretrained(args.model_name_or_path).to(args.device).eval()
-    prompt = sys.stdin.read() if args.prompt is None else args.prompt
+    check_source("model_name_or_path", args.model_name_or_path)
+    check_device("device", args.device)
+    prompt = read_text("prompt", args.prompt)
+    tokenizer = load_saved_tokenizer("model_name_or_path", args.model_name_or_path)
     inputs = encode_prompt(tokenizer, prompt, args.chat).to(args.device)
+    model = load_model("model_name_or_path", args.model_name_or_path, args.device)
     sampling = {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p}
 
     set_seed(args.seed)
@@ -96,4 +92,4 @@ __all__ = ["GenerationArguments", "encode_prompt", "main", "stop_ids"]
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

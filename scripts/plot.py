@@ -2,8 +2,9 @@
 """The course of a training run in one picture, from what the Trainer logged.
 
 `TrainingPlot` is a callback for any Trainer: `training.png` in the output folder is drawn anew at each
-evaluation and at the end. It has a panel for each of these that was logged: loss, bits per byte, ponder steps
-(a band where their standard deviation was logged, too), entropies.
+evaluation and at the end; if that fails, a warning says so, and the run goes on. It has a panel for each of
+these that was logged: loss, bits per byte, ponder steps (a band where their standard deviation was logged,
+too), entropies.
 """
 
 from pathlib import Path
@@ -12,6 +13,8 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from scripts.report import draw_or_warn, save_figure
 
 # The panels by title, each with what the name of a logged number must contain to be in it.
 PANELS = {
@@ -26,19 +29,31 @@ Series = dict[str, tuple[list[int], list[float]]]
 
 
 class TrainingPlot(TrainerCallback):
-    """Draws `training.png` in the output folder."""
+    """Draws `training.png` in the output folder.
+
+    Args:
+        at_end: whether at the end of the training, too; False where the model is saved, and then evaluated.
+    """
+
+    def __init__(self, at_end: bool = True):
+        self.at_end = at_end
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs
     ) -> None:
         if state.global_step > 0:
-            self.on_train_end(args, state, control)
+            self._draw(args, state)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs
     ) -> None:
+        if self.at_end:
+            self._draw(args, state)
+
+    @staticmethod
+    def _draw(args: TrainingArguments, state: TrainerState) -> None:
         if state.is_world_process_zero:
-            draw_training(state.log_history, Path(args.output_dir) / "training.png")
+            draw_or_warn(draw_training, state.log_history, Path(args.output_dir) / "training.png")
 
 
 def draw_training(log_history: list[dict[str, Any]], path: str | Path) -> None:
@@ -63,10 +78,7 @@ def draw_training(log_history: list[dict[str, Any]], path: str | Path) -> None:
         _draw_panel(axis, series)
         axis.set_title(title, loc="left", fontsize=9)
     axes[-1].set_xlabel("step", fontsize=8)
-    partial = Path(f"{path}.partial")
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(partial, format="png", dpi=110)
-    partial.replace(path)
+    save_figure(path, figure, dpi=110)
 
 
 def _series(log_history: list[dict[str, Any]]) -> Series:

@@ -6,11 +6,20 @@ import math
 import os
 import platform
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
+from transformers.utils import logging
+
+from stackformer.files import replaced_file, write_file
+
+if TYPE_CHECKING:  # drawing is optional
+    from matplotlib.figure import Figure
+
+logger = logging.get_logger(__name__)
 
 
 def bits_per_byte(mean_nll: float, num_tokens: int, num_bytes: int) -> float:
@@ -37,12 +46,25 @@ def machine_line() -> str:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write `text` to `path`, creating its folder; a reader sees the old file or the new one, whole."""
+    """Write `text` to `path`, whose folder is created; a reader sees the old file or the new one, whole."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    write_file(path, text.encode("utf-8"))
+
+
+def save_figure(path: str | Path, figure: "Figure", dpi: int = 150) -> None:
+    """Write a picture to `path`, in the format of its ending; a reader sees the old one or the new one."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    with replaced_file(path) as file:
+        figure.savefig(file, format=path.suffix[1:] or "png", dpi=dpi)
+
+
+def draw_or_warn(draw: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+    """Draw a picture of results that are complete without it: if drawing fails, a warning says why."""
+    try:
+        draw(*args, **kwargs)
+    except Exception as error:  # whatever it is, the results matter more
+        logger.warning(f"A picture was not drawn: {type(error).__name__}: {error}")
 
 
 def write_json(path: str | Path, content: dict[str, Any]) -> None:
@@ -50,4 +72,12 @@ def write_json(path: str | Path, content: dict[str, Any]) -> None:
     write_text(path, json.dumps(content, indent=2) + "\n")
 
 
-__all__ = ["bits_per_byte", "commit", "machine_line", "write_json", "write_text"]
+__all__ = [
+    "bits_per_byte",
+    "commit",
+    "draw_or_warn",
+    "machine_line",
+    "save_figure",
+    "write_json",
+    "write_text",
+]

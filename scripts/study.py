@@ -15,6 +15,7 @@ function of its own in place of `measure`, and, if that takes more than a preset
 import argparse
 import json
 import multiprocessing
+import signal
 import statistics
 import tempfile
 import time
@@ -37,9 +38,11 @@ from transformers import (
     set_seed,
 )
 
-from scripts.data import DataArguments, load_splits, load_tokenizer
-from scripts.report import commit, machine_line
+from scripts.command_line import COUNT, NATURAL, NOT_NEGATIVE, check_input_file
+from scripts.data import DataArguments, load_splits, load_tokenizer, parse_range
+from scripts.report import commit, machine_line, save_figure
 from scripts.train import build_config, build_trainer
+from stackformer.files import write_file
 
 # The options that a run's result depends on.
 OPTIONS = (
@@ -79,14 +82,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data_path", required=True, help="text file, such as enwik8")
     parser.add_argument("--train_range", help="START:STOP in bytes; the first 90%% if not given")
     parser.add_argument("--eval_range", help="START:STOP in bytes; from 90%% to 95%% if not given")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1], help="one run each")
-    parser.add_argument("--steps", type=int, default=600, help="training steps")
-    parser.add_argument("--batch_size", type=int, default=8, help="blocks per step")
-    parser.add_argument("--block_size", type=int, default=256, help="bytes of a block")
-    parser.add_argument("--learning_rate", type=float, default=2e-3, help="highest; it falls as a cosine")
-    parser.add_argument("--warmup_steps", type=int, default=50, help="steps until it is highest")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at the same time, a process each")
-    parser.add_argument("--threads", type=int, default=1, help="threads of each process")
+    parser.add_argument("--seeds", type=NATURAL, nargs="+", default=[1], help="one run each")
+    parser.add_argument("--steps", type=COUNT, default=600, help="training steps")
+    parser.add_argument("--batch_size", type=COUNT, default=8, help="blocks per step")
+    parser.add_argument("--block_size", type=COUNT, default=256, help="bytes of a block")
+    parser.add_argument(
+        "--learning_rate", type=NOT_NEGATIVE, default=2e-3, help="highest; it falls as a cosine"
+    )
+    parser.add_argument("--warmup_steps", type=NATURAL, default=50, help="steps until it is highest")
+    parser.add_argument("--jobs", type=COUNT, default=1, help="runs at the same time, a process each")
+    parser.add_argument("--threads", type=COUNT, default=1, help="threads of each process")
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raises:
+    ValueError: unless the text is there and has the ranges that `add_arguments` read.
+    """
+    check_input_file("data_path", args.data_path)
+    size = Path(args.data_path).stat().st_size
+    for name in ("train_range", "eval_range"):
+        if (text := getattr(args, name)) is not None:
+            parse_range(text, size, name)
+    if args.block_size < 2:
+        raise ValueError(f"block_size={args.block_size}: expected at least 2, a token and one to predict.")
 
 
 def build(
@@ -151,7 +169,7 @@ def train(
 def state_bytes(model: PreTrainedModel, length: int) -> int:
     """Size of the state of one row after so many tokens."""
     ids = torch.zeros(1, length, dtype=torch.long, device=model.device)
-    return model.eval()(ids, use_cache=True).past_key_values.num_bytes
+    return model.eval()(ids, use_cache=True).cache.num_bytes
 
 
 def measure(run: Run, args: argparse.Namespace) -> dict[str, Any]:
@@ -170,8 +188,10 @@ class CountSteps(TrainerCallback):
 
 
 def start_worker(steps_done: Any, threads: int) -> None:
-    """What a process keeps between its runs."""
+    """What a process keeps between its runs. Interrupted, it ends without a word: the main one says it."""
     global _steps_done
+    if multiprocessing.parent_process() is not None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     _steps_done = steps_done
     torch.set_num_threads(threads)
 
@@ -197,9 +217,7 @@ def run_all(
     """
     path, runs = Path(path), list(runs)
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = (
-        [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
-    )
+    lines = read_lines(path)
 
     def find(run: Run) -> dict[str, Any] | None:
         wanted = identify(run, args)
@@ -214,16 +232,41 @@ def run_all(
         path.open("a", encoding="utf-8") as file,
     ):
         running = {pool.submit(measure, run, args): run for run in waiting}
-        while running:
-            for future in wait(running, timeout=1, return_when=FIRST_COMPLETED).done:
-                run = running.pop(future)
-                lines.append(identify(run, args) | future.result())
-                file.write(json.dumps(lines[-1]) + "\n")
-                file.flush()
-                numbers = [f"{key} {x:.4g}" for key, x in future.result().items() if isinstance(x, float)]
-                tqdm.write(f"{run.row}, seed {run.seed}: {', '.join(numbers)}")
-            bar.update(steps_done.value - bar.n)
+        try:
+            while running:
+                for future in wait(running, timeout=1, return_when=FIRST_COMPLETED).done:
+                    run = running.pop(future)
+                    lines.append(identify(run, args) | future.result())
+                    file.write(json.dumps(lines[-1]) + "\n")
+                    file.flush()
+                    numbers = [f"{key} {x:.4g}" for key, x in future.result().items() if isinstance(x, float)]
+                    tqdm.write(f"{run.row}, seed {run.seed}: {', '.join(numbers)}")
+                bar.update(steps_done.value - bar.n)
+        except BaseException:
+            for child in multiprocessing.active_children():
+                child.terminate()  # else the pool would wait for its runs to end
+            raise
     return [line for run in runs if (line := find(run)) is not None]
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The finished runs of a file; one that a killed process was about to write is removed from it.
+
+    Raises:
+        ValueError: for a line that is no JSON object.
+    """
+    if not path.exists():
+        return []
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if whole != content:
+        write_file(path, whole)
+    try:
+        return [json.loads(line) for line in whole.splitlines()]
+    except ValueError as error:
+        raise ValueError(
+            f"{path}: expected the file of finished runs, a JSON object a line: {error}."
+        ) from error
 
 
 def summarize(lines: Iterable[dict[str, Any]], keys: Sequence[str]) -> Rows:
@@ -269,8 +312,7 @@ def draw(rows: Rows, panels: dict[str, str], path: str | Path, logarithmic: Sequ
         axis.grid(alpha=0.3)
     axes[0].set_yticks(range(len(rows)), rows)
     axes[0].invert_yaxis()
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    save_figure(path, figure)
 
 
 __all__ = [
@@ -279,6 +321,7 @@ __all__ = [
     "Spread",
     "add_arguments",
     "build",
+    "check",
     "draw",
     "measure",
     "run_all",

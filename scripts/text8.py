@@ -9,11 +9,13 @@ but no tables, templates or references. Digits are spelled out, and everything e
 Rules: http://mattmahoney.net/dc/textdata.html, appendix A.
 """
 
-import argparse
 import re
 from pathlib import Path
 
 from tqdm import tqdm
+
+from scripts.command_line import COUNT, Parser, check_input_file, check_output_file, run_main
+from stackformer.files import write_file
 
 SIZE = 100_000_000
 DIGITS = (b"zero", b"one", b"two", b"three", b"four", b"five", b"six", b"seven", b"eight", b"nine")
@@ -88,13 +90,12 @@ def write_text8(source: str | Path, output: str | Path, size: int = SIZE) -> Non
     Raises:
         ValueError: if `source` is no dump.
     """
-    dump = Path(source).read_bytes()
+    check_input_file("data_path", source)
     if not is_dump(source):
         raise ValueError(f"data_path={str(source)!r}: expected a dump of Wikipedia, which begins as XML.")
-    partial = Path(f"{output}.partial")
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    partial.write_bytes(clean(dump)[:size])
-    partial.replace(output)
+    text = clean(Path(source).read_bytes())[:size]
+    Path(output).parent.mkdir(parents=True, exist_ok=True)
+    write_file(output, text)
 
 
 def is_dump(path: str | Path) -> bool:
@@ -105,11 +106,12 @@ def is_dump(path: str | Path) -> bool:
 
 def main(argv: list[str] | None = None) -> None:
     """Clean what `argv` says (default: the command line)."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("--data_path", required=True, help="the dump: enwik9, enwik8, or the beginning of it")
     parser.add_argument("--output", required=True, help="file to write")
-    parser.add_argument("--size", type=int, default=SIZE, help="characters to write, at most")
+    parser.add_argument("--size", type=COUNT, default=SIZE, help="characters to write, at most")
     args = parser.parse_args(argv)
+    check_output_file("output", args.output)
     write_text8(args.data_path, args.output, args.size)
 
 
@@ -117,4 +119,4 @@ __all__ = ["clean", "is_dump", "main", "write_text8"]
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -15,7 +15,7 @@ With other fields than the preset's, other parts of the file, and other options 
 On a dataset of the `datasets` library, with a BPE trained on it:
 
     python -m scripts.train --config configs/stackformer-tiny.json --tokenizer bpe:4096 \
-        --dataset wikitext --dataset_config wikitext-2-raw-v1 --output_dir runs/wikitext
+        --dataset Salesforce/wikitext --dataset_config wikitext-2-raw-v1 --output_dir runs/wikitext
 
 Resume a run that was stopped (the same command, and); start a new run from the weights of another:
 
@@ -25,12 +25,20 @@ Resume a run that was stopped (the same command, and); start a new run from the 
 The output folder gets the model, its tokenizer, metrics.json and, where matplotlib is installed, the course
 of the run in training.png. The evaluation here predicts each block from its own start;
 `python -m scripts.evaluate` also carries the state across the whole text.
+
+Of a file, the first 90% are trained on and the next 5% are evaluated, at least a block of each. A text of
+less than 100,000 bytes, or of fewer blocks than a batch has, can teach little: a warning says so.
+
+The loss is logged 20 times, and at least every 50 steps, if --logging_steps does not say otherwise. A run
+that was killed resumes from the newest checkpoint that is complete.
 """
 
 import json
+import math
 import re
+import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -42,21 +50,36 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     EvalPrediction,
-    HfArgumentParser,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
     TrainingArguments,
     default_data_collator,
     set_seed,
 )
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import logging
 
 import stackformer  # noqa: F401  (importing it registers the Auto classes)
-from scripts.data import Blocks, DataArguments, encode, load_splits, load_tokenizer
+from scripts.command_line import (
+    COUNT,
+    NATURAL,
+    NOT_NEGATIVE,
+    DataclassParser,
+    check_output_folder,
+    one_line,
+    run_main,
+)
+from scripts.data import Blocks, DataArguments, check_tokenizer, encode, load_splits, load_tokenizer
+from scripts.loading import check_source, has_tokenizer, load_model
 from scripts.report import bits_per_byte, commit, machine_line, write_json
+from stackformer.checkpoints import PARTIAL, checkpoint_fault, newest_checkpoint, replace_model
 from stackformer.trainer_stackformer import StackformerTrainer
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -78,7 +101,7 @@ class ModelArguments:
 
 
 # Defaults of TrainingArguments for a small model, in all training scripts.
-SMALL_MODEL_DEFAULTS = {
+SMALL_MODEL_DEFAULTS: dict[str, Any] = {
     "learning_rate": 2e-3,
     "lr_scheduler_type": "cosine",
     "warmup_steps": 0.05,  # below one it is a share of the steps
@@ -88,16 +111,22 @@ SMALL_MODEL_DEFAULTS = {
 }
 
 
-def make_parser() -> HfArgumentParser:
+# The loss is logged so often by default: each of so many parts of a run, and at least every so many steps.
+LOGGED_SHARE, LOGGED_STEPS = 0.05, 50
+# Fewer bytes than these teach a model little more than which bytes there are.
+LITTLE_TEXT = 100_000
+
+
+def make_parser() -> DataclassParser:
     """The command line: model, data and transformers' TrainingArguments, with defaults for a small model."""
-    parser = HfArgumentParser(
+    parser = DataclassParser(
         (ModelArguments, DataArguments, TrainingArguments), description=__doc__.split("\n")[0]
     )
     parser.set_defaults(
         output_dir="runs/train",
         per_device_train_batch_size=16,
         per_device_eval_batch_size=16,
-        logging_steps=50,
+        logging_steps=LOGGED_SHARE,
         save_steps=500,
         include_num_input_tokens_seen=True,
         **SMALL_MODEL_DEFAULTS,
@@ -145,36 +174,109 @@ def read_preset(preset: str, overrides: str | None = None, **given: Any) -> PreT
     """
     if not Path(preset).is_file():
         raise ValueError(f"config={preset!r}: expected a JSON file with the fields of a config.")
-    fields = json.loads(Path(preset).read_text(encoding="utf-8"))
+    fields = read_json("config", preset)
     model_type = fields.pop("model_type", "stackformer")
-    defaults = AutoConfig.for_model(model_type).to_dict()
+    try:
+        defaults = AutoConfig.for_model(model_type).to_dict()
+    except ValueError as error:
+        raise ValueError(
+            f"config={preset!r}: expected a model_type of transformers, got {model_type!r}."
+        ) from error
     fields |= given
     if unknown := sorted(set(fields) - set(defaults)):
         raise ValueError(f"config={preset!r}: unknown fields {unknown}, expected some of {sorted(defaults)}.")
     if overrides:
         fields |= parse_overrides(overrides, defaults)
-    return AutoConfig.for_model(model_type, **fields)
+    try:
+        return AutoConfig.for_model(model_type, **fields)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"config={preset!r}: {one_line(error)}") from error
 
 
-def build_model(args: ModelArguments, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
-    """A new model from `args.config`, or the saved one of `args.model_name_or_path`; exactly one is given."""
+def read_json(name: str, path: str | Path) -> dict[str, Any]:
+    """The object in a JSON file, the option `name`.
+
+    Raises:
+        ValueError: if it is no JSON, or something else than an object.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{name}={str(path)!r}: expected a JSON file, {one_line(error)}.") from error
+    if not isinstance(content, dict):
+        kind = type(content).__name__
+        raise ValueError(f"{name}={str(path)!r}: expected a JSON object with fields, got a {kind}.")
+    return content
+
+
+def check_model(args: ModelArguments) -> None:
+    """Raises:
+    ValueError: unless there is a preset or a saved model, and all that goes with it fits.
+    """
     if (args.config is None) == (args.model_name_or_path is None):
         raise ValueError(
             f"config={args.config!r}, model_name_or_path={args.model_name_or_path!r}: expected exactly one."
         )
+    if args.model_name_or_path is not None:
+        if args.config_overrides:
+            raise ValueError(
+                f"config_overrides={args.config_overrides!r}: expected none with model_name_or_path."
+            )
+        check_source("model_name_or_path", args.model_name_or_path)
+    else:
+        read_preset(str(args.config), args.config_overrides)
+    if args.tokenizer is not None:
+        check_tokenizer(args.tokenizer)
+
+
+def check_training(args: TrainingArguments) -> None:
+    """Raises:
+    ValueError: for numbers that no training can have, and an output folder that cannot be written to.
+    """
+    check_output_folder("output_dir", args.output_dir)
+    for name in (
+        "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
+        "save_total_limit",
+    ):  # fmt: skip
+        COUNT.check(name, getattr(args, name))
+    for name in ("learning_rate", "weight_decay", "max_grad_norm", "num_train_epochs", "warmup_steps"):
+        NOT_NEGATIVE.check(name, getattr(args, name))
+    for name in ("seed", "data_seed"):
+        NATURAL.check(name, getattr(args, name))
+    if args.max_steps != -1:
+        COUNT.check("max_steps", args.max_steps)
+    elif args.num_train_epochs == 0:
+        raise ValueError("num_train_epochs=0.0: expected more than 0, or --max_steps.")
+
+
+def build_model(args: ModelArguments, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
+    """A new model from `args.config`, or the saved one of `args.model_name_or_path`; exactly one is given."""
+    check_model(args)
     if args.config:
         model = AutoModelForCausalLM.from_config(build_config(args.config, args.config_overrides, tokenizer))
-    elif args.config_overrides:
-        raise ValueError(
-            f"config_overrides={args.config_overrides!r}: expected none with model_name_or_path."
-        )
     else:
-        model = AutoModelForCausalLM.from_pretrained(args.model_name_or_path)
+        model = load_model("model_name_or_path", str(args.model_name_or_path))
     if model.config.vocab_size < len(tokenizer):
         raise ValueError(
             f"vocab_size={model.config.vocab_size}: expected the tokenizer's {len(tokenizer)} or more."
         )
     return model
+
+
+def choose_tokenizer(
+    args: ModelArguments, checkpoint: str | None, train_text: bytes
+) -> PreTrainedTokenizerFast:
+    """The tokenizer of the checkpoint that a run goes on from, the one asked for, or that of the model.
+
+    A sharded checkpoint has none: there, what was asked for is made once more.
+    """
+    sources = {
+        "resume_from_checkpoint": checkpoint if checkpoint and has_tokenizer(checkpoint) else None,
+        "tokenizer": args.tokenizer,
+        "model_name_or_path": args.model_name_or_path,
+    }
+    name, source = next(((name, x) for name, x in sources.items() if x), ("tokenizer", "byte"))
+    return load_tokenizer(source, train_text, name)
 
 
 def block_nll(logits: torch.Tensor | tuple[torch.Tensor, ...], labels: torch.Tensor) -> torch.Tensor:
@@ -195,8 +297,15 @@ def build_trainer(
     block_size: int,
     args: TrainingArguments,
 ) -> Trainer:
-    """A Trainer on the blocks of the training text: bits per byte in evaluation, depth in its log."""
+    """A Trainer on the blocks of the training text: bits per byte in evaluation, depth in its log.
+
+    A warning tells of a text that is too small to teach much.
+    """
     train_ids, eval_ids = (encode(text, tokenizer) for text in texts)
+    train_blocks = Blocks(train_ids, block_size, "training")
+    eval_blocks = Blocks(eval_ids, block_size, "evaluation")
+    batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    warn_of_little_text(len(texts[0]), len(train_blocks), batch)
     num_eval_bytes = len(texts[1])
 
     def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
@@ -206,45 +315,88 @@ def build_trainer(
     return StackformerTrainer(
         model,
         args,
-        train_dataset=Blocks(train_ids, block_size, "training"),
-        eval_dataset=Blocks(eval_ids, block_size, "evaluation"),
+        train_dataset=train_blocks,
+        eval_dataset=eval_blocks,
         data_collator=default_data_collator,
         processing_class=tokenizer,
         compute_metrics=compute_metrics,
         preprocess_logits_for_metrics=block_nll,
+        callbacks=[LogEvenly()],
     )
 
 
+def warn_of_little_text(num_bytes: int, num_blocks: int, batch: int) -> None:
+    """Say so if a training text can teach a model little, or has not even a batch of blocks."""
+    advice = "give a longer text, or a smaller --block_size and --per_device_train_batch_size"
+    if num_blocks < batch:
+        logger.warning(f"The training text has {num_blocks} blocks, less than a batch of {batch}: {advice}.")
+    elif num_bytes < LITTLE_TEXT:
+        logger.warning(
+            f"The training text has {num_bytes:,} bytes: less than {LITTLE_TEXT:,} teach a language model "
+            "little, in any number of epochs."
+        )
+
+
+class LogEvenly(TrainerCallback):
+    """Where steps between two log entries are the default, `LOGGED_SHARE` of the run, there are at most
+    `LOGGED_STEPS`, and so between evaluations, if they go by the same."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs
+    ) -> None:
+        steps = min(LOGGED_STEPS, math.ceil(LOGGED_SHARE * state.max_steps))
+        if args.logging_steps == LOGGED_SHARE:
+            state.logging_steps = steps
+        if args.eval_steps == LOGGED_SHARE:
+            state.eval_steps = steps
+
+
 def save(trainer: Trainer) -> None:
-    """Save model and tokenizer to the output folder, file by file only once all of them are written."""
+    """Save model and tokenizer to the output folder, once all files are written, so that a reader finds the
+    model that was there before or this one (see `replace_model`)."""
     output_dir = Path(trainer.args.output_dir)
-    partial = output_dir / "partial"
-    trainer.model.config.use_cache = True  # the Trainer turns it off, which is right for training only
-    trainer.save_model(str(partial))
+    partial = output_dir / "_partial-model"  # an underscore keeps it off the Hub
     if trainer.is_world_process_zero():
-        for file in sorted(partial.iterdir()):
-            file.replace(output_dir / file.name)
-        partial.rmdir()
+        for left_over in (partial, output_dir / PARTIAL):  # of a process that was killed
+            shutil.rmtree(left_over, ignore_errors=True)
+    trainer.accelerator.wait_for_everyone()
+    config = trainer.model.config
+    use_cache, config.use_cache = config.use_cache, True  # the Trainer turns it off, for itself only
+    if trainer.is_fsdp_enabled:  # checkpoints may be in parts, a model for others is in one
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+    trainer.save_model(str(partial))
+    config.use_cache = use_cache
+    if trainer.is_world_process_zero():
+        replace_model(partial, output_dir)
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Train as `argv` says (default: the command line) and return what metrics.json holds."""
     model_args, data_args, args = make_parser().parse_args_into_dataclasses(argv)
+    check_training(args)
+    check_model(model_args)
     checkpoint = find_checkpoint(args)
     set_seed(args.seed)
     texts = load_splits(data_args)
-    tokenizer_source = checkpoint or model_args.tokenizer or model_args.model_name_or_path or "byte"
-    tokenizer = load_tokenizer(tokenizer_source, texts[0])
+    tokenizer = choose_tokenizer(model_args, checkpoint, texts[0])
     model = build_model(model_args, tokenizer)
     trainer = build_trainer(model, tokenizer, texts, data_args.block_size, args)
-    if find_spec("matplotlib") is not None:
-        from scripts.plot import TrainingPlot
-
-        trainer.add_callback(TrainingPlot())
-
+    draw_course(trainer)
     return train_and_save(
         trainer, lambda: trainer.evaluate()["eval_bits_per_byte"], checkpoint, texts, data_args
     )
+
+
+def draw_course(trainer: Trainer) -> None:
+    """Have a picture drawn at each evaluation, where it can be; the last one is after the model is saved."""
+    if find_spec("matplotlib") is None:
+        return
+    try:
+        from scripts.plot import TrainingPlot
+    except Exception as error:  # an installation that does not fit
+        logger.warning(f"No picture will be drawn, matplotlib cannot be imported: {error}")
+        return
+    trainer.add_callback(TrainingPlot(at_end=False))
 
 
 def train_and_save(
@@ -261,13 +413,16 @@ def train_and_save(
         checkpoint: where to go on, or `None`.
     """
     args, model = trainer.args, trainer.model
-    # The weights of a checkpoint are read when training starts, so before that there is nothing to measure.
-    before = None if checkpoint else measure()
+    # The weights of a checkpoint are read when training starts, so before that there is nothing to measure;
+    # nor can models be run before that with DeepSpeed and FSDP.
+    later = checkpoint or trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
+    before = None if later else measure()
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=checkpoint)
     wall_time = time.perf_counter() - started
-    after = measure()
     save(trainer)
+    after = measure()
+    model.config.use_cache = True
 
     metrics = {
         "bits_per_byte_before": before,
@@ -286,21 +441,38 @@ def train_and_save(
     }
     if trainer.is_world_process_zero():
         write_json(Path(args.output_dir) / "metrics.json", metrics)
-        start = "resumed" if before is None else f"{before:.4f}"
+        start = f"{before:.4f}" if before is not None else "resumed" if checkpoint else "new"
         print(f"bits per byte: {start} -> {after:.4f} after {metrics['steps']} steps in {wall_time:.1f} s")
         print(metrics["machine"])
     return metrics
 
 
-def find_checkpoint(args: TrainingArguments) -> str | None:
-    """The checkpoint to resume from: a path, the newest of the output folder for "last", or None."""
+def find_checkpoint(args: TrainingArguments, files: Sequence[str] = ()) -> str | None:
+    """Where to resume from: a path, for "last" the newest complete one of the output folder, or None.
+
+    Args:
+        files: that it must have, beside those of any checkpoint.
+
+    Raises:
+        ValueError: if there is none, or the one that is named is not complete.
+    """
     checkpoint = args.resume_from_checkpoint
+    if checkpoint is None:
+        return None
+    needs = {"num_processes": args.world_size, "model_only": args.save_only_model, "files": files}
     if checkpoint == "last":
-        checkpoint = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
-        if checkpoint is None:
-            raise ValueError(f"resume_from_checkpoint='last': expected a checkpoint in {args.output_dir!r}.")
-    elif checkpoint is not None and not Path(checkpoint).is_dir():
+        found = newest_checkpoint(args.output_dir, **needs)
+        if found is None:
+            raise ValueError(
+                f"resume_from_checkpoint='last': expected a complete checkpoint in {args.output_dir!r}."
+            )
+        return found
+    if not Path(checkpoint).is_dir():
         raise ValueError(f"resume_from_checkpoint={checkpoint!r}: expected a checkpoint folder or 'last'.")
+    if fault := checkpoint_fault(checkpoint, **needs):
+        raise ValueError(
+            f"resume_from_checkpoint={checkpoint!r}: expected a complete checkpoint, but {fault}."
+        )
     return checkpoint
 
 
@@ -335,9 +507,13 @@ __all__ = [
     "build_config",
     "build_model",
     "build_trainer",
+    "check_model",
+    "check_training",
+    "choose_tokenizer",
     "find_checkpoint",
     "main",
     "parse_overrides",
+    "read_json",
     "read_preset",
     "save",
     "train_and_save",
@@ -345,4 +521,4 @@ __all__ = [
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -21,12 +21,22 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from transformers import HfArgumentParser, PreTrainedModel, PreTrainedTokenizerFast, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, set_seed
 
-from scripts.data import DataArguments, encode, load_splits, load_tokenizer
+from scripts.command_line import COUNT, DataclassParser, run_main
+from scripts.data import DataArguments, encode, load_splits
 from scripts.report import bits_per_byte
-from scripts.train import SMALL_MODEL_DEFAULTS, ModelArguments, build_model, find_checkpoint, train_and_save
-from stackformer.long_context_trainer import LongContextArguments, LongContextTrainer
+from scripts.train import (
+    SMALL_MODEL_DEFAULTS,
+    ModelArguments,
+    build_model,
+    check_model,
+    check_training,
+    choose_tokenizer,
+    find_checkpoint,
+    train_and_save,
+)
+from stackformer.long_context_trainer import LongContextArguments, LongContextTrainer, streams_files
 
 
 @dataclass
@@ -35,10 +45,14 @@ class LongDataArguments(DataArguments):
         default=None, metadata={"help": "Documents to cut the training text into; the rows of a batch."}
     )
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        COUNT.check("num_documents", self.num_documents)
 
-def make_parser() -> HfArgumentParser:
+
+def make_parser() -> DataclassParser:
     """The command line: model, data and LongContextArguments, with defaults for a small model."""
-    parser = HfArgumentParser(
+    parser = DataclassParser(
         (ModelArguments, LongDataArguments, LongContextArguments), description=__doc__.split("\n")[0]
     )
     parser.set_defaults(
@@ -61,6 +75,8 @@ def build_trainer(
 ) -> LongContextTrainer:
     """A trainer on the training text in parts of the same length, evaluated on the other text in one."""
     train_ids, eval_ids = (encode(text, tokenizer) for text in texts)
+    if len(eval_ids) < 2:
+        raise ValueError(f"eval_range: expected at least 2 tokens to evaluate, got {len(eval_ids)}.")
     parts = num_documents or args.train_batch_size * args.world_size
     if not 1 <= parts <= len(train_ids) // 2:
         raise ValueError(f"num_documents={parts}: expected 1 to {len(train_ids) // 2}, half of the tokens.")
@@ -76,11 +92,12 @@ def build_trainer(
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Train as `argv` says (default: the command line) and return what metrics.json holds."""
     model_args, data_args, args = make_parser().parse_args_into_dataclasses(argv)
-    checkpoint = find_checkpoint(args)
+    check_training(args)
+    check_model(model_args)
+    checkpoint = find_checkpoint(args, streams_files(args))
     set_seed(args.seed)
     texts = load_splits(data_args)
-    tokenizer_source = checkpoint or model_args.tokenizer or model_args.model_name_or_path or "byte"
-    tokenizer = load_tokenizer(tokenizer_source, texts[0])
+    tokenizer = choose_tokenizer(model_args, checkpoint, texts[0])
     model = build_model(model_args, tokenizer)
     trainer = build_trainer(model, tokenizer, texts, data_args.num_documents, args)
     num_eval_tokens = len(trainer.eval_dataset[0])
@@ -92,4 +109,4 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -30,7 +30,8 @@ def replaced_file(path: str | os.PathLike) -> Iterator[IO[bytes]]:
         with suppress(OSError):
             temporary.unlink()
         raise
-    _sync_folder(path.parent)
+    with suppress(OSError):  # not every file system can do that for a folder
+        sync(path.parent)
 
 
 def write_file(path: str | os.PathLike, data: bytes) -> None:
@@ -39,11 +40,13 @@ def write_file(path: str | os.PathLike, data: bytes) -> None:
         file.write(data)
 
 
-def _sync_folder(folder: Path) -> None:
-    """Makes the new name survive a loss of power, where the system can do that."""
-    with suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+def sync(path: str | os.PathLike) -> None:
+    """Have a file, or the names in a folder, on the disk, and not only in the memory of the system."""
+    posix = os.name == "posix"  # other systems do not open folders, and write what is open for writing
+    if os.path.isdir(path) and not posix:
+        return
+    descriptor = os.open(path, os.O_RDONLY if posix else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

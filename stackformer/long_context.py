@@ -41,7 +41,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers.utils import logging
 
 from .cache_stackformer import StackformerCache, StackformerCacheLayer, State, put_rows, take_rows
-from .model_inputs import label_each_token
+from .model_inputs import check_num_items, label_each_token
 from .processing_stack import TokenLayout
 
 logger = logging.get_logger(__name__)
@@ -135,6 +135,7 @@ def long_context_backward(
     """
     _check_options(piece_size, method, max_log_decay, max_drift, storage)
     shift_labels = shifted_labels(input_ids, labels, shift_labels, attention_mask)
+    _check_inputs(model, input_ids, shift_labels, num_items_in_batch)
     if num_items_in_batch is None:
         num_items_in_batch = shift_labels.ne(-100).sum().clamp(min=1)
 
@@ -168,7 +169,10 @@ def long_context_loss(
     piece_size: int = 1024,
 ) -> LongContextOutput:
     """The loss of `long_context_backward`, and the state after the last token, without any gradient."""
+    if piece_size < 1:
+        raise ValueError(f"`piece_size` must be at least 1, got {piece_size}")
     shift_labels = shifted_labels(input_ids, labels, shift_labels, attention_mask)
+    _check_inputs(model, input_ids, shift_labels, num_items_in_batch)
     if num_items_in_batch is None:
         num_items_in_batch = shift_labels.ne(-100).sum().clamp(min=1)
     pieces = _Pieces(model, input_ids, shift_labels, attention_mask, piece_size)
@@ -556,6 +560,15 @@ def shifted_labels(
     """The label of each token [B, T], from exactly one of `labels` and `shift_labels`."""
     if (labels is None) == (shift_labels is None):
         raise ValueError("You must specify exactly one of `labels` and `shift_labels`")
+    if input_ids.dim() != 2 or input_ids.numel() == 0:
+        raise ValueError(
+            f"`input_ids` must have the shape [B, T], both at least 1, got {tuple(input_ids.shape)}"
+        )
+    if attention_mask is not None and attention_mask.shape != input_ids.shape:
+        raise ValueError(
+            f"`attention_mask` must have the shape {tuple(input_ids.shape)} of `input_ids`, got "
+            f"{tuple(attention_mask.shape)}"
+        )
     return label_each_token(input_ids.shape, labels, shift_labels, attention_mask)
 
 
@@ -571,6 +584,31 @@ def _check_options(
             raise ValueError(f"`{name}` must be at least 0, got {value}")
     if storage not in ("device", "cpu") and not os.path.isdir(storage):
         raise ValueError(f"`storage` must be 'device', 'cpu' or an existing folder, got {storage!r}")
+
+
+def _check_inputs(
+    model: nn.Module,
+    input_ids: Tensor,
+    shift_labels: Tensor,
+    num_items_in_batch: Tensor | int | None,
+) -> None:
+    if input_ids.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"`input_ids` must be integers (int64 or int32), got {input_ids.dtype}")
+    if shift_labels.dtype != torch.int64:
+        raise ValueError(f"`labels` or `shift_labels` must be int64, got {shift_labels.dtype}")
+    check_num_items(num_items_in_batch)
+    size = extract_model_from_parallel(model).config.vocab_size
+    labels = shift_labels.masked_fill(shift_labels == -100, 0)
+    for name, values, others in (
+        ("`input_ids`", input_ids, ""),
+        ("`labels` or `shift_labels`", labels, ", or -100"),
+    ):
+        low, high = torch.stack(values.aminmax()).tolist()
+        if low < 0 or high >= size:
+            raise ValueError(
+                f"{name} must be ids of the {size} tokens of the vocabulary{others}, got "
+                f"{low if low < 0 else high}"
+            )
 
 
 __all__ = [

@@ -7,10 +7,10 @@ carried to the next step, until the document ends.
 """
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments, default_data_collator
 
 from .cache_stackformer import StackformerCache
+from .checkpoints import WholeCheckpoints
 from .long_context import METHODS, long_context_backward, long_context_loss
+from .trainer_stackformer import EvaluatedFirst, SelectiveDecay
 
 
 @dataclass
@@ -62,6 +64,19 @@ class LongContextArguments(TrainingArguments):
                 raise ValueError(
                     f"`{name}` must be {expected!r} to train on streams, got {getattr(self, name)!r}"
                 )
+        if self.context_length is not None and self.context_length < 1:
+            raise ValueError(f"`context_length` must be at least 1 or None, got {self.context_length}")
+        if self.piece_size < 1:
+            raise ValueError(f"`piece_size` must be at least 1, got {self.piece_size}")
+        if self.backpropagation not in METHODS:
+            raise ValueError(f"`backpropagation` must be one of {METHODS}, got {self.backpropagation!r}")
+        for name in ("max_log_decay", "max_drift"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"`{name}` must be at least 0, got {getattr(self, name)}")
+        if self.state_storage not in ("device", "cpu") and not Path(self.state_storage).is_dir():
+            raise ValueError(
+                f"`state_storage` must be 'device', 'cpu' or an existing folder, got {self.state_storage!r}"
+            )
 
 
 class DocumentStreams(torch.utils.data.Dataset):
@@ -77,11 +92,25 @@ class DocumentStreams(torch.utils.data.Dataset):
         num_streams: streams that are read side by side. Documents are given to them in order, each to the
             one that has least to read.
         context_length: tokens of a segment; `None` for whole documents.
+        vocab_size: that ids and labels must be below; any if `None`.
+
+    Raises:
+        ValueError: for a document that is no sequence of token ids, with its number.
     """
 
-    def __init__(self, documents: Sequence, num_streams: int, context_length: int | None = None):
+    def __init__(
+        self,
+        documents: Sequence,
+        num_streams: int,
+        context_length: int | None = None,
+        vocab_size: int | None = None,
+    ):
+        if isinstance(documents, str | bytes | dict) or not isinstance(documents, Sized):
+            raise ValueError(f"`documents` must be a list of documents, got {type(documents).__name__}")
         if len(documents) == 0:
             raise ValueError("`documents` must be at least one, got none")
+        if num_streams < 1:
+            raise ValueError(f"`num_streams` must be at least 1, got {num_streams}")
         if context_length is not None and context_length < 1:
             raise ValueError(f"`context_length` must be at least 1 or None, got {context_length}")
         self.documents, self.num_streams = documents, num_streams
@@ -89,7 +118,7 @@ class DocumentStreams(torch.utils.data.Dataset):
         self.segments: list[list[tuple[int, int, int]]] = [[] for _ in range(num_streams)]
         shortest = [(0, stream) for stream in range(num_streams)]
         for number in range(len(documents)):
-            length = len(_token_ids(documents[number])[0]) - 1
+            length = _checked_length(documents[number], number, vocab_size) - 1
             if length < 1:
                 raise ValueError(
                     f"`documents` must have at least two tokens each, got {length + 1}: {number}"
@@ -130,7 +159,7 @@ class DocumentStreams(torch.utils.data.Dataset):
         }
 
 
-class LongContextTrainer(Trainer):
+class LongContextTrainer(SelectiveDecay, WholeCheckpoints, EvaluatedFirst, Trainer):
     """A Trainer with [`LongContextArguments`], whose datasets are documents (see [`DocumentStreams`]).
 
     Checkpoints have the states of the streams, so that a run goes on in the middle of its documents. Beside
@@ -156,7 +185,8 @@ class LongContextTrainer(Trainer):
         streams = None
         if train_dataset is not None:
             num_streams = args.train_batch_size * args.world_size
-            streams = DocumentStreams(train_dataset, num_streams, args.context_length)
+            size = None if model is None else cast(Any, model).config.vocab_size
+            streams = DocumentStreams(train_dataset, num_streams, args.context_length, size)
         self._carried: StackformerCache | None = None
         self._carried_in_evaluation: StackformerCache | None = None
         # Since the last log: the drift of each step, and its kept bytes per token.
@@ -172,7 +202,10 @@ class LongContextTrainer(Trainer):
         if isinstance(documents, str):
             documents = self.eval_dataset[documents]
         streams = self.args.eval_batch_size * self.args.world_size
-        return super().get_eval_dataloader(DocumentStreams(documents, streams, self.args.context_length))
+        size = self.model.config.vocab_size
+        return super().get_eval_dataloader(
+            DocumentStreams(documents, streams, self.args.context_length, size)
+        )
 
     def training_step(
         self,
@@ -195,7 +228,7 @@ class LongContextTrainer(Trainer):
             shift_labels=inputs["shift_labels"],
             attention_mask=inputs["attention_mask"],
             cache=_continued(self._carried, inputs["continues"]),
-            num_items_in_batch=num_items_in_batch,
+            num_items_in_batch=_at_least_one(num_items_in_batch),
             piece_size=self.args.piece_size,
             method=self.args.backpropagation,
             max_log_decay=self.args.max_log_decay,
@@ -224,7 +257,7 @@ class LongContextTrainer(Trainer):
             shift_labels=inputs["shift_labels"],
             attention_mask=inputs["attention_mask"],
             cache=_continued(self._carried_in_evaluation, inputs["continues"]),
-            num_items_in_batch=num_items_in_batch,
+            num_items_in_batch=_at_least_one(num_items_in_batch),
             piece_size=self.args.piece_size,
         )
         self._carried_in_evaluation = output.cache
@@ -246,15 +279,13 @@ class LongContextTrainer(Trainer):
         streams = None
         if self._carried is not None:
             streams = [layer.slices for layer in self._carried.layers], self._carried.get_seq_length()
-        path = self._streams_file(output_dir)
-        torch.save(streams, path.with_suffix(".partial"))
-        path.with_suffix(".partial").replace(path)
+        torch.save(streams, Path(output_dir) / streams_files(self.args)[self.args.process_index])
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         super()._load_rng_state(checkpoint)
         if checkpoint is None:
             return
-        path = self._streams_file(checkpoint)
+        path = Path(checkpoint) / streams_files(self.args)[self.args.process_index]
         if not path.is_file():
             raise ValueError(
                 f"`resume_from_checkpoint` must hold {path.name}, the states of this process' streams: a run "
@@ -266,8 +297,10 @@ class LongContextTrainer(Trainer):
             for layer, slices in zip(self._carried.layers, streams[0], strict=True):
                 layer.load(slices, streams[1], self.args.device)
 
-    def _streams_file(self, folder: str) -> Path:
-        return Path(folder) / f"streams_{self.args.process_index}_of_{self.args.world_size}.pt"
+
+def streams_files(args: TrainingArguments) -> list[str]:
+    """The files of a checkpoint that have the states of the streams, one of each process."""
+    return [f"streams_{number}_of_{args.world_size}.pt" for number in range(args.world_size)]
 
 
 def _token_ids(document: Any) -> tuple[Any, Any]:
@@ -275,6 +308,46 @@ def _token_ids(document: Any) -> tuple[Any, Any]:
     if isinstance(document, dict):
         return document["input_ids"], document.get("labels", document["input_ids"])
     return document, document
+
+
+def _checked_length(document: Any, number: int, vocab_size: int | None) -> int:
+    """The tokens of a document, all of which, and all labels, are ids."""
+    if isinstance(document, str | bytes) or (isinstance(document, dict) and "input_ids" not in document):
+        kind = f"a {type(document).__name__}" if not isinstance(document, dict) else f"{sorted(document)}"
+        raise ValueError(
+            f"`documents` must be token ids, or dicts with `input_ids`, got {kind} as document {number}"
+        )
+    ids, labels = _token_ids(document)
+    for name, values, lowest in (("input_ids", ids, 0), ("labels", labels, -100)):
+        array = np.asarray(values)
+        if array.ndim != 1 or (array.size > 0 and not np.issubdtype(array.dtype, np.integer)):
+            raise ValueError(
+                f"`documents` must have a row of integers as `{name}`, got shape {array.shape} of "
+                f"{array.dtype} in document {number}"
+            )
+        if len(array) != len(ids):
+            raise ValueError(
+                f"`documents` must have as many `labels` as `input_ids`, got {len(array)} and {len(ids)} in "
+                f"document {number}"
+            )
+        wrong = (array < 0) & (array != lowest) | (array >= (vocab_size or np.inf))
+        if wrong.any():
+            limit = "" if vocab_size is None else f" below {vocab_size}"
+            others = "" if lowest == 0 else ", or -100"
+            raise ValueError(
+                f"`documents` must have ids{limit}, not negative{others}, as `{name}`, got "
+                f"{array[wrong][0]} in document {number}"
+            )
+        if labels is ids:
+            break
+    return len(ids)
+
+
+def _at_least_one(num_items_in_batch: Tensor | int | None) -> Tensor | int | None:
+    """Where no token of a step has a label, the loss is a sum of none, and not of none divided by none."""
+    if isinstance(num_items_in_batch, Tensor):
+        return num_items_in_batch.clamp(min=1)
+    return num_items_in_batch if num_items_in_batch is None else max(num_items_in_batch, 1)
 
 
 def _continued(cache: StackformerCache | None, continues: Tensor) -> StackformerCache | None:
@@ -290,4 +363,4 @@ def _continued(cache: StackformerCache | None, continues: Tensor) -> Stackformer
     return cache
 
 
-__all__ = ["DocumentStreams", "LongContextArguments", "LongContextTrainer"]
+__all__ = ["DocumentStreams", "LongContextArguments", "LongContextTrainer", "streams_files"]

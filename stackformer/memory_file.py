@@ -15,11 +15,11 @@ import math
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor
 
 from .files import write_file
@@ -30,8 +30,8 @@ FORMAT, FORMAT_VERSION = "stackformer-memory", 2
 MEMORY_FILE = "memory.safetensors"
 JSON_FILE = "memory.json"  # of version 1
 
-# No description is longer than this.
-_LONGEST_JSON = 2**20
+# No description is longer than this, and no header, which holds one.
+_LONGEST_JSON, _LONGEST_HEADER = 2**20, 2**23
 # Counters of tokens are int64.
 _MOST_TOKENS = 2**63 - 1
 
@@ -84,11 +84,8 @@ def has_description(path: str | os.PathLike) -> bool:
     Raises:
         ValueError: for anything that is no safetensors file.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            return "description" in (file.metadata() or {})
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged or no memory: expected a safetensors file ({error})") from error
+    with open(path, "rb") as file:
+        return "description" in _read_header(file, path).metadata
 
 
 def read_memory(
@@ -107,11 +104,14 @@ def read_memory(
     Raises:
         ValueError: for files that are damaged, of another format or version, or of another model.
     """
-    # Nothing of the tensors is read before it is known what they must be.
-    with safe_open(path, framework="pt") as file:
-        names = list(file.keys())
+    # The file is opened once: it may be replaced while it is read. And nothing of the tensors is read before
+    # it is known what they must be.
+    with open(path, "rb") as file:
+        header = _read_header(file, path)
         if json_path is None:
-            text = file.metadata()["description"]
+            if "description" not in header.metadata:
+                raise ValueError(f"{path} is not a Stackformer memory: it has no description")
+            text = header.metadata["description"]
             description = _parse_description(text, path, FORMAT_VERSION, {"sha256", "batch_size"})
         else:
             description = _read_json(json_path)
@@ -125,19 +125,70 @@ def read_memory(
             for index in range(num_slices)
             for part, name in enumerate(f"layer.{layer}.slice.{index}.{x.name}" for x in spec)
         }
-        if unknown := sorted(set(names) - spelling.keys()):
+        if unknown := sorted(set(header.tensors) - spelling.keys()):
             raise ValueError(f"{path} does not fit the model: it has unknown tensors {unknown[:3]}")
-        for name in names:
+        for name, (dtype, shape) in header.tensors.items():
             layer, _, part = spelling[name]
-            header = file.get_slice(name)
-            _check_header(path, name, header, specs[layer][part], description)
-        if json_path is not None:
-            _check_file(path, description["tensors"])
-        tensors = {name: file.get_tensor(name) for name in names}
+            _check_tensor(path, name, dtype, shape, specs[layer][part], description)
+        if json_path is not None and header.size != description["tensors"]["bytes"]:
+            raise _not_described(path, header.size, description["tensors"])
+        file.seek(0)
+        data = file.read()
+    if json_path is not None and hashlib.sha256(data).hexdigest() != description["tensors"]["sha256"]:
+        raise _not_described(path, len(data), description["tensors"])
+    try:
+        tensors = load(data)
+    except (SafetensorError, ValueError) as error:
+        raise _no_safetensors(path, error) from error
     if json_path is None and description.pop("sha256") != _digest(description, tensors):
         raise ValueError(f"{path} is damaged: its contents are not what was written")
     slices = _arrange(path, {spelling[name]: tensor for name, tensor in tensors.items()}, specs)
     return Memory(slices, description["seen_tokens"])
+
+
+class _Header(NamedTuple):
+    """What a safetensors file says of itself."""
+
+    metadata: dict[str, str]
+    tensors: dict[str, tuple[str, list[int]]]  # dtype and shape, by name
+    size: int  # bytes of the file
+
+
+def _read_header(file: BinaryIO, path: str | os.PathLike) -> _Header:
+    """The header of a safetensors file, which is as long as it says.
+
+    The library opens a file twice, for its header and for its tensors: they may be of two files, if it is
+    replaced meanwhile.
+
+    Raises:
+        ValueError: for anything that is no safetensors file.
+    """
+    size = os.fstat(file.fileno()).st_size
+    try:
+        length = int.from_bytes(file.read(8), "little")
+        if not 0 < length <= min(size - 8, _LONGEST_HEADER):
+            raise ValueError(f"it has a header of {length} bytes")
+        header = json.loads(file.read(length))
+        metadata = header.pop("__metadata__", {})
+        expected = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        if size != expected:
+            raise ValueError(f"it has {size} of {expected} bytes")
+        tensors = {name: (entry["dtype"], list(entry["shape"])) for name, entry in header.items()}
+        return _Header(dict(metadata), tensors, size)
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
+        raise _no_safetensors(path, error) from error
+
+
+def _no_safetensors(path: str | os.PathLike, error: Exception) -> ValueError:
+    return ValueError(f"{path} is damaged or no memory: expected a safetensors file ({error})")
+
+
+def _not_described(path: str | os.PathLike, size: int, expected: dict[str, Any]) -> ValueError:
+    """Of a file of version 1."""
+    return ValueError(
+        f"{path} is damaged or not the file that was described: expected {expected['bytes']} bytes with "
+        f"SHA-256 {str(expected['sha256'])[:12]}..., got {size} bytes"
+    )
 
 
 def _digest(description: dict[str, Any], tensors: dict[str, Tensor]) -> str:
@@ -189,11 +240,15 @@ def _parse_description(
     return description
 
 
-def _check_header(
-    path: str | os.PathLike, name: str, header: Any, spec: TensorSpec, description: dict[str, Any]
+def _check_tensor(
+    path: str | os.PathLike,
+    name: str,
+    dtype: str,
+    shape: list[int],
+    spec: TensorSpec,
+    description: dict[str, Any],
 ) -> None:
-    """Raises a ValueError for a tensor of another shape or kind than specified, before it is read."""
-    shape, dtype = header.get_shape(), header.get_dtype()
+    """Raises a ValueError for a tensor of another shape or kind than specified."""
     kinds = ("I64",) if spec.integer else ("F32", "F64", "F16", "BF16")
     seen = description["seen_tokens"]
     fits = len(shape) == len(spec.shape) + 1 and all(
@@ -203,20 +258,6 @@ def _check_header(
     rows = description.get("batch_size")
     if dtype not in kinds or not fits or shape[0] < 1 or rows not in (None, shape[0]):
         raise ValueError(f"{path} does not fit the model: {name} is {shape} of {dtype}, expected {spec}")
-
-
-def _check_file(path: str | os.PathLike, expected: dict[str, Any]) -> None:
-    """Raises a ValueError if a file of version 1 is not the one that its description was written for."""
-    size, digest = os.path.getsize(path), hashlib.sha256()
-    if size == expected["bytes"]:
-        with open(path, "rb") as file:
-            while chunk := file.read(2**20):
-                digest.update(chunk)
-    if size != expected["bytes"] or digest.hexdigest() != expected["sha256"]:
-        raise ValueError(
-            f"{path} is damaged or not the file that was described: expected {expected['bytes']} bytes with "
-            f"SHA-256 {str(expected['sha256'])[:12]}..., got {size} bytes"
-        )
 
 
 def _arrange(

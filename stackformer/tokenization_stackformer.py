@@ -16,8 +16,9 @@ Lone surrogates, which Python strings can hold, are not Unicode text and cannot 
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
+from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -29,12 +30,54 @@ SPECIAL_TOKENS = {
     "eos_token": "<|eos|>",
     "extra_special_tokens": ["<|im_start|>", "<|im_end|>"],
 }
-CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
+# Every message is rendered the same whatever comes before or after it: a conversation so far is a prefix of
+# what it becomes, so that a memory of it can be gone on from. Tools are a message in front of the others, and
+# calls are as Hermes and Qwen have them, which servers know how to read.
+CHAT_TEMPLATE = "".join([
+    # The text of a content: a string, or a list of strings and parts {"type": "text", "text": ...}.
+    "{% macro text(content) %}",
+    "{% if content is string %}{{ content }}",
+    "{% elif content is defined and content is sequence and content is not mapping %}",
+    "{% for part in content %}",
+    "{% if part is string %}{{ part }}",
+    "{% elif part is mapping and part['type'] == 'text' %}{{ part['text'] }}",
+    "{% else %}{{ raise_exception('content: expected parts of type text, got ' + part | string) }}",
+    "{% endif %}{% endfor %}",
+    "{% else %}{{ raise_exception('content: expected a string or a list of parts, got ' + ",
+    "('nothing' if content is undefined else content | string)) }}",
+    "{% endif %}{% endmacro %}",
+    # A call of a tool: {"function": {"name": ..., "arguments": ...}}, or without the "function" around it.
+    "{% macro call(tool_call) %}",
+    "{% set function = tool_call['function'] if tool_call['function'] is defined else tool_call %}",
+    "{{ '<tool_call>\n{\"name\": ' + function['name'] | tojson + ', \"arguments\": ' }}",
+    "{% if function['arguments'] is string %}{{ function['arguments'] }}",
+    "{% elif function['arguments'] is mapping %}{{ function['arguments'] | tojson }}{% else %}{}{% endif %}",
+    "{{ '}\n</tool_call>' }}{% endmacro %}",
+    "{% if tools %}",
+    "{{ '<|im_start|>system\n# Tools\n\n' }}",
+    "{{ 'You may call one or more functions to assist with the user query.\n\n' }}",
+    "{{ 'You are provided with function signatures within <tools></tools> XML tags:\n<tools>' }}",
+    "{% for tool in tools %}{{ '\n' + tool | tojson }}{% endfor %}",
+    "{{ '\n</tools>\n\nFor each function call, return a json object with function name and ' }}",
+    "{{ 'arguments within <tool_call></tool_call> XML tags:\n<tool_call>\n{\"name\": <function-name>, ' }}",
+    "{{ '\"arguments\": <args-json-object>}\n</tool_call><|im_end|>\n' }}",
+    "{% endif %}",
+    "{% for message in messages %}",
+    "{{ '<|im_start|>' + message['role'] + '\n' }}",
+    "{% if message['role'] == 'assistant' %}",
+    # What is to be learned: the answer, and that it ends.
+    "{% generation %}",
+    "{% set calls = message['tool_calls'] or [] %}",
+    "{% if not calls or message['content'] is defined and message['content'] is not none %}",
+    "{{ text(message['content']) }}{% endif %}",
+    "{% for tool_call in calls %}",
+    "{% if not loop.first or message['content'] %}{{ '\n' }}{% endif %}{{ call(tool_call) }}",
+    "{% endfor %}",
+    "{{ '<|im_end|>' }}{% endgeneration %}{{ '\n' }}",
+    "{% else %}{{ text(message['content']) + '<|im_end|>\n' }}{% endif %}",
+    "{% endfor %}",
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
+])  # fmt: skip
 
 
 def build_byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -54,16 +97,15 @@ def train_bpe_tokenizer(
         show_progress: show the progress bars of the trainer.
 
     Raises:
-        ValueError: if `vocab_size` is under 261, or `texts` is a single string or has no text in it.
+        ValueError: if `vocab_size` is no integer or under 261, if `texts` is no iterable of strings, or has
+            no text in it.
     """
-    base_size = len(_base_tokens())
-    if vocab_size < base_size:
-        raise ValueError(
-            f"vocab_size={vocab_size}: expected at least {base_size}, for 256 bytes and the special tokens."
-        )
+    check_vocab_size(vocab_size)
     if isinstance(texts, str):
         raise ValueError(f"texts={texts[:20]!r}...: expected an iterable of strings, got a single string.")
-    texts = (text for text in texts if text)
+    if isinstance(texts, bytes | bytearray | Mapping) or not isinstance(texts, Iterable):
+        raise ValueError(f"texts={_shown(texts)}: expected an iterable of strings, got {_kind(texts)}.")
+    texts = _strings(texts)
     first = next(texts, None)
     if first is None:
         raise ValueError("texts is empty: expected at least one non-empty string to train on.")
@@ -71,7 +113,7 @@ def train_bpe_tokenizer(
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - base_size + 256,
+        vocab_size=vocab_size - len(_base_tokens()) + 256,
         initial_alphabet=sorted(bytes_to_unicode().values()),
         show_progress=show_progress,
     )
@@ -82,11 +124,42 @@ def train_bpe_tokenizer(
     return _build_tokenizer(learned, [tuple(pair) for pair in bpe["merges"]])
 
 
+def check_vocab_size(vocab_size: int) -> None:
+    """Raises:
+    ValueError: unless a tokenizer may have `vocab_size` ids.
+    """
+    if not isinstance(vocab_size, int) or isinstance(vocab_size, bool):
+        raise ValueError(f"vocab_size={vocab_size!r}: expected an integer, got {_kind(vocab_size)}.")
+    base_size = len(_base_tokens())
+    if vocab_size < base_size:
+        raise ValueError(
+            f"vocab_size={vocab_size}: expected at least {base_size}, for 256 bytes and the special tokens."
+        )
+
+
 def is_byte_tokenizer(tokenizer: PreTrainedTokenizerFast) -> bool:
     """Whether byte b of any text is encoded as id b, so that bytes can be used as ids as they are."""
     model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
     first_tokens = tokenizer.convert_ids_to_tokens(list(range(min(256, len(tokenizer)))))
     return model["type"] == "BPE" and not model["merges"] and first_tokens == _base_tokens()[:256]
+
+
+def _strings(texts: Iterable[Any]) -> Iterator[str]:
+    """The texts that are not empty; what is no string is an error as soon as it is read."""
+    for number, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise ValueError(f"texts[{number}]={_shown(text)}: expected a string, got {_kind(text)}.")
+        if text:
+            yield text
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else text[:40] + "..."
+
+
+def _kind(value: Any) -> str:
+    return type(value).__name__
 
 
 def _base_tokens() -> list[str]:
@@ -112,4 +185,10 @@ def _build_tokenizer(merged_tokens: list[str], merges: list[tuple[str, str]]) ->
     )
 
 
-__all__ = ["SPECIAL_TOKENS", "build_byte_tokenizer", "is_byte_tokenizer", "train_bpe_tokenizer"]
+__all__ = [
+    "SPECIAL_TOKENS",
+    "build_byte_tokenizer",
+    "check_vocab_size",
+    "is_byte_tokenizer",
+    "train_bpe_tokenizer",
+]

@@ -1,17 +1,25 @@
 # Copyright 2026 The Stackformer authors. Licensed under the Apache License, Version 2.0.
-"""transformers' Trainer with ponder steps in its log, so that a collapse of the depth is seen as it happens.
+"""transformers' Trainer with ponder steps in its log, so that a collapse of the depth is seen as it happens,
+with weight decay for weights only, and with checkpoints that are complete.
 
-Not needed to train: the model's loss is complete without it.
+Not needed to train: the model's loss is complete without it. Each of these is a class of its own, to be put
+before any other Trainer.
 """
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import Trainer
+from accelerate.utils import extract_model_from_parallel, is_compiled_module
+from torch import Tensor, nn
+from transformers import PreTrainedModel, Trainer
+from transformers.training_args import ParallelMode
 from transformers.utils import logging
 
+from .checkpoints import WholeCheckpoints
 from .processing_stack import entropy, expected_steps
 
 logger = logging.get_logger(__name__)
@@ -21,11 +29,18 @@ logger = logging.get_logger(__name__)
 COLLAPSED_STEPS, COLLAPSED_ENTROPY = 1.05, 0.2
 
 
+# Parameters of the model without weight decay, beside biases and norms: by a part of their name, which is how
+# the Trainer tells those. A mark on the parameter (`_no_weight_decay` in other models) would be lost in
+# loading, copying and sharding, and the Trainer does not ask for it.
+UNDECAYED = re.compile(r"(?:^|\.)(?:step_gate|time_decay|time_first|shift|initial_memory|persistent)(?:$|\.)")
+
+
 class PonderLogging:
     """Put before a Trainer class to log how deep the model ponders: `class Mine(PonderLogging, SFTTrainer)`.
 
-    Logged are means over the tokens, padding apart, since the last log entry, over all processes; with the
-    prefix "eval_" in evaluation:
+    Logged are means over the tokens, padding apart, since the last log entry, over all processes; for an
+    evaluation they are among its metrics, over its tokens alone, with the prefix of these ("eval_", or
+    "eval_NAME_" where there are several data sets; "test_" of `predict`):
 
     - `ponder_steps`, `ponder_steps_std`: mean of the tokens' expected ponder steps, and its spread
     - `ponder_entropy`: of the step at which mass is dropped, in nats; 0 if all of it is at the same
@@ -34,32 +49,80 @@ class PonderLogging:
 
     A warning, once, tells that the depth collapsed in training. Nothing is read from a GPU but when a log
     entry is written.
+
+    The tokens are those that the model reads for the loss, whatever the Trainer makes the loss of; what it
+    generates in between (as GRPO does) does not count.
     """
 
-    _ponder_sums: dict[bool, Tensor]  # by whether in training
+    # Sums of `ponder_sums`, by whether in training; shared defaults, replaced by each Trainer's own.
+    _ponder_sums: Mapping[bool, Tensor] = MappingProxyType({})
+    _watching = False
     _warned_of_collapse = False
 
-    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
-        """As in the Trainer; the outputs' `ponder_distribution` is added up."""
-        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)  # type: ignore[misc]
-        distribution = outputs.get("ponder_distribution") if isinstance(outputs, Mapping) else None
-        if distribution is not None and distribution.shape[-1] > 1:
-            self.__dict__.setdefault("_ponder_sums", {})
-            sums = ponder_sums(distribution.detach())
-            self._ponder_sums[model.training] = self._ponder_sums.get(model.training, 0) + sums
-        return (loss, outputs) if return_outputs else loss
+    def compute_loss(self, model, *args, **kwargs):
+        """As in the Trainer; what the model's outputs say of its depth is added up."""
+        with self._watch(model):
+            return super().compute_loss(model, *args, **kwargs)  # type: ignore[misc]
+
+    def prediction_step(self, model, inputs, *args, **kwargs):
+        """As in the Trainer, which calls the model itself where rows have no labels, and so no loss."""
+        names = self.label_names  # type: ignore[attr-defined]
+        unlabelled = isinstance(inputs, Mapping) and any(inputs.get(name) is None for name in names)
+        with self._watch(model) if unlabelled else nullcontext():
+            return super().prediction_step(model, inputs, *args, **kwargs)  # type: ignore[misc]
+
+    def evaluation_loop(
+        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
+    ):
+        """As in the Trainer, with the depth among the metrics."""
+        self._take_sums(training=False)
+        output = super().evaluation_loop(  # type: ignore[misc]
+            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+        )
+        metrics = self._take_metrics(training=False)
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
+        return output
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
-        """As in the Trainer, with what was added up since the last time."""
-        training = "loss" in logs
-        sums = self.__dict__.get("_ponder_sums", {}).pop(training, None)
-        if sums is not None and (training or any(name.startswith("eval_") for name in logs)):
-            sums = self.accelerator.reduce(sums, "sum")  # type: ignore[attr-defined]
-            metrics = ponder_metrics(sums)
-            if training:
-                self._warn_of_collapse(metrics)
-            logs = {**logs, **{("" if training else "eval_") + name: x for name, x in metrics.items()}}
+        """As in the Trainer; with the training loss goes the depth since the last time."""
+        if "loss" in logs and (metrics := self._take_metrics(training=True)):
+            self._warn_of_collapse(metrics)
+            logs = {**logs, **metrics}
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
+
+    @contextmanager
+    def _watch(self, model: nn.Module) -> Iterator[None]:
+        """Add up the depth of all that `model` reads meanwhile. A hook sees the outputs, because not every
+        Trainer returns them, and those of TRL replace the forward of the head, which then drops the depth."""
+        if self._watching:
+            yield
+            return
+        handle = _reader(model).register_forward_hook(self._add_outputs)
+        self._watching = True
+        try:
+            yield
+        finally:
+            self._watching = False
+            handle.remove()
+
+    def _add_outputs(self, model: nn.Module, _: Any, outputs: Any) -> None:
+        distribution = outputs.get("ponder_distribution") if isinstance(outputs, Mapping) else None
+        if distribution is not None and distribution.shape[-1] > 1:
+            sums = ponder_sums(distribution.detach())
+            before = self._ponder_sums.get(model.training, 0)
+            self._ponder_sums = {**self._ponder_sums, model.training: before + sums}
+
+    def _take_sums(self, training: bool) -> Tensor | None:
+        """What was added up since the last time."""
+        sums = self._ponder_sums.get(training)
+        self._ponder_sums = {key: x for key, x in self._ponder_sums.items() if key != training}
+        return sums
+
+    def _take_metrics(self, training: bool) -> dict[str, float]:
+        sums = self._take_sums(training)
+        if sums is None:
+            return {}
+        return ponder_metrics(self.accelerator.reduce(sums, "sum"))  # type: ignore[attr-defined]
 
     def _warn_of_collapse(self, metrics: dict[str, float]) -> None:
         shallow = metrics["ponder_steps"] < COLLAPSED_STEPS and metrics["ponder_entropy"] < COLLAPSED_ENTROPY
@@ -72,8 +135,71 @@ class PonderLogging:
             )
 
 
-class StackformerTrainer(PonderLogging, Trainer):
-    """transformers' [`Trainer`] that logs how deep the model ponders: see [`PonderLogging`]."""
+class SelectiveDecay:
+    """Put before a Trainer class to keep its weight decay to weights.
+
+    The Trainer exempts biases and norms, by their names. Here `UNDECAYED` are exempt, too: gates that start
+    small, rates of forgetting, mixtures with the token before, and what a memory starts from. A decay pulls
+    these to zero, which is no neutral value of theirs: a ponder step with a gate of zero is none.
+    """
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """The names of the parameters that weight decay is for."""
+        names = super().get_decay_parameter_names(model)  # type: ignore[misc]
+        return [name for name in names if not UNDECAYED.search(name)]
+
+
+class EvaluatedFirst:
+    """Put before a Trainer class that may evaluate a model before it trains it, in several processes.
+
+    An evaluation prepares the model without wrapping it, and accelerate prepares nothing twice: the training
+    after it would not exchange gradients, and every process would train a model of its own.
+    """
+
+    def train(self, *args, **kwargs):
+        """As in the Trainer, with a model that is prepared for training."""
+        trainer: Any = self
+        wraps = trainer.args.parallel_mode == ParallelMode.DISTRIBUTED
+        wraps = wraps and not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
+        if wraps and not isinstance(trainer.model_wrapped, nn.parallel.DistributedDataParallel):
+            # Taken out of what an evaluation put around it: autocast, a compiler.
+            extract_model_from_parallel(trainer.model, keep_fp32_wrapper=False, keep_torch_compile=True)
+            trainer.model_wrapped = trainer.model
+            vars(trainer.model).pop("_is_accelerate_prepared", None)
+        return super().train(*args, **kwargs)  # type: ignore[misc]
+
+
+class StackformerTrainer(PonderLogging, SelectiveDecay, WholeCheckpoints, EvaluatedFirst, Trainer):
+    """transformers' [`Trainer`] that logs how deep the model ponders, decays no gate and no memory, leaves no
+    checkpoint half-written, and may be evaluated first: see [`PonderLogging`], [`SelectiveDecay`],
+    [`WholeCheckpoints`] and [`EvaluatedFirst`]."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        if self.is_deepspeed_enabled:
+            self._check_deepspeed()
+
+    def _check_deepspeed(self) -> None:
+        """ZeRO-2 and ZeRO-3 add up the gradients of the processes in the order in which each has them. Where
+        tokens halt at different depths that order differs, and parameters get the gradients of others."""
+        settings = self.accelerator.state.deepspeed_plugin.deepspeed_config
+        stage = settings.get("zero_optimization", {}).get("stage", 0)
+        config = self.model.config.to_dict()
+        halts = config.get("max_ponder_steps", 1) > 1 and config.get("halting_threshold", 0) > 0
+        if stage > 1 and halts:
+            raise ValueError(
+                "DeepSpeed's `zero_optimization.stage` must be 0 or 1 for a model whose tokens halt at "
+                f"different depths (or `halting_threshold` 0), got {stage}"
+            )
+
+
+def _reader(model: nn.Module) -> nn.Module:
+    """The part of `model` that reads the tokens: the innermost model, without head and wrappers. A compiled
+    model is taken as it is, since a hook inside would be compiled, too; so is one that is copied to several
+    GPUs."""
+    if isinstance(model, nn.DataParallel) or is_compiled_module(model):
+        return model
+    return [model, *(module for module in model.modules() if isinstance(module, PreTrainedModel))][-1]
 
 
 def ponder_sums(distribution: Tensor) -> Tensor:
@@ -106,4 +232,4 @@ def ponder_metrics(sums: Tensor) -> dict[str, float]:
     return {name: round(value, 4) for name, value in metrics.items()}
 
 
-__all__ = ["PonderLogging", "StackformerTrainer"]
+__all__ = ["EvaluatedFirst", "PonderLogging", "SelectiveDecay", "StackformerTrainer"]

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import stackformer  # noqa: F401  (importing it registers the Auto classes)
 from stackformer.long_context_trainer import LongContextArguments, LongContextTrainer
+from stackformer.trainer_stackformer import StackformerTrainer
 
 
 def train(folder: Path, strategy: str, batch_size: int, **arguments) -> dict[str, Any]:
@@ -38,7 +39,10 @@ def train(folder: Path, strategy: str, batch_size: int, **arguments) -> dict[str
         "disable_tqdm": True,
     }
     resume = arguments.pop("resume_from_checkpoint", None)
+    evaluate_first = arguments.pop("evaluate_first", False)
     trainer_class, arguments_class = Trainer, TrainingArguments
+    if strategy == "deepspeed" or evaluate_first:
+        trainer_class = StackformerTrainer
     if "context_length" in arguments:
         trainer_class, arguments_class = LongContextTrainer, LongContextArguments
     args = arguments_class(**(defaults | {"per_device_train_batch_size": batch_size} | arguments))
@@ -52,7 +56,10 @@ def train(folder: Path, strategy: str, batch_size: int, **arguments) -> dict[str
 
         options["distributed_config"] = DistributedConfig(fsdp_size=2)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", **options)
-    trainer = trainer_class(model, args, train_dataset=torch.load(folder / "rows.pt"))
+    documents = torch.load(folder / "rows.pt")
+    trainer = trainer_class(model, args, train_dataset=documents)
+    if evaluate_first:
+        trainer.evaluate(documents)
     trainer.train(resume_from_checkpoint=resume)
     if strategy == "native":
         trainer.save_model(str(folder / "saved"))
@@ -71,7 +78,7 @@ def train(folder: Path, strategy: str, batch_size: int, **arguments) -> dict[str
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("strategy", choices=["ddp", "fsdp2", "native"])
+    parser.add_argument("strategy", choices=["ddp", "fsdp2", "native", "deepspeed"])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--arguments", type=json.loads, default={}, help="more TrainingArguments, as JSON")
     options = parser.parse_args()

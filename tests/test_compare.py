@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from scripts import compare, text8
+from scripts import compare, study, text8
 from scripts.data import DataArguments, load_splits
 from scripts.study import Spread
 
@@ -65,6 +65,19 @@ def test_runs_once_and_reports(tmp_path, capsys):
     assert report in capsys.readouterr().out
     assert compare.main(command) == table
     assert (folder / "runs.jsonl").read_text() == lines
+
+
+def test_a_line_that_was_cut_off_is_removed(tmp_path):
+    """By a kill: the run that it is of is done again."""
+    path = tmp_path / "runs.jsonl"
+    assert study.read_lines(path) == []
+    path.write_text('{"row": "a"}\n{"row": "b"}\n{"row": "c", "bits_')
+    assert study.read_lines(path) == [{"row": "a"}, {"row": "b"}]
+    assert path.read_text() == '{"row": "a"}\n{"row": "b"}\n'
+    path.write_text('{"row": "a"}\nno JSON\n')
+    with pytest.raises(ValueError, match="expected the file of finished runs, a JSON object a line"):
+        study.read_lines(path)
+    assert [x.name for x in tmp_path.iterdir()] == ["runs.jsonl"]
 
 
 def test_a_file_that_is_not_there(capsys):

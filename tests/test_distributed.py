@@ -6,19 +6,22 @@ import os
 import socket
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate.utils import merge_fsdp_weights
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import scripts.train
+from stackformer.checkpoints import checkpoint_fault, newest_checkpoint
 from tests.distributed_worker import train
 from tests.models import random_ids, tiny_model
 
 ROOT = Path(__file__).parents[1]
-CONFIGS = {"ddp": "ddp.yaml", "fsdp2": "fsdp2.yaml", "native": "ddp.yaml"}
+CONFIGS = {"ddp": "ddp.yaml", "fsdp2": "fsdp2.yaml", "native": "ddp.yaml", "deepspeed": "deepspeed.yaml"}
 # The models are in float64, but the Trainer keeps losses in float32.
 CLOSE = {"rtol": 1e-7, "atol": 1e-9}
 BATCH = 2
@@ -57,8 +60,17 @@ def folder(tmp_path):
     return tmp_path
 
 
-def launch(folder: Path, strategy: str, **arguments) -> dict:
-    """Run the worker in two processes on CPUs, with the file of configs/accelerate for GPUs; its result.
+def launch(folder: Path, strategy: str, config: Path | None = None, **arguments) -> dict:
+    """Run the worker in two processes, with the file of configs/accelerate for GPUs; its result."""
+    worker = ["tests.distributed_worker", strategy, str(folder), "--arguments", json.dumps(arguments)]
+    launch_module(strategy, worker, config)
+    result = torch.load(folder / f"{strategy}.pt", weights_only=False)
+    assert result["processes"] == 2
+    return result
+
+
+def launch_module(strategy: str, command: list[str], config: Path | None = None) -> None:
+    """Run a module in two processes on CPUs.
 
     `accelerate launch --cpu` starts one process only, unless there is MPI. So the launcher is not told.
     """
@@ -67,23 +79,20 @@ def launch(folder: Path, strategy: str, **arguments) -> dict:
         port = free.getsockname()[1]
     command = [
         sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", str(port),
-        "--config_file", str(ROOT / "configs" / "accelerate" / CONFIGS[strategy]),
-        "-m", "tests.distributed_worker", strategy, str(folder), "--arguments", json.dumps(arguments),
+        "--config_file", str(config or ROOT / "configs" / "accelerate" / CONFIGS[strategy]), "-m", *command,
     ]  # fmt: skip
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     process = subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     try:
-        errors = process.communicate(timeout=120)[1]
+        errors = process.communicate(timeout=300)[1]  # DeepSpeed compiles an operator the first time
     finally:
         if process.poll() is None:
             process.terminate()  # the launcher ends its processes, which have sessions of their own
             process.wait(30)
     assert process.returncode == 0, errors[-5000:]
-    result = torch.load(folder / f"{strategy}.pt", weights_only=False)
-    assert result["processes"] == 2
-    return result
 
 
 def assert_same_training(actual: dict, expected: dict) -> None:
@@ -160,6 +169,20 @@ def test_reentrant_checkpoints_under_ddp_are_refused(group_of_one):
     model(ids, labels=ids).loss.backward()  # without DDP, it is as good
 
 
+@pytest.mark.parametrize("more", [{}, pytest.param({"bf16": True}, marks=pytest.mark.slow)])
+def test_two_processes_train_as_one_after_an_evaluation(folder, more):
+    """accelerate prepares a model once, and an evaluation does not need gradients to be exchanged."""
+    if more:
+        tiny_model(torch.float32, ponder_loss_coef=0.05).save_pretrained(folder)
+    expected = train(folder, "single", batch_size=2 * BATCH, **more)
+    actual = launch(folder, "ddp", evaluate_first=True, **more)
+    if more:
+        torch.testing.assert_close(actual["losses"], expected["losses"], rtol=1e-2, atol=0)
+        torch.testing.assert_close(actual["grad_norms"], expected["grad_norms"], rtol=5e-2, atol=0)
+    else:
+        assert_same_training(actual, expected)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "native"])
 def test_checkpointing_and_accumulation_in_two_processes(folder, strategy):
@@ -195,3 +218,73 @@ def test_long_contexts_in_two_processes(folder, strategy):
     expected = train(folder, "single", batch_size=2 * BATCH, **more)
     assert len(expected["losses"]) == 8
     assert_same_training(launch(folder, strategy, **more), expected)
+    if strategy == "ddp":
+        assert_same_training(launch(folder, strategy, evaluate_first=True, **more), expected)
+
+
+needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed")
+
+
+@pytest.mark.slow
+@needs_deepspeed
+@pytest.mark.parametrize("more", [{}, {"gradient_accumulation_steps": 2, "max_steps": 2}])
+def test_deepspeed(folder, more):
+    """It adds up gradients in float32, and clips them by a norm of its own."""
+    expected = train(folder, "single", batch_size=2 * BATCH, **more)
+    actual = launch(folder, "deepspeed", **more)
+    for name in ("losses", "grad_norms"):
+        torch.testing.assert_close(actual[name], expected[name], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(actual["weights"], expected["weights"], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.slow
+@needs_deepspeed
+def test_deepspeed_checkpoints(folder):
+    """A run goes on from a checkpoint that is complete, and not from one without a process' part."""
+    expected = launch(folder, "deepspeed", save_strategy="steps", save_steps=2)
+    run = folder / "deepspeed"
+    assert {path.name for path in run.iterdir()} == {"checkpoint-2", "checkpoint-4"}
+    assert newest_checkpoint(run, 2) == str(run / "checkpoint-4")
+    next((run / "checkpoint-4").glob("global_step4/*zero_pp_rank_1_*optim_states.pt")).unlink()
+    assert "global_step4 has no *zero_pp_rank_1_*" in checkpoint_fault(run / "checkpoint-4", 2)
+    resumed = launch(folder, "deepspeed", resume_from_checkpoint=newest_checkpoint(run, 2))
+    torch.testing.assert_close(resumed["weights"], expected["weights"], rtol=0, atol=0)
+
+
+@pytest.mark.slow
+@needs_deepspeed
+def test_deepspeed_in_other_stages_is_refused(folder, tmp_path):
+    """It mixes up gradients: without the check, those of the step gate and the norm of a return."""
+    config = tmp_path / "zero2.yaml"
+    text = (ROOT / "configs" / "accelerate" / "deepspeed.yaml").read_text()
+    config.write_text(text.replace("zero_stage: 1", "zero_stage: 2"))
+    with pytest.raises(AssertionError, match="`zero_optimization.stage` must be 0 or 1 for a model whose"):
+        launch(folder, "deepspeed", config)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", pytest.param("deepspeed", marks=needs_deepspeed)])
+def test_the_training_script(tmp_path, strategy):
+    """The model that it saves is that of one process, also if it resumes past a checkpoint with a hole."""
+    preset, text = tmp_path / "preset.json", tmp_path / "text"
+    fields = {"hidden_size": 24, "bottleneck_size": 16, "num_attention_heads": 2, "halting_threshold": 0.2}
+    preset.write_text(json.dumps(fields))
+    text.write_bytes(b"".join(b"%d " % (number * number) for number in range(2000)))
+    argv = [
+        "--config", str(preset), "--dataset", str(text), "--block_size", "32", "--use_cpu",
+        "--max_steps", "4", "--save_steps", "2", "--learning_rate", "1e-2", "--weight_decay", "0.1",
+        "--tokenizer", "bpe:270",
+    ]  # fmt: skip
+    one, two = tmp_path / "one", tmp_path / "two"
+    scripts.train.main([*argv, "--per_device_train_batch_size", "4", "--output_dir", str(one)])
+    argv += ["--per_device_train_batch_size", "2", "--output_dir", str(two)]
+    launch_module(strategy, ["tests.train_worker", strategy, *argv])
+    expected = load_file(one / "model.safetensors")
+    torch.testing.assert_close(load_file(two / "model.safetensors"), expected, rtol=1e-3, atol=1e-4)
+
+    before = (two / "model.safetensors").read_bytes()
+    (two / "checkpoint-4" / "rng_state_1.pth").unlink()
+    launch_module(strategy, ["tests.train_worker", strategy, *argv, "--resume_from_checkpoint", "last"])
+    assert (two / "model.safetensors").read_bytes() == before
+    assert (two / "checkpoint-4" / "rng_state_1.pth").is_file()
+    assert len(AutoTokenizer.from_pretrained(two)) == 270

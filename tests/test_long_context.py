@@ -334,8 +334,30 @@ def test_known_depths_are_depths_found():
         ({"storage": "nowhere"}, "`storage` must be .*'nowhere'"),
         ({"labels": None}, "exactly one of `labels` and `shift_labels`"),
         ({"labels": random_ids(1, 3)}, r"must be integers of shape \(3, 50\).*\(1, 3\)"),
+        ({"labels": random_ids(1, 50)}, r"must be integers of shape \(3, 50\).*\(1, 50\)"),
+        (
+            {"labels": random_ids(3, 50).float()},
+            r"`labels` or `shift_labels` must be integers of shape \(3, 50\), got torch.float32",
+        ),
+        ({"labels": random_ids(3, 50) - 200}, "must be ids of the 261 tokens .*, or -100, got -"),
+        ({"labels": random_ids(3, 50) + 200}, "must be ids of the 261 tokens .*, or -100, got 4"),
+        ({"labels": torch.full((3, 50), -1)}, "must be ids of the 261 tokens .*, or -100, got -1"),
+        ({"input_ids": random_ids(3, 50).float()}, r"must be integers \(int64 or int32\), got torch.float32"),
+        ({"input_ids": random_ids(3, 50) - 300}, "`input_ids` must be ids of the 261 tokens .*, got -"),
+        ({"input_ids": torch.full((3, 50), 261)}, "`input_ids` must be ids of the 261 tokens .*, got 261"),
+        ({"input_ids": random_ids(1, 50)[0], "labels": random_ids(1, 50)[0]}, r"shape \[B, T\].*\(50,\)"),
+        ({"input_ids": random_ids(3, 0), "labels": random_ids(3, 0)}, r"shape \[B, T\].*\(3, 0\)"),
+        ({"attention_mask": torch.ones(1, 50)}, r"`attention_mask` must have the shape \(3, 50\).*\(1, 50\)"),
+        ({"num_items_in_batch": 0}, "`num_items_in_batch` must be at least 1, got 0"),
+        ({"num_items_in_batch": torch.tensor(0)}, "`num_items_in_batch` must be at least 1, got 0"),
+        ({"num_items_in_batch": -3}, "`num_items_in_batch` must be at least 1, got -3"),
     ],
 )
 def test_bad_arguments(arguments, message):
+    model, given = model_for(), batch() | arguments
     with pytest.raises(ValueError, match=message):
-        long_context_backward(model_for(), **(batch() | arguments))
+        long_context_backward(model, **given)
+    assert all(parameter.grad is None for parameter in model.parameters()), "it has begun"
+    if not {"method", "max_drift", "max_log_decay", "storage"} & set(arguments):
+        with pytest.raises(ValueError, match=message):
+            long_context_loss(model, **given)

@@ -1,5 +1,8 @@
 """Trained on documents of any length, with the state carried: the Trainer, no more and no less."""
 
+import math
+
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -67,6 +70,92 @@ def test_streams_read_every_token_once_in_order():
     assert len(streams) == 3 * streams.num_steps == 21
     with pytest.raises(ValueError, match="at least two tokens each, got 1: 1"):
         DocumentStreams(documents(4, 1), 1)
+
+
+IDS = [3, 1, 4, 1, 5, 9]
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ([], "`documents` must be at least one, got none"),
+        ("a text", "`documents` must be a list of documents, got str"),
+        ({"input_ids": IDS}, "`documents` must be a list of documents, got dict"),
+        (iter([IDS]), "`documents` must be a list of documents, got list_iterator"),
+        ([IDS, "a text"], "or dicts with `input_ids`, got a str as document 1"),
+        ([b"bytes"], "or dicts with `input_ids`, got a bytes as document 0"),
+        ([{"text": "a"}], r"or dicts with `input_ids`, got \['text'\] as document 0"),
+        ([IDS, ["a", "b"]], "integers as `input_ids`, got shape .2,. of <U1 in document 1"),
+        ([[0.5, 1.5]], "integers as `input_ids`, got shape .2,. of float64 in document 0"),
+        ([torch.ones(3)], "integers as `input_ids`, got shape .3,. of float32 in document 0"),
+        ([[IDS, IDS]], "integers as `input_ids`, got shape .2, 6. of int64 in document 0"),
+        ([[True, False]], "integers as `input_ids`, got shape .2,. of bool in document 0"),
+        ([IDS, [1, -2, 3]], "ids below 261, not negative, as `input_ids`, got -2 in document 1"),
+        ([[1, 261, 3]], "ids below 261, not negative, as `input_ids`, got 261 in document 0"),
+        ([{"input_ids": IDS, "labels": [1]}], "as many `labels` as `input_ids`, got 1 and 6 in document 0"),
+        ([{"input_ids": IDS, "labels": IDS + [1]}], "as many .*, got 7 and 6 in document 0"),
+        ([{"input_ids": IDS, "labels": [-1] * 6}], "or -100, as `labels`, got -1 in document 0"),
+        ([{"input_ids": IDS, "labels": [300] * 6}], "or -100, as `labels`, got 300 in document 0"),
+        ([{"input_ids": IDS, "labels": [1.0] * 6}], "integers as `labels`, got shape .6,. of float64"),
+    ],
+)
+def test_bad_documents(given, message):
+    with pytest.raises(ValueError, match=message):
+        DocumentStreams(given, 1, vocab_size=261)
+
+
+def test_documents_may_be_anything_with_ids():
+    labels = [-100, 2, -100, 4, 5, 6]
+    for given in (IDS, tuple(IDS), torch.tensor(IDS), np.array(IDS, np.uint8), {"input_ids": IDS}):
+        assert DocumentStreams([given], 1)[0]["input_ids"].tolist() == IDS[:-1]
+    item = DocumentStreams([{"input_ids": IDS, "labels": labels}], 1, vocab_size=10)[0]
+    assert item["shift_labels"].tolist() == labels[1:]
+
+
+@pytest.mark.parametrize("number", [0, -1])
+def test_bad_numbers_of_streams(number):
+    with pytest.raises(ValueError, match=f"`num_streams` must be at least 1, got {number}"):
+        DocumentStreams([IDS], number)
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("context_length", 0), ("piece_size", 0), ("backpropagation", "magic"), ("max_log_decay", -1.0),
+        ("max_drift", float("nan")), ("state_storage", "nowhere"),
+    ],
+)  # fmt: skip
+def test_bad_options_are_refused_at_once(arguments, name, value):
+    with pytest.raises(ValueError, match=f"`{name}` must be .*got {value!r}"):
+        arguments(**{name: value})
+
+
+def test_the_trainer_checks_the_vocabulary(arguments):
+    with pytest.raises(ValueError, match="ids below 261, .* got 261 in document 0"):
+        LongContextTrainer(model_for(), arguments(), train_dataset=[[1, 261]])
+    trainer = LongContextTrainer(model_for(), arguments(), eval_dataset=[[1, 2], [1, 999]])
+    with pytest.raises(ValueError, match="ids below 261, .* got 999 in document 1"):
+        trainer.evaluate()
+
+
+def test_a_step_without_labels_changes_nothing(arguments):
+    """A segment of a prompt, all of which is masked, is no division by zero."""
+    ids = random_ids(1, 41)[0]
+    labels = ids.clone()
+    labels[:25] = -100  # the first of two segments, and a part of the second
+    model = model_for()
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    args = arguments(max_steps=1)
+    given = [{"input_ids": ids, "labels": labels}]
+    trainer = LongContextTrainer(model, args, train_dataset=given, eval_dataset=given)
+    trainer.train()
+    assert logged(trainer, "loss") == [0.0]
+    assert all(torch.equal(weight, before[name]) for name, weight in trainer.model.state_dict().items())
+    assert math.isfinite(trainer.evaluate()["eval_loss"])
+    args.max_steps = 2
+    trainer = LongContextTrainer(model, args, train_dataset=given)
+    trainer.train()
+    assert logged(trainer, "loss")[1] > 1
 
 
 def test_whole_documents_are_the_plain_trainer(arguments, tmp_path):

@@ -5,11 +5,22 @@ import io
 import json
 import math
 import pydoc_data.topics
+import sys
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.utils import logging
 
 import stackformer  # noqa: F401  (importing it registers the Auto classes)
 from scripts import evaluate, generate, train, train_long
@@ -381,6 +392,136 @@ def test_train_resume_and_continue(tmp_path, text_file, capsys, monkeypatch):
     continued = train.main(_train_argv(tmp_path, text_file, "other", *start))
     assert continued["bits_per_byte_before"] == pytest.approx(longer["bits_per_byte"], rel=1e-6)
     assert continued["steps"] == 1
+
+
+def _logged_steps(folder, name="loss"):
+    """The steps at which something was logged, as the last checkpoint has them."""
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    return [entry["step"] for entry in history if name in entry]
+
+
+def _short_run(tmp_path, text_file, *more):
+    return [
+        *("--config", _preset(tmp_path), "--dataset", str(text_file), "--output_dir", str(tmp_path / "run")),
+        *("--use_cpu", "--disable_tqdm", "True", "--block_size", "32", "--per_device_train_batch_size", "4"),
+        *more,
+    ]
+
+
+def test_a_short_run_logs_draws_and_saves(tmp_path, text_file):
+    """With nothing said about logging, in fewer steps than a long run has between two entries."""
+    train.main(_short_run(tmp_path, text_file, "--max_steps", "7", "--save_steps", "7"))
+    assert _logged_steps(tmp_path / "run" / "checkpoint-7") == [1, 2, 3, 4, 5, 6, 7]
+    assert (tmp_path / "run" / "training.png").read_bytes()[:4] == b"\x89PNG"
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "run").config.vocab_size == 261
+
+
+def test_how_often_is_logged(tmp_path, text_file):
+    run = tmp_path / "run" / "checkpoint-30"
+    command = ["--max_steps", "30", "--save_steps", "30", "--per_device_eval_batch_size", "64"]
+    train.main(_short_run(tmp_path, text_file, *command))
+    assert _logged_steps(run) == list(range(2, 31, 2))
+    train.main(_short_run(tmp_path, text_file, *command, "--logging_steps", "13", "--eval_strategy", "steps"))
+    assert _logged_steps(run) == [13, 26]
+    assert _logged_steps(run, "eval_loss")[:2] == [13, 26]
+
+
+@pytest.mark.parametrize(
+    "steps, every", [(1, 1), (20, 1), (21, 2), (600, 30), (1000, 50), (1001, 50), (100_000, 50)]
+)
+def test_steps_between_log_entries(tmp_path, steps, every):
+    args = TrainingArguments(str(tmp_path), logging_steps=train.LOGGED_SHARE)
+    state = TrainerState(max_steps=steps)
+    state.compute_steps(args, steps)
+    train.LogEvenly().on_train_begin(args, state, TrainerControl())
+    assert state.logging_steps == every
+    args.logging_steps = 0.5
+    state.compute_steps(args, steps)
+    train.LogEvenly().on_train_begin(args, state, TrainerControl())
+    assert state.logging_steps == math.ceil(steps / 2)
+
+
+@pytest.mark.parametrize("fault", ["draw", "import"])
+def test_a_picture_never_ends_a_run(tmp_path, text_file, monkeypatch, fault):
+    """Nor keeps it from saving: the model is saved by the time that the picture fails."""
+    warnings, found = [], []
+
+    def draw(*unused):
+        found.append((tmp_path / "run" / "model.safetensors").is_file())
+        raise RuntimeError("no fonts")
+
+    if fault == "draw":
+        monkeypatch.setattr("scripts.plot.draw_training", draw)
+        monkeypatch.setattr(logging.get_logger("scripts.report"), "warning", warnings.append)
+    else:
+        monkeypatch.setitem(sys.modules, "scripts.plot", None)
+        monkeypatch.setattr(logging.get_logger("scripts.train"), "warning", warnings.append)
+    metrics = train.main(_short_run(tmp_path, text_file, "--max_steps", "2"))
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text()) == metrics
+    assert not (tmp_path / "run" / "training.png").exists()
+    message = {"draw": "RuntimeError: no fonts", "import": "matplotlib cannot be imported"}[fault]
+    assert any(message in warning for warning in warnings), warnings
+    assert found == ([True] if fault == "draw" else [])
+
+
+def test_the_model_is_saved_before_it_is_measured(tmp_path, text_file, monkeypatch):
+    calls = []
+
+    def evaluate_once(trainer):
+        calls.append(trainer)
+        if len(calls) == 2:
+            raise RuntimeError("no memory")
+        return {"eval_bits_per_byte": 8.0}
+
+    monkeypatch.setattr(train.StackformerTrainer, "evaluate", evaluate_once)
+    with pytest.raises(RuntimeError, match="no memory"):
+        train.main(_short_run(tmp_path, text_file, "--max_steps", "1"))
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "run").config.use_cache
+
+
+@pytest.mark.parametrize(
+    "size, batch, message",
+    [
+        (30000, 1000, "has 843 blocks, less than a batch of 1000: give a longer text"),
+        (30000, 4, "has 27,000 bytes: less than 100,000 teach a language model little"),
+        (120000, 4, None),
+    ],
+)
+def test_a_text_that_is_too_small_to_teach_is_told(tmp_path, monkeypatch, size, batch, message):
+    warnings = []
+    monkeypatch.setattr(logging.get_logger("scripts.train"), "warning", warnings.append)
+    text = tmp_path / "text"
+    text.write_bytes((TEXT * 4)[:size])
+    argv = ["--max_steps", "1", "--eval_range", "108000:109000" if size > 110000 else "27000:28000"]
+    argv += ["--per_device_train_batch_size", str(batch)] if batch == 4 else []
+    argv += ["--gradient_accumulation_steps", "250"] if batch == 1000 else []
+    train.main(_short_run(tmp_path, text, *argv))
+    assert len(warnings) == (message is not None)
+    assert message is None or message in warnings[0]
+
+
+def test_the_default_split_of_a_small_file(tmp_path):
+    """35 kB are enough for blocks of 256; 2 kB are not, and what to do is said."""
+    preset = _preset(tmp_path)
+    for size, fits in ((35000, True), (2000, False)):
+        text = tmp_path / "text"
+        text.write_bytes((TEXT * 2)[:size])
+        argv = [
+            "--config",
+            preset,
+            "--dataset",
+            str(text),
+            "--output_dir",
+            str(tmp_path / "run"),
+            "--use_cpu",
+        ]
+        argv += ["--max_steps", "1", "--per_device_train_batch_size", "2", "--disable_tqdm", "True"]
+        if fits:
+            assert train.main(argv)["eval_bytes"] == 1750
+        else:
+            with pytest.raises(ValueError, match="at most the 100 tokens of the evaluation .*--block_size"):
+                train.main(argv)
+            assert train.main([*argv, "--block_size", "50"])["eval_bytes"] == 100
 
 
 def test_train_with_a_bpe(tmp_path, text_file):

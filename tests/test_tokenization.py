@@ -8,10 +8,14 @@ import subprocess
 import sys
 
 import pytest
+import torch
+from jinja2 import TemplateError
 from transformers import AutoTokenizer
 
 from stackformer import StackformerConfig
 from stackformer.tokenization_stackformer import build_byte_tokenizer, is_byte_tokenizer, train_bpe_tokenizer
+from stackformer.trainer_stackformer import PonderLogging
+from tests.models import tiny_model
 
 TEXTS = list(pydoc_data.topics.topics.values())
 SPECIALS = ["<|pad|>", "<|bos|>", "<|eos|>", "<|im_start|>", "<|im_end|>"]
@@ -109,6 +113,161 @@ def test_chat_template(tokenizer):
     assert (ids.count(259), ids.count(260)) == (3, 2)
 
 
+def add(first: int, second: int = 1) -> int:
+    """
+    Adds two numbers.
+
+    Args:
+        first: one of them.
+        second: the other.
+    """
+
+
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"first": 1, "text": "\u00e9<&"}}}
+CALLED = '<tool_call>\n{"name": "add", "arguments": {"first": 1, "text": "\u00e9<&"}}\n</tool_call>'
+CONVERSATION = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "1 + 1?"},
+    {"role": "assistant", "content": None, "tool_calls": [CALL, {"name": "no", "arguments": '{"x": 2}'}]},
+    {"role": "tool", "name": "add", "content": "2"},
+    {"role": "assistant", "content": "It is \u00e9 2."},
+    {"role": "user", "content": [{"type": "text", "text": "And"}, {"type": "text", "text": " 2 + 2?"}]},
+    {"role": "assistant", "content": "Let me see.", "tool_calls": [CALL]},
+    {"role": "user", "content": ""},
+]
+RENDERED = [
+    "<|im_start|>system\nBe brief.<|im_end|>\n",
+    "<|im_start|>user\n1 + 1?<|im_end|>\n",
+    f'<|im_start|>assistant\n{CALLED}\n<tool_call>\n{{"name": "no", "arguments": {{"x": 2}}}}\n</tool_call>'
+    "<|im_end|>\n",
+    "<|im_start|>tool\n2<|im_end|>\n",
+    "<|im_start|>assistant\nIt is \u00e9 2.<|im_end|>\n",
+    "<|im_start|>user\nAnd 2 + 2?<|im_end|>\n",
+    f"<|im_start|>assistant\nLet me see.\n{CALLED}<|im_end|>\n",
+    "<|im_start|>user\n<|im_end|>\n",
+]
+
+
+@pytest.mark.parametrize("tools", [None, [add]])
+def test_a_conversation_so_far_is_a_prefix_of_what_it_becomes(tokenizer, tools):
+    """With tools, calls and contents in parts; where an answer is to come, the answer goes on from there."""
+    first = tokenizer.apply_chat_template(CONVERSATION[:1], tools=tools, tokenize=False)
+    assert first.endswith(RENDERED[0])
+    prefix = first.removesuffix(RENDERED[0])
+    assert bool(prefix) == bool(tools)
+    if tools:
+        assert prefix.startswith("<|im_start|>system\n# Tools\n") and prefix.endswith("<|im_end|>\n")
+        assert '"name": "add", "description": "Adds two numbers."' in prefix
+    for count in range(1, len(CONVERSATION) + 1):
+        expected = prefix + "".join(RENDERED[:count])
+        some = CONVERSATION[:count]
+        assert tokenizer.apply_chat_template(some, tools=tools, tokenize=False) == expected
+        asked = tokenizer.apply_chat_template(some, tools=tools, tokenize=False, add_generation_prompt=True)
+        assert asked == expected + "<|im_start|>assistant\n"
+        answered = [*some, {"role": "assistant", "content": "Yes."}]
+        assert (
+            tokenizer.apply_chat_template(answered, tools=tools, tokenize=False) == asked + "Yes.<|im_end|>\n"
+        )
+        going_on = tokenizer.apply_chat_template(
+            answered, tools=tools, tokenize=False, continue_final_message=True
+        )
+        assert going_on == asked + "Yes."
+
+
+def test_plain_conversations_are_as_they_always_were(tokenizer):
+    """Byte for byte, whatever is said, by whomever."""
+    rng = random.Random(1)
+    roles = ["system", "user", "assistant", "tool", "critic"]
+    texts = [*SAMPLES, *_random_texts(50)]
+    for _ in range(100):
+        messages = [
+            {"role": rng.choice(roles), "content": rng.choice(texts)} for _ in range(rng.randrange(1, 6))
+        ]
+        expected = "".join(f"<|im_start|>{x['role']}\n{x['content']}<|im_end|>\n" for x in messages)
+        assert tokenizer.apply_chat_template(messages, tokenize=False) == expected
+
+
+def test_the_mask_of_what_the_assistant_says(tokenizer):
+    """Its answers and calls, each with its end, which has to be learned, too."""
+    encoded = tokenizer.apply_chat_template(
+        CONVERSATION, tools=[add], return_dict=True, return_assistant_tokens_mask=True
+    )
+    said = [
+        token for token, mine in zip(encoded["input_ids"], encoded["assistant_masks"], strict=True) if mine
+    ]
+    expected = [
+        text.removeprefix("<|im_start|>assistant\n").removesuffix("\n")
+        for text in RENDERED
+        if text.startswith("<|im_start|>assistant\n")
+    ]
+    assert tokenizer.decode(said) == "".join(expected)
+    assert said.count(tokenizer.convert_tokens_to_ids("<|im_end|>")) == 3
+
+
+@pytest.mark.parametrize(
+    ("message", "error"),
+    [
+        ({"role": "user", "content": None}, "a string or a list of parts, got (None|nothing)"),
+        ({"role": "user"}, "a string or a list of parts, got nothing"),
+        ({"role": "user", "content": 3}, "a string or a list of parts, got 3"),
+        ({"role": "assistant", "content": None}, "a string or a list of parts, got (None|nothing)"),
+        ({"role": "assistant", "content": None, "tool_calls": []}, "a string or a list of parts, got"),
+        ({"role": "user", "content": {"type": "text", "text": "a"}}, "a string or a list of parts, got {"),
+        (
+            {"role": "user", "content": [{"type": "image", "url": "a"}]},
+            "parts of type text, got {'type': 'image'",
+        ),
+    ],
+)
+def test_bad_contents(tokenizer, message, error):
+    with pytest.raises(TemplateError, match=f"content: expected {error}"):
+        tokenizer.apply_chat_template([message], tokenize=False)
+
+
+def test_trl_knows_what_the_template_can(tokenizer):
+    pytest.importorskip("trl", reason="trl is optional")
+    from trl import chat_template_utils as trl
+
+    assert trl.has_generation_markers(tokenizer.chat_template)
+    assert trl.supports_tool_calling(tokenizer)
+    assert trl.is_chat_template_prefix_preserving(tokenizer)
+    assert trl.is_chat_template_stop_token_trained(tokenizer)
+
+
+def test_trl_learns_from_answers_only(tmp_path):
+    """The loss, and what PonderLogging counts, are those of the model on labels that the mask makes."""
+    trl = pytest.importorskip("trl", reason="trl is optional")
+    import datasets
+
+    class Mine(PonderLogging, trl.SFTTrainer):
+        pass
+
+    model, tokenizer = tiny_model(torch.float32), build_byte_tokenizer()
+    messages = [
+        {"role": "user", "content": "1 + 1?"},
+        {"role": "assistant", "content": "2"},
+        {"role": "user", "content": "2 + 2?"},
+        {"role": "assistant", "content": "It is 4."},
+    ]
+    args = trl.SFTConfig(
+        str(tmp_path), max_steps=1, per_device_train_batch_size=1, logging_steps=1, report_to="none",
+        save_strategy="no", use_cpu=True, bf16=False, learning_rate=0.0, disable_tqdm=True,
+        assistant_only_loss=True, gradient_checkpointing=False,
+    )  # fmt: skip
+    rows = datasets.Dataset.from_list([{"messages": messages}])
+    trainer = Mine(model, args, train_dataset=rows, processing_class=tokenizer)
+    trainer.train()
+    encoded = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+    ids = torch.tensor([encoded["input_ids"]])
+    labels = ids.masked_fill(torch.tensor([encoded["assistant_masks"]]) == 0, -100)
+    assert (labels != -100).sum() == len("2") + len("It is 4.") + 2
+    with torch.no_grad():
+        outputs = model.train()(ids, labels=labels)
+    entry = trainer.state.log_history[0]
+    assert entry["loss"] == pytest.approx(outputs.loss.item(), rel=1e-4)
+    assert entry["ponder_steps"] == pytest.approx(outputs.ponder_steps.mean().item(), rel=1e-3)
+
+
 def test_loads_without_the_package(tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path)
     StackformerConfig(vocab_size=600).save_pretrained(tmp_path)  # as beside a model, of a type unknown there
@@ -175,6 +334,31 @@ def test_bpe_of_the_smallest_vocabulary_is_the_byte_tokenizer():
 def test_bpe_reads_a_generator_once():
     tokenizer = train_bpe_tokenizer((text for text in TEXTS), 600, show_progress=False)
     assert tokenizer.get_vocab() == _bpe().get_vocab()
+
+
+@pytest.mark.parametrize("size", [300.0, "300", True, None])
+def test_a_vocabulary_size_is_an_integer(size):
+    kind = type(size).__name__
+    with pytest.raises(ValueError, match=rf"vocab_size={size!r}: expected an integer, got {kind}"):
+        train_bpe_tokenizer(TEXTS, size, show_progress=False)
+
+
+@pytest.mark.parametrize("wrong", [{"text": "a"}, 3, 0, None, b"bytes", ["a"], 1.5])
+@pytest.mark.parametrize("place", [0, 1, 2000])
+def test_texts_are_strings(wrong, place):
+    """Found where they are, also in the middle of a generator that the trainer reads."""
+    texts = (wrong if number == place else "some text" for number in range(2001))
+    with pytest.raises(ValueError) as error:
+        train_bpe_tokenizer(texts, 300, show_progress=False)
+    assert str(error.value) == f"texts[{place}]={wrong!r}: expected a string, got {type(wrong).__name__}."
+
+
+@pytest.mark.parametrize("texts", [b"bytes", {"text": "a"}, None, 5])
+def test_texts_are_an_iterable_of_strings(texts):
+    with pytest.raises(
+        ValueError, match=r"texts=.*: expected an iterable of strings, got " + type(texts).__name__
+    ):
+        train_bpe_tokenizer(texts, 300, show_progress=False)
 
 
 @pytest.mark.parametrize("size", [0, -1, 260])

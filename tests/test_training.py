@@ -117,6 +117,40 @@ def test_a_resumed_run_is_the_uninterrupted_run(arguments, tmp_path):
     assert not torch.equal(other.model.lm_head.weight, whole.model.lm_head.weight), "the order does not show"
 
 
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        "random",
+        "sequential",
+        pytest.param(
+            "group_by_length",
+            marks=pytest.mark.xfail(strict=True, reason="transformers draws its order from where it resumes"),
+        ),
+    ],
+)
+def test_the_order_of_a_resumed_run(arguments, tmp_path, strategy):
+    """In the second epoch the rows come as they would have, but for those that are grouped by length."""
+    rows = [{"input_ids": ids, "labels": ids} for n in range(16) for ids in random_ids(1, 4 + n, seed=n)]
+
+    def run(resume=None):
+        read = []
+
+        def collate(batch):
+            read.append([len(row["labels"]) for row in batch])
+            return {name: batch[0][name][None] for name in ("input_ids", "labels")}
+
+        args = arguments(
+            per_device_train_batch_size=2, num_train_epochs=2, save_strategy="steps", save_steps=11,
+            train_sampling_strategy=strategy,
+        )  # fmt: skip
+        torch.manual_seed(0)
+        train(args, rows, tiny_model(torch.float32), resume, data_collator=collate)
+        return read
+
+    whole = run()
+    assert run(str(tmp_path / "checkpoint-11")) == whole[11:]
+
+
 def test_label_smoothing(arguments):
     """(1 - e) * cross-entropy + e * mean over the vocabulary. The Trainer has to know to shift the labels.
 

@@ -10,17 +10,18 @@ sequences. Lines are where blocks begin, which a memory that is sampled uniforml
 `memory_contraction`; sticky memories give them other places.
 """
 
-import argparse
-import json
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
-import stackformer  # noqa: F401  (registers the Auto classes)
 from benchmarks.tasks import IGNORED, Task, seeded
 from benchmarks.tasks.run import TEST, build_task
+from scripts.command_line import COUNT, Parser, check_picture_file, run_main
+from scripts.loading import load_model
+from scripts.report import save_figure
+from scripts.train import read_json
 from stackformer.mixer_continuous import ContinuousAttention, gaussian
 
 
@@ -78,20 +79,22 @@ def draw(densities: Tensor, contraction: float, num_blocks: int, path: str | Pat
             axis.set_title(f"layer {layer}, head {head}", fontsize=9)
     figure.supxlabel("the memory: 0 the oldest, 1 the newest", fontsize=9)
     figure.supylabel("answer", fontsize=9)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=80)
+    save_figure(path, figure, dpi=80)
 
 
 def main(argv: list[str] | None = None) -> Tensor:
     """Draw what `argv` says (default: the command line)."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("--run", required=True, help="folder of a run of benchmarks.tasks.run")
-    parser.add_argument("--length", type=int, required=True, help="length of the sequences")
-    parser.add_argument("--num_test", type=int, default=64, help="sequences")
+    parser.add_argument("--length", type=COUNT, required=True, help="length of the sequences")
+    parser.add_argument("--num_test", type=COUNT, default=64, help="sequences")
     parser.add_argument("--output", default="outputs/densities.png", help="picture to write")
     args = parser.parse_args(argv)
-    settings = json.loads((Path(args.run) / "run.json").read_text(encoding="utf-8"))["settings"]
-    model = AutoModelForCausalLM.from_pretrained(args.run).eval()
+    check_picture_file("output", args.output)
+    if not (Path(args.run) / "run.json").is_file():
+        raise ValueError(f"run={args.run!r}: expected the folder of a run of benchmarks.tasks.run.")
+    settings = read_json("run", Path(args.run) / "run.json")["settings"]
+    model = load_model("run", args.run)
     if not any(isinstance(layer.mixer, ContinuousAttention) for layer in model.model.layers):
         raise ValueError(f"run={args.run!r}: expected a model with continuous attention.")
     task = build_task(settings["task"], settings["options"])
@@ -104,4 +107,4 @@ __all__ = ["answer_densities", "draw", "looks"]
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

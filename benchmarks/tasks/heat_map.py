@@ -8,7 +8,6 @@ they differ), its columns lengths, a line after those of the training. A cell is
 the figures in the tables.
 """
 
-import argparse
 import json
 import statistics
 from collections import defaultdict
@@ -19,6 +18,9 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (the backend is chosen first)
+
+from scripts.command_line import Parser, check_output_file, run_main  # noqa: E402
+from scripts.report import save_figure  # noqa: E402
 
 RESULTS = "results.jsonl"  # in the folder of each run
 MEASURES = ("accuracy", "final", "exact")
@@ -96,10 +98,8 @@ def draw_heat_map(rows: Rows, path: str | Path, measure: str = "accuracy") -> No
             image = _draw_panel(axis, tables[task, system], chance[task], train_length[task, system])
             axis.set_title(f"{task}, {system}", loc="left", fontsize=10)
         figure.colorbar(image, ax=list(axes[i]), label=f"{measure}, from chance")
-    partial = Path(f"{path}.partial")
-    figure.savefig(partial, format="png", dpi=110)
+    save_figure(path, figure, dpi=110)
     plt.close(figure)
-    partial.replace(path)
 
 
 def _draw_panel(
@@ -132,16 +132,21 @@ def _depth_label(trained: int, tested: int, threshold: float) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     """Print and draw as `argv` says (default: the command line)."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("--results", required=True, help="output folder of benchmarks.tasks.run")
     parser.add_argument("--measure", default="accuracy", choices=MEASURES, help="what to show")
     parser.add_argument("--output", default="heat_map.png", help="PNG file to write")
     args = parser.parse_args(argv)
+    check_output_file("output", args.output)
+    if not Path(args.results).exists():
+        raise ValueError(f"results={args.results!r}: expected a folder of benchmarks.tasks.run, found none.")
     rows = read_rows(args.results)
+    if not rows:
+        raise ValueError(f"results={args.results!r}: expected a folder with results, found none in it.")
     print_tables(rows, args.measure)
     draw_heat_map(rows, args.output, args.measure)
     print(f"wrote {args.output}")
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

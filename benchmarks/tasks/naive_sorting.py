@@ -7,10 +7,10 @@ A model's result says something about its memory if it is clearly above what the
 many as it sees without a memory.
 """
 
-import argparse
-
 import torch
 from torch import Tensor
+
+from scripts.command_line import COUNT, NOT_NEGATIVE, Parser, run_main
 
 from .sorting import Sorting, sorted_by_count, symbol_counts
 from .task import seeded
@@ -56,11 +56,11 @@ def _greedy_accuracy(scores: Tensor, answers: Tensor) -> float:
 
 def main(argv: list[str] | None = None) -> dict[int, dict[str, float]]:
     """Print the naive accuracies at some lengths."""
-    parser = argparse.ArgumentParser(description="Sorting by frequency without a model.")
-    parser.add_argument("--lengths", type=int, nargs="+", default=[1000, 2000, 4000, 8000, 16000])
-    parser.add_argument("--window", type=int, default=1024, help="Tokens that a model without memory sees.")
-    parser.add_argument("--num_test", type=int, default=200, help="Sequences of each length.")
-    parser.add_argument("--blend", type=float, default=1.0, help="The task's option.")
+    parser = Parser(description="Sorting by frequency without a model.")
+    parser.add_argument("--lengths", type=COUNT, nargs="+", default=[1000, 2000, 4000, 8000, 16000])
+    parser.add_argument("--window", type=COUNT, default=1024, help="Tokens that a model without memory sees.")
+    parser.add_argument("--num_test", type=COUNT, default=200, help="Sequences of each length.")
+    parser.add_argument("--blend", type=NOT_NEGATIVE, default=1.0, help="The task's option.")
     args = parser.parse_args(argv)
     task = Sorting(blend=args.blend)
     results = {n: naive_accuracies(task, n, args.window, args.num_test) for n in args.lengths}
@@ -74,4 +74,4 @@ __all__ = ["naive_accuracies"]
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

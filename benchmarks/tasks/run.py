@@ -38,7 +38,6 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import (
     AutoModelForCausalLM,
-    HfArgumentParser,
     PreTrainedConfig,
     PreTrainedModel,
     Trainer,
@@ -46,13 +45,15 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from transformers.trainer_utils import get_last_checkpoint
 
 import stackformer  # also registers the Auto classes
 from benchmarks.tasks import IGNORED, TASKS, Task, seeded
 from benchmarks.tasks.heat_map import RESULTS, draw_heat_map, print_tables, read_rows
-from scripts.report import commit, machine_line, write_json, write_text
-from scripts.train import read_preset, save
+from scripts.command_line import COUNT, NATURAL, THRESHOLD, DataclassParser, check_input_file, run_main
+from scripts.report import commit, draw_or_warn, machine_line, write_json, write_text
+from scripts.train import check_training, read_json, read_preset, save
+from stackformer.checkpoints import WholeCheckpoints, newest_checkpoint
+from stackformer.versions import CACHE_NAME
 
 TRAIN, TEST = range(2)  # the first number of the seeds, so that no test sequence is one of training
 # The training arguments that a result depends on.
@@ -102,10 +103,24 @@ class TaskArguments:
     )
     grid: str | None = field(default=None, metadata={"help": "JSON file with these options, and systems."})
 
+    def __post_init__(self) -> None:
+        for name, expected in (
+            ("depths", COUNT), ("seeds", NATURAL), ("train_length", COUNT), ("curriculum_steps", NATURAL),
+            ("test_lengths", COUNT), ("test_depths", COUNT), ("test_halting_threshold", THRESHOLD),
+            ("num_test", COUNT), ("chunk_length", COUNT),
+        ):  # fmt: skip
+            value = getattr(self, name)
+            for one in value if isinstance(value, list) else [value]:
+                expected.check(name, one)
 
-def make_parser() -> HfArgumentParser:
+
+class TaskTrainer(WholeCheckpoints, Trainer):
+    """transformers' Trainer, which leaves no checkpoint half-written."""
+
+
+def make_parser() -> DataclassParser:
     """The command line: task, systems and transformers' TrainingArguments, with defaults for small models."""
-    parser = HfArgumentParser((TaskArguments, TrainingArguments), description=__doc__.split("\n")[0])
+    parser = DataclassParser((TaskArguments, TrainingArguments), description=__doc__.split("\n")[0])
     parser.set_defaults(
         output_dir="outputs/tasks",
         max_steps=2000,
@@ -114,7 +129,7 @@ def make_parser() -> HfArgumentParser:
         learning_rate=2e-3,
         lr_scheduler_type="cosine",
         warmup_steps=0.05,
-        logging_steps=200,
+        logging_steps=0.1,
         save_strategy="no",
         save_total_limit=1,
         dataloader_pin_memory=torch.cuda.is_available(),
@@ -206,7 +221,7 @@ def train(
     """
     settings, record = run.settings(args, training), run.folder / "run.json"
     if record.exists():
-        found = json.loads(record.read_text(encoding="utf-8"))
+        found = read_json("output_dir", record)
         if found["settings"] != settings:
             differ = [name for name in settings if found["settings"].get(name) != settings[name]]
             raise ValueError(
@@ -225,7 +240,7 @@ def train(
     model = AutoModelForCausalLM.from_config(run.config)
     per_step = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
     lengths = run.task.train_lengths(args.train_length)
-    trainer = Trainer(
+    trainer = TaskTrainer(
         model,
         arguments,
         # A sequence is made of its index, so that no run needs its data on disk and any can be resumed.
@@ -234,7 +249,8 @@ def train(
         callbacks=list(callbacks),
     )
     started = time.perf_counter()
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(run.folder)))
+    checkpoint = newest_checkpoint(run.folder, arguments.world_size, arguments.save_only_model)
+    trainer.train(resume_from_checkpoint=checkpoint)
     seconds = time.perf_counter() - started
     save(trainer)
     measured = {
@@ -252,7 +268,7 @@ def train(
 def state_bytes(model: PreTrainedModel, task: Task, length: int) -> int | None:
     """Size of the recurrent state after one sequence; `None` for a model with another kind of cache."""
     input_ids, _ = task.sample(1, length, seeded(TEST, length))
-    cache = model.eval()(input_ids=input_ids.to(model.device), use_cache=True).past_key_values
+    cache = model.eval()(input_ids=input_ids.to(model.device), use_cache=True)[CACHE_NAME]
     return cache.num_bytes if isinstance(cache, stackformer.StackformerCache) else None
 
 
@@ -330,7 +346,7 @@ def plan(args: TaskArguments, systems: dict[str, dict[str, Any]], output_dir: st
         systems: by name, each with its "preset" and, if any, its "overrides" as text.
     """
     runs: dict[Path, Run] = {}  # by folder: a system without depth has one run for all depths
-    options = json.loads(args.task_options) if args.task_options else {}
+    options = parse_task_options(args.task_options)
     for task_name, system, depth, seed in product(args.task, systems, args.depths or [None], args.seeds):
         task = build_task(task_name, options)
         config = read_preset(
@@ -356,6 +372,7 @@ def ponder_depth(config: PreTrainedConfig) -> int | None:
 def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     """Do what is missing of the grid that `argv` asks for; return the rows of all results in its folder."""
     args, systems, training = parse(argv)
+    check_training(training)
     output_dir = Path(training.output_dir)
     for run in tqdm(plan(args, systems, training.output_dir), desc="runs", disable=training.disable_tqdm):
         train(run, args, training)
@@ -363,7 +380,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     rows = read_rows(output_dir)
     print(machine_line())
     print_tables(rows)
-    draw_heat_map(rows, output_dir / "heat_map.png")
+    draw_or_warn(draw_heat_map, rows, output_dir / "heat_map.png")
     return rows
 
 
@@ -378,13 +395,18 @@ def parse(argv: list[str] | None) -> tuple[TaskArguments, dict[str, dict[str, An
     before.add_argument("--grid")
     systems = {}
     if path := before.parse_known_args(argv)[0].grid:
-        grid = json.loads(Path(path).read_text(encoding="utf-8"))
-        systems = {name: _with_text(system) for name, system in grid.pop("systems", {}).items()}
+        check_input_file("grid", path)
+        grid = read_json("grid", path)
+        systems = _grid_systems(path, grid.pop("systems", {}))
         known = {option.name for option in (*fields(TaskArguments), *fields(TrainingArguments))}
         if unknown := sorted(set(grid) - known):
             raise ValueError(
                 f"grid={path!r}: unknown options {unknown}, expected systems and those of --help."
             )
+        for option in fields(TaskArguments):
+            if "list" in str(option.type) and not isinstance(grid.get(option.name, []), list):
+                value = grid[option.name]
+                raise ValueError(f"grid={path!r}: expected a list as {option.name}, got {value!r}.")
         parser.set_defaults(**_with_text(grid))
     args, training = parser.parse_args_into_dataclasses(argv)
     systems |= {
@@ -393,6 +415,36 @@ def parse(argv: list[str] | None) -> tuple[TaskArguments, dict[str, dict[str, An
     if not systems:
         raise ValueError("config=[]: expected at least one preset, or systems in a grid file.")
     return args, systems, training
+
+
+def parse_task_options(text: str | None) -> dict[str, Any]:
+    """The options of a task from JSON.
+
+    Raises:
+        ValueError: if it is no JSON object.
+    """
+    if not text:
+        return {}
+    try:
+        options = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"task_options={text!r}: expected JSON, {error}.") from error
+    if not isinstance(options, dict):
+        raise ValueError(f'task_options={text!r}: expected a JSON object, such as {{"num_kv_pairs": 8}}.')
+    return options
+
+
+def _grid_systems(path: str, systems: Any) -> dict[str, dict[str, Any]]:
+    """The systems of a grid file, each a "preset" and, if any, its "overrides" as text."""
+    fits = isinstance(systems, dict) and all(
+        isinstance(x, dict) and "preset" in x and set(x) <= {"preset", "overrides"} for x in systems.values()
+    )
+    if not fits:
+        raise ValueError(
+            f'grid={path!r}: expected systems as {{name: {{"preset": file, "overrides": fields}}}}, got '
+            f"{systems}."
+        )
+    return {name: _with_text(system) for name, system in systems.items()}
 
 
 def _with_text(options: dict[str, Any]) -> dict[str, Any]:
@@ -409,8 +461,8 @@ def _predict(
     else:
         cache, chunks = None, []
         for chunk in input_ids.split(chunk_length, dim=1):
-            chunks.append(model(input_ids=chunk, past_key_values=cache, use_cache=True))
-            cache = chunks[-1].past_key_values
+            chunks.append(model(input_ids=chunk, use_cache=True, **{CACHE_NAME: cache}))
+            cache = chunks[-1][CACHE_NAME]
     predictions = torch.cat([outputs.logits.argmax(-1) for outputs in chunks], dim=1)
     steps = [outputs.get("ponder_steps") for outputs in chunks]
     return predictions, None if steps[0] is None else torch.cat(steps, dim=1)
@@ -430,4 +482,4 @@ __all__ = [
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)
