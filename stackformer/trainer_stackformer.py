@@ -20,6 +20,7 @@ from transformers.training_args import ParallelMode
 from transformers.utils import logging
 
 from .checkpoints import WholeCheckpoints
+from .model_inputs import label_each_token, packed_documents
 from .processing_stack import entropy, expected_steps
 
 logger = logging.get_logger(__name__)
@@ -172,12 +173,17 @@ class EvaluatedFirst:
 class StackformerTrainer(PonderLogging, SelectiveDecay, WholeCheckpoints, EvaluatedFirst, Trainer):
     """transformers' [`Trainer`] that logs how deep the model ponders, decays no gate and no memory, leaves no
     checkpoint half-written, and may be evaluated first: see [`PonderLogging`], [`SelectiveDecay`],
-    [`WholeCheckpoints`] and [`EvaluatedFirst`]."""
+    [`WholeCheckpoints`] and [`EvaluatedFirst`]. Its losses are means over the labels that the model counts: not
+    those of padding."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         if self.is_deepspeed_enabled:
             self._check_deepspeed()
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | int | None:
+        """As in the Trainer, of the labels that the model's loss counts."""
+        return super()._get_num_items_in_batch([_with_counted_labels(x) for x in batch_samples], device)
 
     def _check_deepspeed(self) -> None:
         """ZeRO-2 and ZeRO-3 add up the gradients of the processes in the order in which each has them. Where
@@ -191,6 +197,18 @@ class StackformerTrainer(PonderLogging, SelectiveDecay, WholeCheckpoints, Evalua
                 "DeepSpeed's `zero_optimization.stage` must be 0 or 1 for a model whose tokens halt at "
                 f"different depths (or `halting_threshold` 0), got {stage}"
             )
+
+
+def _with_counted_labels(batch: Any) -> Any:
+    """A batch whose labels are those that the model's loss counts: what padding, or the end of the document
+    before, would predict is no label."""
+    if not isinstance(batch, Mapping) or "shift_labels" in batch or batch.get("labels") is None:
+        return batch
+    labels, mask = batch["labels"], batch.get("attention_mask")
+    packing = [batch.get(name) for name in ("position_ids", "seq_idx", "cu_seq_lens_q")]
+    documents = packed_documents(labels.shape, mask, *packing)
+    counted = label_each_token(labels.shape, labels, None, mask, documents)
+    return {**batch, "labels": nn.functional.pad(counted[:, :-1], (1, 0), value=-100)}
 
 
 def _reader(model: nn.Module) -> nn.Module:

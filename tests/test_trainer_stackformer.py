@@ -7,7 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    DataCollatorForLanguageModeling,
+    Trainer,
+    TrainingArguments,
+)
 
 from scripts.train import read_preset
 from stackformer.long_context_trainer import LongContextArguments, LongContextTrainer
@@ -252,3 +257,42 @@ def test_another_trainer_keeps_its_decay_to_weights(arguments):
     plain = undecayed_names(Trainer, tiny_model(), arguments(weight_decay=0.1))
     ours = undecayed_names(Mine, tiny_model(), arguments(weight_decay=0.1))
     assert ours - plain == {"model.step_gate.weight"} and plain < ours
+
+
+# Labels
+
+
+@pytest.mark.parametrize("accumulated", [1, 2])
+@pytest.mark.parametrize("padding_side", ["left", "right"])
+def test_the_loss_is_the_mean_over_the_labels_that_count(arguments, padding_side, accumulated):
+    """With the collator of transformers, whose labels are those of all tokens but padding."""
+    model, tokenizer = tiny_model(ponder_loss_coef=0.0), build_byte_tokenizer()
+    tokenizer.padding_side = padding_side
+    rows = [{"input_ids": ids["input_ids"][:length]} for ids, length in zip(make_rows(4), (5, 12, 7, 3))]
+    alone = [model(row["input_ids"][None], labels=row["input_ids"][None]) for row in rows]
+    lengths = [len(row["input_ids"]) - 1 for row in rows]
+    expected = sum(n * float(outputs.loss) for n, outputs in zip(lengths, alone)) / sum(lengths)
+    trainer = StackformerTrainer(
+        model,
+        arguments(
+            max_steps=1,
+            per_device_train_batch_size=4 // accumulated,
+            gradient_accumulation_steps=accumulated,
+            logging_nan_inf_filter=False,
+        ),
+        train_dataset=rows,
+        data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
+    )
+    assert trainer.train().training_loss == pytest.approx(expected, abs=1e-6)
+
+
+def test_labels_of_packed_documents_that_count(arguments):
+    """The first token of a document is no label of the one before."""
+    model, ids = tiny_model(ponder_loss_coef=0.0), make_rows(1)[0]["input_ids"][:12]
+    positions = torch.tensor([*range(5), *range(7)])
+    row = {"input_ids": ids, "labels": ids, "position_ids": positions}
+    expected = float(model(ids[None], labels=ids[None], position_ids=positions[None]).loss)
+    trainer = StackformerTrainer(
+        model, arguments(max_steps=1, per_device_train_batch_size=1), train_dataset=[row]
+    )
+    assert trainer.train().training_loss == pytest.approx(expected, abs=1e-6)
