@@ -173,8 +173,9 @@ class EvaluatedFirst:
 class StackformerTrainer(PonderLogging, SelectiveDecay, WholeCheckpoints, EvaluatedFirst, Trainer):
     """transformers' [`Trainer`] that logs how deep the model ponders, decays no gate and no memory, leaves no
     checkpoint half-written, and may be evaluated first: see [`PonderLogging`], [`SelectiveDecay`],
-    [`WholeCheckpoints`] and [`EvaluatedFirst`]. Its losses are means over the labels that the model counts: not
-    those of padding."""
+    [`WholeCheckpoints`] and [`EvaluatedFirst`]. Its losses are means over the labels that the model counts,
+    which are none of padding.
+    """
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)

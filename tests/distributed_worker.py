@@ -40,9 +40,8 @@ def train(folder: Path, strategy: str, batch_size: int, **arguments) -> dict[str
     }
     resume = arguments.pop("resume_from_checkpoint", None)
     evaluate_first = arguments.pop("evaluate_first", False)
-    trainer_class, arguments_class = Trainer, TrainingArguments
-    if strategy == "deepspeed" or evaluate_first:
-        trainer_class = StackformerTrainer
+    ours = arguments.pop("stackformer_trainer", False)
+    trainer_class, arguments_class = StackformerTrainer if ours else Trainer, TrainingArguments
     if "context_length" in arguments:
         trainer_class, arguments_class = LongContextTrainer, LongContextArguments
     args = arguments_class(**(defaults | {"per_device_train_batch_size": batch_size} | arguments))

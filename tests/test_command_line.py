@@ -387,6 +387,7 @@ CASES = {
         ("--rows 0", "rows=0: expected"),
         ("--parameters 9", "`parameters` must be"),
     ],
+    "benchmarks.walk": [("--json {preset}/walk.json", "json=")],
 }
 
 

@@ -174,8 +174,9 @@ def test_two_processes_train_as_one_after_an_evaluation(folder, more):
     """accelerate prepares a model once, and an evaluation does not need gradients to be exchanged."""
     if more:
         tiny_model(torch.float32, ponder_loss_coef=0.05).save_pretrained(folder)
-    expected = train(folder, "single", batch_size=2 * BATCH, **more)
-    actual = launch(folder, "ddp", evaluate_first=True, **more)
+    train_with = {"stackformer_trainer": True, **more}
+    expected = train(folder, "single", batch_size=2 * BATCH, **train_with)
+    actual = launch(folder, "ddp", evaluate_first=True, **train_with)
     if more:
         torch.testing.assert_close(actual["losses"], expected["losses"], rtol=1e-2, atol=0)
         torch.testing.assert_close(actual["grad_norms"], expected["grad_norms"], rtol=5e-2, atol=0)
@@ -230,6 +231,7 @@ needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="dee
 @pytest.mark.parametrize("more", [{}, {"gradient_accumulation_steps": 2, "max_steps": 2}])
 def test_deepspeed(folder, more):
     """It adds up gradients in float32, and clips them by a norm of its own."""
+    more = {"stackformer_trainer": True, **more}
     expected = train(folder, "single", batch_size=2 * BATCH, **more)
     actual = launch(folder, "deepspeed", **more)
     for name in ("losses", "grad_norms"):
@@ -241,13 +243,16 @@ def test_deepspeed(folder, more):
 @needs_deepspeed
 def test_deepspeed_checkpoints(folder):
     """A run goes on from a checkpoint that is complete, and not from one without a process' part."""
-    expected = launch(folder, "deepspeed", save_strategy="steps", save_steps=2)
+    train_with = {"stackformer_trainer": True, "save_strategy": "steps", "save_steps": 2}
+    expected = launch(folder, "deepspeed", **train_with)
     run = folder / "deepspeed"
     assert {path.name for path in run.iterdir()} == {"checkpoint-2", "checkpoint-4"}
     assert newest_checkpoint(run, 2) == str(run / "checkpoint-4")
     next((run / "checkpoint-4").glob("global_step4/*zero_pp_rank_1_*optim_states.pt")).unlink()
     assert "global_step4 has no *zero_pp_rank_1_*" in checkpoint_fault(run / "checkpoint-4", 2)
-    resumed = launch(folder, "deepspeed", resume_from_checkpoint=newest_checkpoint(run, 2))
+    resumed = launch(
+        folder, "deepspeed", stackformer_trainer=True, resume_from_checkpoint=newest_checkpoint(run, 2)
+    )
     torch.testing.assert_close(resumed["weights"], expected["weights"], rtol=0, atol=0)
 
 
@@ -259,7 +264,7 @@ def test_deepspeed_in_other_stages_is_refused(folder, tmp_path):
     text = (ROOT / "configs" / "accelerate" / "deepspeed.yaml").read_text()
     config.write_text(text.replace("zero_stage: 1", "zero_stage: 2"))
     with pytest.raises(AssertionError, match="`zero_optimization.stage` must be 0 or 1 for a model whose"):
-        launch(folder, "deepspeed", config)
+        launch(folder, "deepspeed", config, stackformer_trainer=True)
 
 
 @pytest.mark.slow

@@ -268,10 +268,13 @@ def test_the_loss_is_the_mean_over_the_labels_that_count(arguments, padding_side
     """With the collator of transformers, whose labels are those of all tokens but padding."""
     model, tokenizer = tiny_model(ponder_loss_coef=0.0), build_byte_tokenizer()
     tokenizer.padding_side = padding_side
-    rows = [{"input_ids": ids["input_ids"][:length]} for ids, length in zip(make_rows(4), (5, 12, 7, 3))]
-    alone = [model(row["input_ids"][None], labels=row["input_ids"][None]) for row in rows]
-    lengths = [len(row["input_ids"]) - 1 for row in rows]
-    expected = sum(n * float(outputs.loss) for n, outputs in zip(lengths, alone)) / sum(lengths)
+    lengths = (5, 12, 7, 3)
+    rows = [
+        {"input_ids": row["input_ids"][:length]} for row, length in zip(make_rows(4), lengths, strict=True)
+    ]
+    alone = [model(row["input_ids"][None], labels=row["input_ids"][None]).loss.item() for row in rows]
+    counts = [length - 1 for length in lengths]
+    expected = sum(n * loss for n, loss in zip(counts, alone, strict=True)) / sum(counts)
     trainer = StackformerTrainer(
         model,
         arguments(
@@ -291,7 +294,7 @@ def test_labels_of_packed_documents_that_count(arguments):
     model, ids = tiny_model(ponder_loss_coef=0.0), make_rows(1)[0]["input_ids"][:12]
     positions = torch.tensor([*range(5), *range(7)])
     row = {"input_ids": ids, "labels": ids, "position_ids": positions}
-    expected = float(model(ids[None], labels=ids[None], position_ids=positions[None]).loss)
+    expected = model(ids[None], labels=ids[None], position_ids=positions[None]).loss.item()
     trainer = StackformerTrainer(
         model, arguments(max_steps=1, per_device_train_batch_size=1), train_dataset=[row]
     )
