@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from .memory_bank import at_least_float32
+from .dtypes import at_least_float32
 from .processing_stack import TokenLayout
 from .state import TensorSpec
 

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .dtypes import at_least_float32
 from .memory_bank_cpu import attend, check_inputs, check_tensors, is_available, is_plain
 
 IMPLEMENTATIONS = ("recurrent", "chunk", "cpp", "triton")
@@ -260,11 +261,6 @@ def init_memory_bank(query: Tensor, value: Tensor, read: Tensor) -> State:
         batch, heads, read.shape[-1], key_size, value.shape[-1], dtype=dtype, device=query.device
     )
     return memory, torch.zeros_like(memory[..., 0])
-
-
-def at_least_float32(tensor: Tensor) -> torch.dtype:
-    """The dtype of gates, decays and states for inputs like `tensor`: float32, or float64 for float64."""
-    return torch.promote_types(tensor.dtype, torch.float32)
 
 
 def can_look_at(tensor: Tensor) -> bool:

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from .configuration_stackformer import StackformerConfig
+from .dtypes import at_least_float32
 from .layers_stackformer import ResidualProjection, RMSNorm, ShortConvolution, convolve, past_spec, swish_gate
 from .memory_bank import (
     FEATURE_MAPS,
-    at_least_float32,
     banked_linear_attention,
     combine_spans,
     reverse_banked_linear_attention,

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from .configuration_stackformer import StackformerConfig
+from .dtypes import at_least_float32
 from .layers_stackformer import ResidualProjection, project
-from .memory_bank import at_least_float32
 from .mixer import Mixer
 from .mixer_attention import Attention
 from .processing_stack import BlockGrid, TokenLayout

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from .configuration_stackformer import StackformerConfig
+from .dtypes import at_least_float32
 from .layers_stackformer import ResidualProjection, RMSNorm, ShortConvolution, convolve, past_spec, swish_gate
-from .memory_bank import at_least_float32, can_look_at
+from .memory_bank import can_look_at
 from .mixer import Mixer
 from .processing_stack import TokenLayout
 from .state import StateSpec, TensorSpec

@@ -32,6 +32,7 @@ from transformers.integrations.accelerate import force_accelerate_hooks
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from .configuration_stackformer import StackformerConfig
+from .dtypes import at_least_float32
 from .layers_stackformer import (
     ResidualProjection,
     RMSNorm,
@@ -42,7 +43,7 @@ from .layers_stackformer import (
     project,
     swish_gate,
 )
-from .memory_bank import at_least_float32, can_look_at
+from .memory_bank import can_look_at
 from .mixer import Mixer
 from .mixer_attention import Attention, attend_to_numbers, rotary_embedding, rotary_head_size
 from .processing_stack import BlockGrid, TokenLayout

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from .configuration_stackformer import StackformerConfig
+from .dtypes import at_least_float32
 from .layers_stackformer import ResidualProjection
-from .memory_bank import at_least_float32
 from .mixer import Mixer
 from .processing_stack import TokenLayout
 from .state import StateSpec, TensorSpec

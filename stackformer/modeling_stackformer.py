@@ -41,10 +41,10 @@ from .cache_stackformer import (
     check_cache,
 )
 from .configuration_stackformer import SPECIAL_TOKENS, StackformerConfig
+from .dtypes import at_least_float32
 from .generation_stackformer import StackformerGenerationMixin
 from .identity import Mark, active_adapters, new_number, sample_digest
 from .layers_stackformer import NORMS, GatedMLP, ResidualProjection, ShortConvolution, SliceProjection
-from .memory_bank import at_least_float32
 from .mixer import Mixer
 from .mixer_attention import Attention
 from .mixer_banked_linear_attention import BankedLinearAttention

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .memory_bank import at_least_float32
+from .dtypes import at_least_float32
 
 ENQUEUE, NOOP, DEQUEUE = range(3)
 
