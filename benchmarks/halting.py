@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 from benchmarks import harness, models
 from benchmarks.training import training_step
 from scripts.command_line import COUNT, SHARE, run_main
-from stackformer.processing_stack import DEQUEUE
+from stackformer.processing_stack import POP
 
 FULL, ONE = "full depth", "one step"
 # Difference of the logits at which an action is as good as certain: e^-20 is far below any threshold.
@@ -48,8 +48,8 @@ def returning(model: PreTrainedModel, share: float, ids: Tensor) -> PreTrainedMo
     slope = CERTAIN / (height - level).abs().min()
     action.weight.zero_()
     action.bias.zero_()
-    action.weight[DEQUEUE] = -slope * normal * thoughts.shape[1] ** 0.5
-    action.bias[DEQUEUE] = slope * level
+    action.weight[POP] = -slope * normal * thoughts.shape[1] ** 0.5
+    action.bias[POP] = slope * level
     return model
 
 

@@ -22,7 +22,7 @@ from scripts import study
 from scripts.command_line import Parser, check_output_file, check_picture_file, run_main
 from scripts.report import draw_or_warn, machine_line
 from scripts.train import read_preset
-from stackformer.processing_stack import DEQUEUE, NOOP
+from stackformer.processing_stack import NO_OP, POP
 
 
 class Row(NamedTuple):
@@ -69,7 +69,7 @@ class RandomActions(nn.Module):
     def forward(self, thought: Tensor) -> Tensor:
         """Logits [n, 3] of actions that are certain."""
         returns = torch.rand(len(thought), device=thought.device) < self.return_probability
-        actions = nn.functional.one_hot(torch.where(returns, DEQUEUE, NOOP), 3)
+        actions = nn.functional.one_hot(torch.where(returns, POP, NO_OP), 3)
         return actions.to(thought.dtype).log().clamp(min=-1e4)
 
 

@@ -32,8 +32,8 @@ from stackformer import StackformerConfig
 from stackformer.layers_stackformer import ShortConvolution, convolve
 from stackformer.mixer import Mixer
 from stackformer.modeling_stackformer import MIXERS
-from stackformer.processing_stack import TokenLayout
 from stackformer.state import StateSpec
+from stackformer.token_layout import TokenLayout
 
 try:
     from titans_pytorch import NeuralMemory

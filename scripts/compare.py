@@ -31,7 +31,7 @@ from stackformer.configuration_stackformer import StackformerConfig
 from stackformer.layers_stackformer import convolve
 from stackformer.mixer_banked_linear_attention import BankedLinearAttention
 from stackformer.modeling_stackformer import MIXERS
-from stackformer.processing_stack import TokenLayout
+from stackformer.token_layout import TokenLayout
 
 try:
     from fast_transformers.attention import CausalLinearAttention

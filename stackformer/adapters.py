@@ -12,7 +12,7 @@ from functools import partial
 
 from torch import nn
 
-from .processing_stack import TokenLayout
+from .token_layout import TokenLayout
 
 
 def mixed_batch_hooks(model: nn.Module) -> list[partial]:

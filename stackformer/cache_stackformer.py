@@ -20,8 +20,8 @@ from transformers.utils import cached_file
 from .configuration_stackformer import StackformerConfig
 from .identity import Mark, active_adapters, model_identity, unwrap
 from .memory_file import JSON_FILE, MEMORY_FILE, has_description, read_memory, write_memory
-from .processing_stack import StateOfAllRows, TokenLayout
-from .state import State, StateSpec, find_mismatch
+from .state import State, StateOfAllRows, StateSpec, find_mismatch
+from .token_layout import TokenLayout
 
 # Tokens that can be rolled back by default: far more than assisted decoding drafts at once.
 ROLLBACK_WINDOW = 256

@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 def at_least_float32(tensor: Tensor) -> torch.dtype:
-    """Returns the dtype of gates, decays and states for inputs like `tensor`: float32, or float64 for float64.
+    """Returns the dtype of gates, decays and states for inputs like `tensor`: float32 or float64.
 
     In a lower precision, a decay close to 1 would round to 1, and a long sum would stop growing.
     """

@@ -6,8 +6,8 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from .dtypes import at_least_float32
-from .processing_stack import TokenLayout
 from .state import TensorSpec
+from .token_layout import TokenLayout
 
 # The dtypes that oneDNN has fast convolutions for on this processor.
 _CONVOLVED_BY_ONEDNN = {torch.float32}

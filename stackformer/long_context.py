@@ -42,7 +42,7 @@ from transformers.utils import logging
 
 from .cache_stackformer import StackformerCache, StackformerCacheLayer, State, put_rows, take_rows
 from .model_inputs import check_num_items, label_each_token
-from .processing_stack import TokenLayout
+from .token_layout import TokenLayout
 
 logger = logging.get_logger(__name__)
 

@@ -29,8 +29,8 @@ from .configuration_stackformer import StackformerConfig
 from .layers_stackformer import ResidualProjection, all_rows
 from .memory_bank import can_look_at
 from .mixer import Mixer
-from .processing_stack import TokenLayout
 from .state import StateSpec, TensorSpec
+from .token_layout import TokenLayout
 
 
 class Attention(Mixer):

@@ -18,8 +18,9 @@ from .memory_bank import (
 )
 from .memory_bank_cpu import is_available, is_plain, mix_once
 from .mixer import Mixer
-from .processing_stack import StateOfAllRows, TokenLayout, address_memories
-from .state import StateSpec, TensorSpec
+from .processing_stack import address_memories
+from .state import StateOfAllRows, StateSpec, TensorSpec
+from .token_layout import TokenLayout
 
 
 class BankInputs(NamedTuple):

@@ -24,8 +24,8 @@ from .dtypes import at_least_float32
 from .layers_stackformer import ResidualProjection, project
 from .mixer import Mixer
 from .mixer_attention import Attention
-from .processing_stack import BlockGrid, TokenLayout
 from .state import StateSpec, TensorSpec
+from .token_layout import BlockGrid, TokenLayout
 
 # Part of the sticky samples that is uniform whatever tokens looked at. It bounds how far a sample moves when
 # the histogram changes by a rounding error (20 times that), which the splits of a text differ in.

@@ -30,8 +30,8 @@ from torch.autograd.function import once_differentiable
 from .configuration_stackformer import StackformerConfig
 from .layers_stackformer import ResidualProjection, RMSNorm, swish_gate
 from .mixer import Mixer
-from .processing_stack import TokenLayout
 from .state import StateSpec, TensorSpec
+from .token_layout import TokenLayout
 
 # A token's part of what is written to a state [B', 2 m], and whether it is one [B', 1], if not all are.
 Drive = tuple[Tensor, Tensor | None]

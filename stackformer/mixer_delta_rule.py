@@ -24,8 +24,8 @@ from .dtypes import at_least_float32
 from .layers_stackformer import ResidualProjection, RMSNorm, ShortConvolution, convolve, past_spec, swish_gate
 from .memory_bank import can_look_at
 from .mixer import Mixer
-from .processing_stack import TokenLayout
 from .state import StateSpec, TensorSpec
+from .token_layout import TokenLayout
 
 
 class DeltaRule(Mixer):

@@ -46,8 +46,8 @@ from .layers_stackformer import (
 from .memory_bank import can_look_at
 from .mixer import Mixer
 from .mixer_attention import Attention, attend_to_numbers, rotary_embedding, rotary_head_size
-from .processing_stack import BlockGrid, TokenLayout
 from .state import StateSpec, TensorSpec
+from .token_layout import BlockGrid, TokenLayout
 
 # Logit of the share that is forgotten with every token at first, 1 %: at 50 % nothing is ever learned.
 _INITIAL_FORGETTING = -4.6

@@ -21,8 +21,8 @@ from .configuration_stackformer import StackformerConfig
 from .dtypes import at_least_float32
 from .layers_stackformer import ResidualProjection
 from .mixer import Mixer
-from .processing_stack import TokenLayout
 from .state import StateSpec, TensorSpec
+from .token_layout import TokenLayout
 
 
 class TokenShift(nn.Module):

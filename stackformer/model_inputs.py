@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from .processing_stack import TokenLayout
+from .token_layout import TokenLayout
 
 
 def check_padding_mask(embeds: Tensor, mask: Tensor | None, cache: Cache | None) -> None:

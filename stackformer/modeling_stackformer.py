@@ -61,9 +61,8 @@ from .model_inputs import (
     packed_documents,
 )
 from .processing_stack import (
-    DEQUEUE,
+    POP,
     Stack,
-    TokenLayout,
     divergence_from_geometric,
     expected_steps,
     flush_stack,
@@ -73,6 +72,7 @@ from .processing_stack import (
 )
 from .stack_trace import TextTrace
 from .state import State, StateSpec
+from .token_layout import TokenLayout
 from .versions import CACHE_NAME, CacheNames, check_keywords, either_cache
 
 logger = logging.get_logger(__name__)
@@ -114,7 +114,7 @@ class StackTrace(ModelOutput):
     Args:
         active (`torch.BoolTensor` [B, T, P]): whether the token was computed.
         pointer (`torch.FloatTensor` [B, T, P, S]): probability mass on each stack level, before the step.
-        actions (`torch.FloatTensor` [B, T, P, 3]): probabilities of enqueue, no-op and dequeue. At the last
+        actions (`torch.FloatTensor` [B, T, P, 3]): probabilities of push, no-op and pop. At the last
             step, and where the rest of the mass was flushed, all that is left is dropped, whatever the
             actions say.
         bank_reads, bank_writes (`torch.FloatTensor` [B, T, P, L, H, N]): softmax over the memory banks.
@@ -254,7 +254,7 @@ class StepGate(nn.Module):
 
 
 class ActionProjection(nn.Linear):
-    """Logits of enqueue, no-op and dequeue [n, 3] from thoughts [n, D].
+    """Logits of push, no-op and pop [n, 3] from thoughts [n, D].
 
     It starts at full depth and the same for every token, and learns slowly: where it did not, every token
     learned within a hundred steps to return at once, before depth could be of use (docs/experiments.md).
@@ -264,9 +264,9 @@ class ActionProjection(nn.Linear):
         super().__init__(hidden_size, 3)
 
     def initial_bias(self) -> Tensor:
-        """Dequeue starts unlikely."""
+        """A pop starts unlikely."""
         bias = torch.zeros(3)
-        bias[DEQUEUE] = -3
+        bias[POP] = -3
         return bias
 
 
@@ -329,7 +329,7 @@ class StackformerPreTrainedModel(PreTrainedModel):
         | neural memories      | normal, standard deviation fan_in ** -0.5                          |
         | RWKV's decay, bonus, | as in RWKV-4, halfway up: see `TimeMix`, `TokenShift`              |
         | token shift          |                                                                    |
-        | actions              | weights 0, bias -3 for dequeue: see `ActionProjection`             |
+        | actions              | weights 0, bias -3 for pop: see `ActionProjection`                 |
         """
         super()._init_weights(module)
         if isinstance(module, ResidualProjection):
@@ -634,11 +634,11 @@ class StackformerModel(StackformerPreTrainedModel):
         return outputs, distribution, tuple(hidden_states) if all_thoughts else None, trace
 
     def _actions(self, thought: Tensor) -> Tensor:
-        """Probabilities of enqueue, no-op and dequeue [n, 3]. A model made for one step always returns."""
+        """Probabilities of push, no-op and pop [n, 3]. A model made for one step always returns."""
         dtype = at_least_float32(thought)
         if self.action_proj is None:
-            dequeue = torch.arange(3, device=thought.device) == DEQUEUE
-            return dequeue.to(dtype).expand(len(thought), 3)
+            pop = torch.arange(3, device=thought.device) == POP
+            return pop.to(dtype).expand(len(thought), 3)
         # Over D normalised channels small steps of all weights add up: scaled, actions learn slowly.
         logits = self.action_proj(thought * thought.shape[-1] ** -0.5)
         return logits.to(dtype).softmax(-1)

@@ -25,7 +25,7 @@ from torch.autograd.function import once_differentiable
 from .cache_stackformer import StackformerCache, StackformerCacheLayer, State, put_rows, take_rows
 from .configuration_stackformer import StackformerConfig
 from .long_context import shifted_labels
-from .processing_stack import TokenLayout
+from .token_layout import TokenLayout
 
 
 @runtime_checkable

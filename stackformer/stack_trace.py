@@ -46,7 +46,7 @@ class TextTrace:
         ponder_steps (`np.ndarray` [T]): expected number of ponder steps.
         active (`np.ndarray` [T, P]): whether the token was computed at the step.
         pointer (`np.ndarray` [T, P, S]): probability mass on each stack level, before the step.
-        actions (`np.ndarray` [T, P, 3]): probabilities of enqueue, no-op and dequeue.
+        actions (`np.ndarray` [T, P, 3]): probabilities of push, no-op and pop.
         bank_reads, bank_writes (`np.ndarray` [T, P, L, H, N]): shares of the banks in what was read and
             written. `None`, as `bank_decays`, for a model whose mixers have no banks.
         bank_decays (`np.ndarray` [T, P, L, H, N]): logarithm of what each bank keeps, at full mass.

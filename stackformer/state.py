@@ -14,6 +14,10 @@ from torch import Tensor
 State = tuple[Tensor, ...]
 
 
+class StateOfAllRows(tuple):
+    """A mixer's state [B, ...], of which it writes the rows of its layout in place."""
+
+
 class TensorSpec(NamedTuple):
     """One tensor of a state.
 

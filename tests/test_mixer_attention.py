@@ -12,7 +12,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotary
 
 from stackformer import StackformerConfig, StackformerForCausalLM
 from stackformer.mixer_attention import Attention
-from stackformer.processing_stack import TokenLayout
+from stackformer.token_layout import TokenLayout
 from tests.models import SHAPES, random_ids, tiny_model
 from tests.test_generation import generate
 from tests.test_modeling import CLOSE, gradients_whole_and_through_the_cache

@@ -8,7 +8,8 @@ import torch
 from stackformer import mixer_banked_linear_attention
 from stackformer.memory_bank_cpu import is_available
 from stackformer.mixer_banked_linear_attention import BankedLinearAttention
-from stackformer.processing_stack import StateOfAllRows, TokenLayout
+from stackformer.state import StateOfAllRows
+from stackformer.token_layout import TokenLayout
 from tests.models import tiny_model
 
 pytestmark = pytest.mark.skipif(not is_available(), reason="the C++ library was not built")

@@ -20,7 +20,7 @@ from stackformer.mixer_continuous import (
     ridge_regression,
     uniform_positions,
 )
-from stackformer.processing_stack import TokenLayout
+from stackformer.token_layout import TokenLayout
 from tests.models import SHAPES, random_ids, spread_weights, tiny_config, tiny_model
 from tests.test_cache import read_calls, recording_cache
 from tests.test_modeling import CLOSE, assert_same_state, padded, read_in_pieces

@@ -6,7 +6,7 @@ import torch
 from stackformer import StackformerConfig, mixer_coupled
 from stackformer.long_context import ReversibleMixer, long_context_backward
 from stackformer.mixer_coupled import Coupled
-from stackformer.processing_stack import TokenLayout
+from stackformer.token_layout import TokenLayout
 from tests.models import SHAPES, random_ids, spread_weights, tiny_model
 from tests.test_long_context import assert_same_gradients
 

@@ -5,7 +5,7 @@ import torch
 from torch.nn.functional import normalize
 
 from stackformer.mixer_delta_rule import DeltaRule, delta_rule
-from stackformer.processing_stack import TokenLayout
+from stackformer.token_layout import TokenLayout
 from tests.models import SHAPES, random_ids, tiny_config, tiny_model
 from tests.test_modeling import assert_same_state, gradients_whole_and_through_the_cache, read_in_pieces
 

@@ -16,7 +16,7 @@ from stackformer.mixer_neural_memory import (
     advance_memory,
     measure_surprise,
 )
-from stackformer.processing_stack import TokenLayout
+from stackformer.token_layout import TokenLayout
 from tests.models import SHAPES, random_ids, spread_weights, tiny_model
 from tests.test_generation import generate
 from tests.test_modeling import (

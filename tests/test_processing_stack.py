@@ -5,7 +5,6 @@ import torch
 
 from stackformer.memory_bank import banked_linear_attention_step
 from stackformer.processing_stack import (
-    TokenLayout,
     address_memories,
     flush_stack,
     init_stack,
@@ -13,6 +12,7 @@ from stackformer.processing_stack import (
     step_stack,
     transfer_mass,
 )
+from stackformer.token_layout import TokenLayout
 
 PUSH, STAY, POP = torch.eye(3, dtype=torch.float64)
 X0 = torch.tensor([10.0, 20.0], dtype=torch.float64)

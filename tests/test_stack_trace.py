@@ -239,7 +239,7 @@ def test_browser_shows_the_numbers(open_page):
 
     table = _table(page, "#steps")
     expected = {f"level {s + 1}": trace.pointer[token, :, s] for s in (2, 1, 0)}
-    expected |= {name: trace.actions[token, :, a] for a, name in enumerate(("enqueue", "no-op", "dequeue"))}
+    expected |= {name: trace.actions[token, :, a] for a, name in enumerate(("push", "no-op", "pop"))}
     expected |= {"finished": trace.finished[token]}
     assert table == {name: shown(values) for name, values in expected.items()}
 
