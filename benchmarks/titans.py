@@ -29,9 +29,9 @@ from benchmarks.models import build
 from benchmarks.tasks import run
 from scripts.command_line import COUNT, NATURAL, check_output_folder, run_main
 from stackformer import StackformerConfig
+from stackformer.core_stackformer import MIXERS
 from stackformer.layers_stackformer import ShortConvolution, convolve
 from stackformer.mixer import Mixer
-from stackformer.modeling_stackformer import MIXERS
 from stackformer.state import StateSpec
 from stackformer.token_layout import TokenLayout
 

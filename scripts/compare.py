@@ -28,9 +28,9 @@ from scripts.report import draw_or_warn, machine_line, write_text
 from scripts.text8 import is_dump, write_text8
 from scripts.train import read_preset
 from stackformer.configuration_stackformer import StackformerConfig
+from stackformer.core_stackformer import MIXERS
 from stackformer.layers_stackformer import convolve
 from stackformer.mixer_banked_linear_attention import BankedLinearAttention
-from stackformer.modeling_stackformer import MIXERS
 from stackformer.token_layout import TokenLayout
 
 try:

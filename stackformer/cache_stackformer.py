@@ -2,12 +2,12 @@
 """The recurrent state of a Stackformer as a transformers `Cache`: constant in size, whatever was read."""
 
 import copy
-import functools
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from huggingface_hub import HfApi
@@ -20,51 +20,65 @@ from transformers.utils import cached_file
 from .configuration_stackformer import StackformerConfig
 from .identity import Mark, active_adapters, model_identity, unwrap
 from .memory_file import JSON_FILE, MEMORY_FILE, has_description, read_memory, write_memory
-from .state import State, StateOfAllRows, StateSpec, find_mismatch
+from .mixer import Mixer
+from .rollback import Recording
+from .state import Start, State, StateSpec, find_mismatch, put_rows, take_rows
 from .token_layout import TokenLayout
 
 # Tokens that can be rolled back by default: far more than assisted decoding drafts at once.
 ROLLBACK_WINDOW = 256
 
 
-class _Call(NamedTuple):
-    """What one core layer read in one call of one slice: enough to compute the slice's state again."""
+class Slot:
+    """A slice of a layer's state in one call: how a core layer finds its state, and how the new one is
+    written.
 
-    start: int  # tokens since the anchor
-    advance: Callable[[Tensor, Tensor, TokenLayout, State | None], State]
-    hidden: Tensor  # [n, d]
-    pointer: Tensor  # [n, S]
-    layout: TokenLayout
+    It is bound to the state when it is made: a checkpointed layer that runs again in the backward pass, after
+    the write, finds what it found before.
+    """
 
-    def replay(self, state: State | None, stop: int) -> State | None:
-        """The slice's state (all batch rows) after those tokens of this call that come before token
-        `stop`."""
-        keep = self.layout.before(stop - self.start, self.hidden.device).nonzero().squeeze(-1)
-        layout = self.layout.select(keep)
-        if layout.num_tokens == 0:
-            return state
-        new = self.advance(self.hidden[keep], self.pointer[keep], layout, take_rows(state, layout.rows))
-        return put_rows(state, new, layout)
+    def __init__(self, layer: "StackformerCacheLayer", index: int, layout: TokenLayout):
+        self._layer, self._index, self._layout = layer, index, layout
+        self._state = take_rows(layer.slices.get(index), layout.rows)
 
-    def after(self, stop: int) -> "_Call":
-        """What is left of this call from token `stop` on, counted from there."""
-        keep = (~self.layout.before(stop - self.start, self.hidden.device)).nonzero().squeeze(-1)
-        layout = self.layout.select(keep)
-        return _Call(self.start - stop, self.advance, self.hidden[keep], self.pointer[keep], layout)
+    def start(self, mixer: Mixer, hidden: Tensor, pointer: Tensor, layout: TokenLayout) -> Start:
+        """What the layer goes on from, to mix `hidden` [n, d], `pointer` [n, S] and `layout`."""
+        return Start(self._state)
+
+    def write(self, state: State) -> None:
+        """Put the new state of the rows in place of the old one."""
+        self._layer.write(self._index, state, self._layout)
+
+
+class BufferSlot(Slot):
+    """A slot of a [`StackformerBufferLayer`]: a mixer that can writes into the buffers itself."""
+
+    def __init__(self, layer: "StackformerBufferLayer", index: int, layout: TokenLayout):
+        self._layer: StackformerBufferLayer
+        self._layer, self._index, self._layout, self._is_written = layer, index, layout, False
+
+    def start(self, mixer: Mixer, hidden: Tensor, pointer: Tensor, layout: TokenLayout) -> Start:
+        """As in the base class; all rows [B, ...], where the mixer writes in place."""
+        state = self._layer.slices.get(self._index)
+        if state is not None and mixer.writes_in_place(hidden, layout, state):
+            self._layer.is_overwritten = self._is_written = True
+            return Start(state, in_place=True)
+        return Start(take_rows(state, layout.rows))
+
+    def write(self, state: State) -> None:
+        """As in the base class, unless the mixer wrote in place."""
+        if not self._is_written:
+            super().write(state)
 
 
 class StackformerCacheLayer(CacheLayerMixin):
-    """The state of one core layer: for every slice (ponder step; one in all with feedback), its mixer's tuple
-    of tensors, batch first.
+    """The state of one core layer: a tuple of tensors, batch first, for every slice. There is one slice for
+    each ponder step, or a single one with feedback.
 
-    Tensors are replaced, so gradients flow through the cache, and a state that is kept for a rollback costs
-    no copy. Written in place, without gradients, are only tensors that the layer itself made, for some of the
-    rows or for a mixer that can, and only as long as nobody can hold them: looking at `slices` ends that.
-    Without this, decoding would copy the rows of tokens that have halted at every step, which takes as long
-    as computing them, and large states would be new memory at every token.
+    Tensors are replaced, never written to, so gradients flow through the cache, and a state that is kept for
+    a rollback costs no copy. Without gradients, a [`StackformerBufferLayer`] takes its place (`for_call`).
 
-    While it records the past, the layer holds an anchor (an older state) and what was read since, and `crop`
-    computes the state in between again.
+    While it records the past, `crop` computes older states again (rollback.py).
     """
 
     is_sliding = False
@@ -76,31 +90,22 @@ class StackformerCacheLayer(CacheLayerMixin):
     def __init__(self, rollback_window: int = ROLLBACK_WINDOW, **kwargs):
         super().__init__()
         self.is_initialized: bool = False
-        self._slices: dict[int, State] = {}
-        self._private: set[int] = set()  # slices whose tensors only this layer holds
-        self._overwritten = False  # whether the call that is under way wrote in place
-        self._is_broken = False  # by a call that failed halfway
-        self._fits: tuple[int, int] | None = None  # the model's number and the rows that were checked last
-        self.mark: Mark | None = None  # whose state this is
+        self.slices: dict[int, State] = {}
+        self.mark: Mark | None = None  # of the model that the state belongs to
         self.seen_tokens = 0
         self.rollback_window = rollback_window
-        self.record_past = False
-        self._anchor: dict[int, State] = {}
-        self._calls: dict[int, list[_Call]] = {}
-        self._recorded_tokens = 0
+        self.recording: Recording | None = None
+        self._is_broken = False  # by a call that failed halfway
 
-    @property
-    def slices(self) -> dict[int, State]:
-        """The state of each slice that was written. Its tensors will not be written in place."""
-        self._private.clear()
-        self._fits = None  # whoever holds the dictionary may change it
-        return self._slices
+    def for_call(self) -> "StackformerCacheLayer":
+        """The layer to use in the next call of the model: this one, or one of the other kind with its state.
 
-    @slices.setter
-    def slices(self, slices: dict[int, State]) -> None:
-        self._private.clear()
-        self._fits, self._is_broken = None, False
-        self._slices = slices
+        Calls without gradients write into buffers: otherwise, decoding copies the rows of tokens that have
+        halted at every step, and allocates large states anew at every token.
+        """
+        if torch.is_grad_enabled() or self.recording is not None or torch.compiler.is_compiling():
+            return self
+        return StackformerBufferLayer.of(self)
 
     def check(self, spec: StateSpec, num_slices: int, batch_size: int) -> str | None:
         """Says what keeps this layer's state from being read for a batch; `None` if nothing does.
@@ -111,9 +116,9 @@ class StackformerCacheLayer(CacheLayerMixin):
         """
         if self._is_broken:
             return "a state that a failed call left incomplete: `reset` it, or go on from a copy"
-        if unknown := [index for index in self._slices if not 0 <= index < num_slices]:
+        if unknown := [index for index in self.slices if not 0 <= index < num_slices]:
             return f"states of ponder steps {unknown} in a model whose states are {list(range(num_slices))}"
-        for state in self._slices.values():
+        for state in self.slices.values():
             if mismatch := find_mismatch(state, spec):
                 return mismatch
             if len(state[0]) != batch_size:
@@ -123,94 +128,43 @@ class StackformerCacheLayer(CacheLayerMixin):
                 )
         return None
 
-    def begin_call(self) -> Callable[[], None]:
-        """Returns a function that undoes what a call of the model has done to this layer since.
-
-        A state that was written in place cannot be had back: the layer refuses to be read then.
-        """
-        before = (dict(self._slices), set(self._private), self.seen_tokens, self.is_initialized)
-        anchor, recorded = dict(self._anchor), self._recorded_tokens
-        calls = {index: list(calls) for index, calls in self._calls.items()}
-        self._overwritten = False
+    def begin_call(self, length: int) -> Callable[[], None]:
+        """Returns a function that undoes what a call of the model, on `length` tokens, does to this layer."""
+        slices, seen_tokens, is_initialized = dict(self.slices), self.seen_tokens, self.is_initialized
+        recording = None if self.recording is None else self.recording.copy()
 
         def undo() -> None:
-            self._slices, self._private, self.seen_tokens, self.is_initialized = before
-            self._anchor, self._calls, self._recorded_tokens = anchor, calls, recorded
-            self._fits, self._is_broken = None, self._overwritten
+            self.slices, self.seen_tokens, self.is_initialized = slices, seen_tokens, is_initialized
+            self.recording = recording
 
         return undo
 
-    def read(self, index: int, layout: TokenLayout) -> State | Callable[..., tuple[State]] | None:
-        """The state of slice `index` for the rows of `layout`, or a function that gives it to a mixer; `None`
-        before the first write."""
-        if index in self._slices and self._may_write_in_place(index):
-            return functools.partial(self._lend, index)
-        return take_rows(self._slices.get(index), layout.rows)
-
-    def _lend(self, index: int, mixer: Module, hidden: Tensor, pointer: Tensor, layout: TokenLayout):
-        """The state of the rows of `layout`; of all rows to a mixer that writes in place, copied first if
-        others may hold it."""
-        state = self._slices[index]
-        writes_in_place = getattr(mixer, "writes_in_place", None)
-        if writes_in_place is None or not writes_in_place(hidden, layout, state):
-            return (take_rows(state, layout.rows),)
-        if index not in self._private:
-            state = self._slices[index] = tuple(map(torch.clone, state))
-            self._private.add(index)
-        else:
-            self._overwritten = True
-        return (StateOfAllRows(state),)
+    def open(self, index: int, layer: Module, hidden: Tensor, pointer: Tensor, layout: TokenLayout) -> Slot:
+        """The slot of slice `index` for a core layer that is about to read `hidden` [n, d]."""
+        if self.recording is not None:
+            self.recording.add(index, layer.advance, hidden, pointer, layout)  # type: ignore[arg-type]
+        return Slot(self, index, layout)
 
     def write(self, index: int, state: State, layout: TokenLayout) -> None:
         """Replace the state of slice `index` for the rows of `layout`."""
-        old = self._slices.get(index)
-        if old is not None and index in self._private and self._may_write_in_place(index):
-            if all(new is past for past, new in zip(old, state, strict=True)):
-                return  # the mixer wrote in place
-            same = all(new.shape[1:] == past.shape[1:] for past, new in zip(old, state, strict=True))
-            if layout.rows is not None and same:
-                self._overwritten = True
-                for past, new in zip(old, state, strict=True):
-                    past.index_copy_(0, layout.rows, new)
-                return
-        self._slices[index] = put_rows(old, state, layout)
+        self.slices[index] = put_rows(self.slices.get(index), state, layout)
         self.is_initialized = True
-        if layout.rows is None or torch.is_grad_enabled():
-            self._private.discard(index)
-        else:
-            self._private.add(index)
-
-    def _may_write_in_place(self, index: int) -> bool:
-        """Whether slice `index` may be written in place if nobody else holds it: no graph, no anchor."""
-        if self.record_past or torch.is_grad_enabled():
-            return False
-        return torch.is_inference_mode_enabled() or not self._slices[index][0].is_inference()
-
-    def record(
-        self, index: int, advance: Callable, hidden: Tensor, pointer: Tensor, layout: TokenLayout
-    ) -> None:
-        """Keep what slice `index` read in this call, if the past is recorded.
-
-        Args:
-            advance: computes the slice's new state from `hidden`, `pointer`, `layout` and its old state.
-        """
-        if self.record_past:
-            call = _Call(self._recorded_tokens, advance, hidden, pointer, layout)
-            self._calls.setdefault(index, []).append(call)
 
     def advance(self, tokens: int) -> None:
         """Count `tokens` more positions as seen; what fell out of the window can no longer be rolled back."""
         self.seen_tokens += tokens
-        if self.record_past:
-            self._recorded_tokens += tokens
-            if self._recorded_tokens > 2 * self.rollback_window:
-                self._move_anchor(self._recorded_tokens - self.rollback_window)
+        if self.recording is not None:
+            self.recording.count(tokens)
+
+    @property
+    def record_past(self) -> bool:
+        """Whether the past is recorded, so that `crop` can go back."""
+        return self.recording is not None
 
     def activate_past_recording(self) -> None:
-        """From now on, keep what `crop` needs."""
-        if not self.record_past:
-            self.record_past = True
-            self._restart_window()
+        """From now on, record what `crop` needs."""
+        if self.recording is None:
+            self.recording = Recording(self.slices, self.rollback_window)
 
     @property
     def is_croppable(self) -> bool:
@@ -225,71 +179,48 @@ class StackformerCacheLayer(CacheLayerMixin):
         """
         if tokens_to_remove > 0:
             raise ValueError(f"`tokens_to_remove` must be 0 or negative, got {tokens_to_remove}")
-        if -tokens_to_remove > self._recorded_tokens:
+        recorded = 0 if self.recording is None else self.recording.num_tokens
+        if -tokens_to_remove > recorded:
             raise ValueError(
-                f"`tokens_to_remove` must go back at most the {self._recorded_tokens} tokens recorded since "
+                f"`tokens_to_remove` must go back at most the {recorded} tokens recorded since "
                 f"`activate_past_recording` and the last `crop` or change of the batch "
                 f"(`rollback_window` is {self.rollback_window}), got {tokens_to_remove}"
             )
-        if tokens_to_remove:
-            self.slices = self._replayed(self._recorded_tokens + tokens_to_remove)
+        if tokens_to_remove and self.recording is not None:
+            self.slices = self.recording.without_last(-tokens_to_remove)
             self.seen_tokens += tokens_to_remove
-        self._restart_window()
+        self._restart_recording()
 
-    def _replayed(self, stop: int) -> dict[int, State]:
-        """All slices after `stop` tokens since the anchor."""
-        slices = {}
-        for index in self._slices:
-            state = self._anchor.get(index)
-            for call in self._calls.get(index, []):
-                if call.start < stop:
-                    state = call.replay(state, stop)
-            if state is not None:
-                slices[index] = state
-        return slices
-
-    def _move_anchor(self, stop: int) -> None:
-        self._anchor = self._replayed(stop)
-        self._calls = {
-            index: [call.after(stop) for call in calls if call.start + call.layout.length > stop]
-            for index, calls in self._calls.items()
-        }
-        self._recorded_tokens -= stop
-
-    def _restart_window(self) -> None:
-        # Without a past to go back to, an anchor would only keep old tensors alive.
-        self._anchor = dict(self.slices) if self.record_past else {}
-        self._calls, self._recorded_tokens = {}, 0
+    def _restart_recording(self) -> None:
+        if self.recording is not None:
+            self.recording.restart(self.slices)
 
     def load(self, slices: dict[int, State], seen_tokens: int, device: torch.device) -> None:
         """Take over a state that was saved."""
         self.slices, self.seen_tokens, self.is_initialized = slices, seen_tokens, True
+        self._is_broken = False
         self.map_(lambda tensor: tensor.to(device))
 
     def map_(self, function: Callable[[Tensor], Tensor]) -> None:
-        """Replace every state tensor by what `function` makes of it."""
+        """Replace every tensor of the state by what `function` returns for it."""
         self.slices = {index: tuple(map(function, state)) for index, state in self.slices.items()}
-        self._restart_window()
+        self._restart_recording()
 
     def mapped(self, function: Callable[[Tensor], Tensor]) -> "StackformerCacheLayer":
-        """A copy of the layer whose state tensors are what `function` makes of this one's."""
+        """A copy of the layer with what `function` returns for every tensor of the state."""
         layer = copy.copy(self)
         StackformerCacheLayer.map_(layer, function)
         return layer
 
     def __getstate__(self) -> dict:
         """Copies and pickles hold the state, not the layers that computed it."""
-        slices = self.slices  # the copy will hold them, too
-        anchor = dict(slices) if self.record_past else {}
-        state = {
-            "_anchor": anchor, "_private": set(), "_calls": {}, "_recorded_tokens": 0, "_fits": None,
-        }  # fmt: skip
-        return {**self.__dict__, **state}
+        recording = self.recording and Recording(self.slices, self.rollback_window)
+        return {**self.__dict__, "slices": dict(self.slices), "recording": recording}
 
     @property
     def batch_size(self) -> int:
         """Rows of the batch; -1 before the first write."""
-        return next(iter(self._slices.values()))[0].shape[0] if self._slices else -1
+        return next(iter(self.slices.values()))[0].shape[0] if self.slices else -1
 
     def get_seq_length(self) -> int:
         """Positions seen so far, padding included."""
@@ -308,24 +239,24 @@ class StackformerCacheLayer(CacheLayerMixin):
         self.slices = {}
         self.mark = None
         self.seen_tokens = 0
-        self.is_initialized = False
-        self._restart_window()
+        self.is_initialized = self._is_broken = False
+        self._restart_recording()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row i becomes what row `beam_idx[i]` was."""
         self._check_rows("beam_idx", beam_idx)
-        self._copy_rows(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
+        self.map_(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row `repeats` times."""
         if repeats < 1:
             raise ValueError(f"`repeats` must be at least 1, got {repeats}")
-        self._copy_rows(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
+        self.map_(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the rows `indices` (integers or a boolean mask)."""
         self._check_rows("indices", indices)
-        self._copy_rows(lambda tensor: tensor[indices.to(tensor.device)])
+        self.map_(lambda tensor: tensor[indices.to(tensor.device)])
 
     def _check_rows(self, name: str, indices: Tensor) -> None:
         """Raises a ValueError for indices that are no rows. Those on a GPU are not looked at: it would wait
@@ -340,21 +271,15 @@ class StackformerCacheLayer(CacheLayerMixin):
         if indices.is_floating_point() or not 0 <= indices.min() <= indices.max() < rows:
             raise ValueError(f"`{name}` must be rows of the {rows} in the cache, got {indices.tolist()}")
 
-    def _copy_rows(self, function: Callable[[Tensor], Tensor]) -> None:
-        """`map_` for a function whose results are new tensors, which nobody else holds."""
-        self.map_(function)
-        if not (self.record_past or torch.is_grad_enabled()):
-            self._private.update(self._slices)
-
     def offload(self) -> None:
         """Move the state to the CPU; `prefetch` moves it back."""
-        if self._slices:
-            self.device = next(iter(self._slices.values()))[0].device
+        if self.slices:
+            self.device = next(iter(self.slices.values()))[0].device
             self.map_(lambda tensor: tensor.to("cpu", non_blocking=True))
 
     def prefetch(self) -> None:
         """Move an offloaded state back to its device."""
-        if self._slices:
+        if self.slices:
             self.map_(lambda tensor: tensor.to(self.device, non_blocking=True))
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -364,8 +289,72 @@ class StackformerCacheLayer(CacheLayerMixin):
         raise ValueError("A Stackformer cache holds no keys and values: it cannot be used by another model.")
 
 
-class StackformerStaticCacheLayer(StackformerCacheLayer):
-    """A layer that writes in place, for compiled decoding and CUDA graphs: addresses and shapes never change.
+class StackformerBufferLayer(StackformerCacheLayer):
+    """The state of one core layer in buffers of its own, which calls without gradients write to.
+
+    Whoever wants to keep a state takes a `clone` of the cache. The buffers of states that grow are replaced:
+    the keys and values of softmax attention without a window.
+    """
+
+    def __init__(self, rollback_window: int = ROLLBACK_WINDOW, **kwargs):
+        super().__init__(rollback_window)
+        self.is_overwritten = False  # by the call that is under way
+
+    @classmethod
+    def of(cls, layer: StackformerCacheLayer) -> "StackformerBufferLayer":
+        """A layer with a copy of the state of another one."""
+        buffers = cls(layer.rollback_window)
+        buffers.__dict__.update(layer.__dict__)
+        buffers.slices = {index: _copies(state) for index, state in layer.slices.items()}
+        return buffers
+
+    def for_call(self) -> StackformerCacheLayer:
+        """See the base class."""
+        if torch.is_grad_enabled() or self.recording is not None:
+            functional = StackformerCacheLayer(self.rollback_window)
+            functional.__dict__.update(self.__dict__)
+            return functional
+        are_read_only = any(state[0].is_inference() for state in self.slices.values())
+        return type(self).of(self) if are_read_only and not torch.is_inference_mode_enabled() else self
+
+    def begin_call(self, length: int) -> Callable[[], None]:
+        """See the base class. A longer call gets buffers of its own, so that it can be undone. After a call of
+        one token that wrote to the buffers and failed, the layer refuses to be read."""
+        self.is_overwritten = False
+        restore = super().begin_call(length)
+        is_undoable = length > 1 and not self.is_compileable
+        if is_undoable:
+            self.slices = {index: _copies(state) for index, state in self.slices.items()}
+
+        def undo() -> None:
+            restore()
+            self._is_broken = self.is_overwritten and not is_undoable
+
+        return undo
+
+    def open(self, index: int, layer: Module, hidden: Tensor, pointer: Tensor, layout: TokenLayout) -> Slot:
+        """See the base class."""
+        return BufferSlot(self, index, layout)
+
+    def write(self, index: int, state: State, layout: TokenLayout) -> None:
+        """Copy the new state of the rows of `layout` into the buffers of slice `index`. Those of a state that
+        grows are replaced."""
+        old = self.slices.get(index)
+        if old is None:
+            self.slices[index], self.is_initialized = _copies(put_rows(None, state, layout)), True
+        elif any(x.shape[1:] != y.shape[1:] for x, y in zip(old, state, strict=True)):
+            self.slices[index] = put_rows(old, state, layout)
+        else:
+            self.is_overwritten = True
+            _overwrite(old, state, layout)
+
+    def mapped(self, function: Callable[[Tensor], Tensor]) -> StackformerCacheLayer:
+        """See the base class. The copy has buffers of its own."""
+        return super().mapped(lambda tensor: _apart(function(tensor), tensor))
+
+
+class StackformerStaticCacheLayer(StackformerBufferLayer):
+    """Buffers for compiled decoding and CUDA graphs: addresses and shapes never change.
 
     For inference: no gradient flows through it, and it records no past.
     """
@@ -377,9 +366,9 @@ class StackformerStaticCacheLayer(StackformerCacheLayer):
         self._num_slices = 1  # known when the cache meets its model
         self._seen: Tensor | None = None  # a tensor, since a counter in Python would recompile every step
 
-    def _may_write_in_place(self, index: int) -> bool:
-        """Only the layer itself does, by `write`."""
-        return False
+    def for_call(self) -> StackformerCacheLayer:
+        """See the base class: always this layer."""
+        return self
 
     def check(self, spec: StateSpec, num_slices: int, batch_size: int) -> str | None:
         """As for a layer that is not static; a state that grows does not fit, either."""
@@ -391,28 +380,28 @@ class StackformerStaticCacheLayer(StackformerCacheLayer):
             )
         return super().check(spec, num_slices, batch_size)
 
+    def open(self, index: int, layer: Module, hidden: Tensor, pointer: Tensor, layout: TokenLayout) -> Slot:
+        """See the base class. The layer itself writes, by `write`: with gradients on, too."""
+        return Slot(self, index, layout)
+
     def write(self, index: int, state: State, layout: TokenLayout) -> None:
         """Copy the new state of slice `index` into its buffers; the first call allocates all slices."""
-        self._overwritten = True
-        if not self._slices:
+        self.is_overwritten = True
+        if not self.slices:
             for number in range(self._num_slices):
                 shapes = [(layout.batch_size, *tensor.shape[1:]) for tensor in state]
                 buffers = tuple(x.new_zeros(shape) for x, shape in zip(state, shapes, strict=True))
                 if not torch.compiler.is_compiling():
                     for buffer in buffers:
                         torch._dynamo.mark_static_address(buffer)
-                self._slices[number] = buffers
+                self.slices[number] = buffers
             self.is_initialized = True
-        for buffer, tensor in zip(self._slices[index], state, strict=True):
-            if layout.rows is None:
-                buffer.copy_(tensor.detach())
-            else:
-                buffer.index_copy_(0, layout.rows, tensor.detach())
+        _overwrite(self.slices[index], tuple(tensor.detach() for tensor in state), layout)
 
     def advance(self, tokens: int) -> None:
         """Count `tokens` more positions as seen."""
         if self._seen is None:
-            self._seen = torch.zeros((), dtype=torch.long, device=self._slices[0][0].device)
+            self._seen = torch.zeros((), dtype=torch.long, device=self.slices[0][0].device)
             if not torch.compiler.is_compiling():
                 torch._dynamo.mark_static_address(self._seen)
         self._seen.add_(tokens)
@@ -431,70 +420,49 @@ class StackformerStaticCacheLayer(StackformerCacheLayer):
         super().load(slices, 0, device)
         self._seen = torch.tensor(seen_tokens, device=device)
 
-    def begin_call(self) -> Callable[[], None]:
-        """See the base class. There is no going back from what was written to buffers."""
-        self._overwritten = False
-
-        def undo() -> None:
-            self._fits, self._is_broken = None, self._overwritten
-
-        return undo
-
     def map_(self, function: Callable[[Tensor], Tensor]) -> None:
-        """Write what `function` makes of the state into the buffers, or replace those whose shape changes."""
-        for index, state in self._slices.items():
+        """Write what `function` returns for the state into the buffers; replace those whose shape changes."""
+        for index, state in self.slices.items():
             results = tuple(map(function, state))
             if all(new.shape == old.shape for new, old in zip(results, state, strict=True)):
                 for buffer, tensor in zip(state, results, strict=True):
                     buffer.copy_(tensor)
             else:
-                self._slices[index] = results
+                self.slices[index] = results
 
-    def mapped(self, function: Callable[[Tensor], Tensor]) -> "StackformerCacheLayer":
+    def mapped(self, function: Callable[[Tensor], Tensor]) -> StackformerCacheLayer:
         """A copy of the layer with buffers of its own."""
         layer = super().mapped(function)
-        layer._seen = None if self._seen is None else self._seen.clone()
+        layer._seen = None if self._seen is None else self._seen.clone()  # type: ignore[attr-defined]
         return layer
 
     def reset(self) -> None:
         """Forget everything, and keep the buffers."""
         self._is_broken, self.mark = False, None
-        for state in self._slices.values():
+        for state in self.slices.values():
             for buffer in state:
                 buffer.zero_()
         if self._seen is not None:
             self._seen.zero_()
 
 
-def take_rows(state: State | None, rows: Tensor | None) -> State | None:
-    """The batch rows `rows` [B'] of a state, all if `None`."""
-    if state is None or rows is None:
-        return state
-    return tuple(tensor.index_select(0, rows) for tensor in state)
+def _overwrite(buffers: State, state: State, layout: TokenLayout) -> None:
+    """Copy a state of the rows of `layout` into buffers of all rows."""
+    for buffer, tensor in zip(buffers, state, strict=True):
+        if layout.rows is None:
+            buffer.copy_(tensor)
+        else:
+            buffer.index_copy_(0, layout.rows, tensor)
 
 
-def put_rows(old: State | None, new: State, layout: TokenLayout) -> State:
-    """`old`, zeros if `None`, with the rows of `layout` replaced by `new`.
-
-    A state may grow along dimension 1: then what is new comes last, and shorter rows get zeros in front.
-    """
-    if layout.rows is None:
-        return new
-    if old is None:
-        old = tuple(tensor.new_zeros(layout.batch_size, *tensor.shape[1:]) for tensor in new)
-    pairs = (_as_long(past, tensor) for past, tensor in zip(old, new, strict=True))
-    return tuple(past.index_copy(0, layout.rows, tensor) for past, tensor in pairs)
+def _copies(state: State) -> State:
+    return tuple(torch.clone(tensor, memory_format=torch.contiguous_format) for tensor in state)
 
 
-def _as_long(*tensors: Tensor) -> list[Tensor]:
-    """The tensors [B, length, ...] with zeros in front of the shorter ones."""
-    if tensors[0].dim() == 1 or len({tensor.shape[1] for tensor in tensors}) == 1:
-        return list(tensors)
-    length = max(tensor.shape[1] for tensor in tensors)
-    return [
-        torch.nn.functional.pad(tensor, (0, 0) * (tensor.dim() - 2) + (length - tensor.shape[1], 0))
-        for tensor in tensors
-    ]
+def _apart(tensor: Tensor, original: Tensor) -> Tensor:
+    """`tensor`, in memory of its own."""
+    same = tensor.untyped_storage().data_ptr() == original.untyped_storage().data_ptr()
+    return tensor.clone() if same else tensor
 
 
 def _upload(
@@ -707,10 +675,6 @@ def check_cache(cache: Any, model: PreTrainedModel, batch_size: int) -> None:
     """
     check_kind(cache, model)
     for number, (layer, core_layer) in enumerate(zip(cache.layers, model.layers, strict=True)):
-        # A compiled graph checks when it is made, and must not change what it would then depend on.
-        compiling = torch.compiler.is_compiling()
-        if not compiling and layer._fits == (model.number, batch_size):
-            continue
         if layer.mark is not None and layer.mark.number != model.number:
             _check_owner(layer.mark, model)
         problem = layer.check(core_layer.state_spec, model.config.num_slices, batch_size)
@@ -718,8 +682,20 @@ def check_cache(cache: Any, model: PreTrainedModel, batch_size: int) -> None:
             raise ValueError(f"`cache` does not fit the model and its input: layer {number} has {problem}")
         if layer.mark is None or layer.mark.number != model.number:
             layer.mark = model.mark()
-        if not compiling:
-            layer._fits = model.number, batch_size
+
+
+@contextmanager
+def call_of_model(cache: Cache, length: int) -> Iterator[None]:
+    """Surrounds a call of a model on `length` tokens, which gets the kind of layers that it needs. If it
+    fails, or is interrupted, the cache is left as it was, or marked as unusable."""
+    cache.layers = [layer.for_call() for layer in cache.layers]
+    undo = [layer.begin_call(length) for layer in cache.layers]
+    try:
+        yield
+    except BaseException:
+        for function in undo:
+            function()
+        raise
 
 
 def check_kind(cache: Any, model: PreTrainedModel) -> None:
@@ -742,4 +718,14 @@ def _check_owner(mark: Mark, model: PreTrainedModel) -> None:
         raise ValueError(f"`cache` is the memory of another model: {difference}")
 
 
-__all__ = ["StackformerCache", "StackformerCacheLayer", "StackformerStaticCache"]
+__all__ = [
+    "Slot",
+    "StackformerBufferLayer",
+    "StackformerCache",
+    "StackformerCacheLayer",
+    "StackformerStaticCache",
+    "StackformerStaticCacheLayer",
+    "call_of_model",
+    "check_cache",
+    "check_kind",
+]

@@ -31,7 +31,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Any, cast
 
 import torch
 from accelerate.utils import extract_model_from_parallel
@@ -40,8 +40,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers.utils import logging
 
-from .cache_stackformer import StackformerCache, StackformerCacheLayer, State, put_rows, take_rows
-from .model_inputs import check_num_items, label_each_token
+from .cache_stackformer import Slot, StackformerCache, StackformerCacheLayer
+from .labels import check_num_items, label_each_token
+from .mixer import Mixer
+from .state import Start, State, put_rows, take_rows
 from .token_layout import TokenLayout
 
 logger = logging.get_logger(__name__)
@@ -51,20 +53,6 @@ METHODS = ("reverse", "stored", "truncated")
 # What a piece keeps of one slice of a layer's state: which memories are anchored [B, H, R], their tensors
 # before the piece, and the tensors that are not reversible. Or `None`, all tensors, and none.
 Kept = tuple[Tensor | None, State, State]
-
-
-@runtime_checkable
-class ReversibleMixer(Protocol):
-    """What a mixer has if it can be run backwards; mixer.py has the contract."""
-
-    num_reversible: int
-    reverses_exactly: bool
-
-    def inputs(self, hidden: Tensor, pointer: Tensor, layout: TokenLayout, kept: State) -> Any: ...
-
-    def total_decay(self, inputs: Any) -> Tensor: ...
-
-    def reverse(self, inputs: Any, state: State) -> State: ...
 
 
 class DriftError(RuntimeError):
@@ -335,31 +323,34 @@ class _RecordingLayer(StackformerCacheLayer):
         # memories. The piece that begins with the anchor need not be undone, so it does not count.
         self._undone: dict[int, tuple[Tensor | float, Tensor | float]] = {}
 
-    def read(self, index: int, layout: TokenLayout) -> Any:
-        """The state of slice `index`, and the mixer's inputs, as soon as it is known what is read there. With
-        feedback, later reads find what was written since."""
-        if index in self._begun:
-            return take_rows(self.slices.get(index), layout.rows)
+    def for_call(self) -> StackformerCacheLayer:
+        """See the base class: always this layer."""
+        return self
 
-        def start(mixer: Any, hidden: Tensor, pointer: Tensor, layout: TokenLayout) -> tuple[Any, ...]:
-            self._begun.add(index)
-            self._count_step(layout, hidden.device)
-            state = self.slices.get(index)
-            if state is None:
-                return (None,)
-            rows = cast(State, take_rows(state, layout.rows))
-            if self._reverse and isinstance(mixer, ReversibleMixer):
-                inputs = mixer.inputs(hidden, pointer, layout, rows[mixer.num_reversible :])
-                self._kept[index] = self._keep(index, state, mixer, mixer.total_decay(inputs), layout)
-                return rows, inputs
-            if self._reverse:
-                logger.warning_once(
-                    f"{type(mixer).__name__} cannot be run backwards: its state is stored for every piece"
-                )
-            self._kept[index] = None, state, ()
-            return (rows,)
+    def open(
+        self, index: int, layer: nn.Module, hidden: Tensor, pointer: Tensor, layout: TokenLayout
+    ) -> Slot:
+        """The slot of slice `index`. With feedback, it is opened again, and finds what was written since."""
+        return Slot(self, index, layout) if index in self._begun else _RecordingSlot(self, index, layout)
 
-        return start
+    def start(self, index: int, mixer: Mixer, hidden: Tensor, pointer: Tensor, layout: TokenLayout) -> Start:
+        """Note what the backward pass needs of the state of slice `index`, which a mixer goes on from."""
+        self._begun.add(index)
+        self._count_step(layout, hidden.device)
+        state = self.slices.get(index)
+        if state is None:
+            return Start()
+        rows = cast(State, take_rows(state, layout.rows))
+        if self._reverse and mixer.num_reversible > 0:
+            inputs = mixer.project(hidden, pointer, layout, _stored(mixer, rows[mixer.num_reversible :]))
+            self._kept[index] = self._keep(index, state, mixer, mixer.total_decay(inputs), layout)
+            return Start(rows, inputs)
+        if self._reverse:
+            logger.warning_once(
+                f"{type(mixer).__name__} cannot be run backwards: its state is stored for every chunk"
+            )
+        self._kept[index] = None, state, ()
+        return Start(rows)
 
     def write(self, index: int, state: State, layout: TokenLayout) -> None:
         """Replace the state of slice `index` for the rows of `layout`."""
@@ -373,9 +364,7 @@ class _RecordingLayer(StackformerCacheLayer):
         self._depths, self._kept, self._begun = None, {}, set()
         return taken
 
-    def _keep(
-        self, index: int, state: State, mixer: ReversibleMixer, decay: Tensor, layout: TokenLayout
-    ) -> Kept:
+    def _keep(self, index: int, state: State, mixer: Mixer, decay: Tensor, layout: TokenLayout) -> Kept:
         """What to keep of a state whose memories will decay by `decay` [B', ...] in the piece."""
         (decay,) = put_rows(None, (decay,), layout)
         memories, rest = state[: mixer.num_reversible], state[mixer.num_reversible :]
@@ -404,6 +393,13 @@ class _RecordingLayer(StackformerCacheLayer):
             self._depths.view(-1)[layout.positions] += 1
 
 
+class _RecordingSlot(Slot):
+    """A slot of a [`_RecordingLayer`], which is asked for the state when the mixer's tokens are known."""
+
+    def start(self, mixer: Mixer, hidden: Tensor, pointer: Tensor, layout: TokenLayout) -> Start:
+        return cast(_RecordingLayer, self._layer).start(self._index, mixer, hidden, pointer, layout)
+
+
 class _RewindingLayer(StackformerCacheLayer):
     """A layer of the backward pass: it holds the state, and its gradient, at the end of the piece at hand."""
 
@@ -422,24 +418,32 @@ class _RewindingLayer(StackformerCacheLayer):
         self._kept = {index: (*start, _leaves(rest)) for index, (*start, rest) in kept.items()}
         self._starts, self._recomputed = {}, {}
 
-    def read(self, index: int, layout: TokenLayout) -> Any:
-        """The state of slice `index` at the piece's start, and the mixer's inputs, as soon as it is known
-        what is read there. With feedback, later reads find what was written since."""
-        if index in self._recomputed:
-            return take_rows(self._recomputed[index], layout.rows)
+    def for_call(self) -> StackformerCacheLayer:
+        """See the base class: always this layer."""
+        return self
 
-        def start(mixer: Any, hidden: Tensor, pointer: Tensor, layout: TokenLayout) -> tuple[Any, ...]:
-            if index not in self._kept:
-                return (None,)
-            anchored, _, rest = self._kept[index]
-            known: tuple[Any, ...] = ()
-            if anchored is not None and not anchored.all():
-                known = (mixer.inputs(hidden, pointer, layout, take_rows(rest, layout.rows)),)
-            if index not in self._starts:  # it is there when a layer is checkpointed
-                self._starts[index] = self._rebuild(index, mixer, *known, layout=layout)
-            return take_rows(self._starts[index], layout.rows), *known
+    def open(
+        self, index: int, layer: nn.Module, hidden: Tensor, pointer: Tensor, layout: TokenLayout
+    ) -> Slot:
+        """The slot of slice `index`. With feedback, it is opened again, and finds what was written since."""
+        return _RewindingSlot(self, index, layout)
 
-        return start
+    def start(self, index: int, mixer: Mixer, hidden: Tensor, pointer: Tensor, layout: TokenLayout) -> Start:
+        """Find the state of slice `index` at the chunk's start."""
+        if index not in self._kept:
+            return Start()
+        anchored, _, rest = self._kept[index]
+        inputs = None
+        if anchored is not None and not anchored.all():
+            stored = _stored(mixer, cast(State, take_rows(rest, layout.rows)))
+            inputs = mixer.project(hidden, pointer, layout, stored)
+        if index not in self._starts:  # it is there when a layer is checkpointed
+            self._starts[index] = self._rebuild(index, mixer, inputs, layout)
+        return Start(take_rows(self._starts[index], layout.rows), inputs)
+
+    def written(self, index: int) -> State | None:
+        """The end state of slice `index`, as far as it is written in this chunk."""
+        return self._recomputed.get(index)
 
     def write(self, index: int, state: State, layout: TokenLayout) -> None:
         """Take the end state of slice `index` for the rows of `layout`, with its graph."""
@@ -467,15 +471,16 @@ class _RewindingLayer(StackformerCacheLayer):
         return errors
 
     @torch.no_grad()
-    def _rebuild(self, index: int, mixer: Any, *inputs: Any, layout: TokenLayout) -> State:
+    def _rebuild(self, index: int, mixer: Mixer, inputs: Any, layout: TokenLayout) -> State:
         """The state of slice `index` at the piece's start, from the mixer's inputs unless all was kept."""
         anchored, kept, rest = self._kept[index]
         if anchored is None:
             return _leaves(kept)
         start = self._ends[index][: len(kept)]
         self._reversible[index] = len(kept), anchored.dim()
-        if inputs:
-            start = put_rows(start, mixer.reverse(*inputs, take_rows(start, layout.rows)), layout)
+        if inputs is not None:
+            end = cast(State, take_rows(start, layout.rows))
+            start = put_rows(start, mixer.reverse(inputs, end), layout)
         return _leaves(x.index_put((anchored,), y) for x, y in zip(start, kept, strict=True)) + rest
 
     @torch.no_grad()
@@ -494,6 +499,25 @@ class _RewindingLayer(StackformerCacheLayer):
             known = size > 0 if anchored is None else anchored & (size > 0)
             errors.append(error[known.expand_as(error)])
         return [error.max() for error in errors if error.numel()]
+
+
+class _RewindingSlot(Slot):
+    """A slot of a [`_RewindingLayer`], which is asked for the state when the mixer's tokens are known."""
+
+    def __init__(self, layer: _RewindingLayer, index: int, layout: TokenLayout):
+        super().__init__(layer, index, layout)
+        self._state = take_rows(layer.written(index), layout.rows)
+
+    def start(self, mixer: Mixer, hidden: Tensor, pointer: Tensor, layout: TokenLayout) -> Start:
+        if self._state is not None:
+            return Start(self._state)
+        return cast(_RewindingLayer, self._layer).start(self._index, mixer, hidden, pointer, layout)
+
+
+def _stored(mixer: Mixer, rest: State) -> Any:
+    """The mixer's state, of which only the tensors that are not reversible are known."""
+    count = len(mixer.state_spec()) - mixer.num_reversible  # the feed-forward's past may come after these
+    return mixer.state_type(*[None] * mixer.num_reversible, *rest[:count])
 
 
 def _leaves(tensors: Iterable[Tensor]) -> State:
@@ -615,7 +639,6 @@ __all__ = [
     "METHODS",
     "DriftError",
     "LongContextOutput",
-    "ReversibleMixer",
     "long_context_backward",
     "long_context_loss",
 ]

@@ -3,7 +3,7 @@
 
 Vaswani et al. 2017, "Attention Is All You Need", equation 1, with rotary positions (Su et al. 2021,
 "RoFormer", equation 34), through transformers' attention interface: `attn_implementation` picks the kernel.
-The mixer follows the contract described in `mixer`. A stack pointer means nothing to
+A stack pointer means nothing to
 keys and values, so it is ignored: what a token writes is there in full as long as the token is active.
 
 The keys and values of a row lie side by side without gaps, those of the past in front, right-aligned, and
@@ -13,6 +13,7 @@ row, and padding moves nothing.
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -33,9 +34,27 @@ from .state import StateSpec, TensorSpec
 from .token_layout import TokenLayout
 
 
+class AttentionState(NamedTuple):
+    """The state of [`Attention`]. T is the longest past, or always `sliding_window` - 1."""
+
+    key: Tensor  # [B', T, H, K], rotated, the newest last, zeros in front of rows that have fewer
+    value: Tensor  # [B', T, H, K]
+    seen: Tensor  # [B'], the number of tokens seen, int64
+
+
+class AttentionInputs(NamedTuple):
+    """Queries, keys and values of the tokens of a call."""
+
+    query: Tensor  # [B', T', H, K], rotated
+    key: Tensor  # [B', T', H, K], rotated
+    value: Tensor  # [B', T', H, K]
+    seen: Tensor  # [B'], the number of tokens seen before
+
+
 class Attention(Mixer):
     """Causal multi-head softmax attention, to all earlier tokens or to those in a sliding window."""
 
+    state_type = AttentionState
     is_causal = True
     num_key_value_groups = 1  # as many heads of keys and values as of queries
 
@@ -57,39 +76,36 @@ class Attention(Mixer):
         slots = (None if window is None else window - 1, self.num_heads, self.head_dim)
         return TensorSpec("key", slots), TensorSpec("value", slots), TensorSpec("seen", (), integer=True)
 
-    def forward(
-        self, hidden: Tensor, pointer: Tensor, layout: TokenLayout, state: tuple[Tensor, ...] | None
-    ) -> tuple[Tensor, tuple[Tensor, ...], None]:
-        """Mix the active tokens along time.
-
-        Args:
-            hidden: [n, d], normalised; pointer: [n, S], not used; layout: of the n tokens.
-            state: rotated keys and values [B', T, H, K] of the past, the newest last, zeros in front of rows
-                that have fewer, and the number of tokens seen [B']; `None` for the beginning. T is the
-                longest past, or always `sliding_window` - 1.
-
-        Returns:
-            The mixed tokens [n, d], the new state, and no bank weights.
-        """
+    def project(
+        self, hidden: Tensor, pointer: Tensor, layout: TokenLayout, state: AttentionState | None
+    ) -> AttentionInputs:
+        """Queries, keys and values of the tokens; the pointer is not used."""
         rows = layout.to_rows(self.qkv_proj(hidden)).unflatten(-1, (3, self.num_heads, self.head_dim))
-        query, key, value = rows.unbind(2)
-        seen = rows.new_zeros(len(rows), dtype=torch.long) if state is None else state[2]
+        query, key, value = rows.unbind(2)  # [B', T', H, K] each
+        seen = rows.new_zeros(len(rows), dtype=torch.long) if state is None else state.seen
         positions = seen.unsqueeze(1) + torch.arange(rows.shape[1], device=rows.device)
         cos, sin = rotary_embedding(positions, self.head_dim, self.config.rope_parameters["rope_theta"])
         query, key = apply_rotary_pos_emb(query, key, cos.to(key.dtype), sin.to(key.dtype), unsqueeze_dim=2)
+        return AttentionInputs(query, key, value, seen)
+
+    def mix(
+        self, hidden: Tensor, inputs: AttentionInputs, layout: TokenLayout, state: AttentionState | None
+    ) -> tuple[Tensor, AttentionState, None]:
+        """Attend to the past and to these tokens."""
+        query, key, value, seen = inputs
         if state is not None:
-            key = torch.cat([state[0].to(key.dtype), key], dim=1)
-            value = torch.cat([state[1].to(value.dtype), value], dim=1)
+            key = torch.cat([state.key.to(key.dtype), key], dim=1)
+            value = torch.cat([state.value.to(value.dtype), value], dim=1)
         mixed = self._attend(query, key, value, seen)
 
-        seen = seen + (rows.shape[1] if layout.row_lengths is None else layout.row_lengths)
+        seen = seen + (query.shape[1] if layout.row_lengths is None else layout.row_lengths)
         if self.config.sliding_window is not None:
             kept = self.config.sliding_window - 1
         elif state is None or layout.positions is None:
             kept = key.shape[1]
         else:
             kept = int(seen.max())
-        state = (_last_of_rows(key, kept, layout), _last_of_rows(value, kept, layout), seen)
+        state = AttentionState(_last_of_rows(key, kept, layout), _last_of_rows(value, kept, layout), seen)
         return self.o_proj(layout.to_tokens(mixed).flatten(1)), state, None
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, seen: Tensor) -> Tensor:
@@ -196,4 +212,4 @@ def _last_of_rows(slots: Tensor, count: int, layout: TokenLayout) -> Tensor:
     return layout.last_of_rows(slots, count)
 
 
-__all__ = ["Attention", "attend_to_numbers"]
+__all__ = ["Attention", "AttentionState", "attend_to_numbers", "rotary_embedding", "rotary_head_size"]

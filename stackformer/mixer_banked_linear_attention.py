@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from .configuration_stackformer import StackformerConfig
 from .dtypes import at_least_float32
-from .layers_stackformer import ResidualProjection, RMSNorm, ShortConvolution, convolve, past_spec, swish_gate
+from .fused_ops import swish_gate
+from .layers_stackformer import ResidualProjection, RMSNorm, ShortConvolution, convolve, past_spec
 from .memory_bank import (
     FEATURE_MAPS,
     banked_linear_attention,
@@ -17,25 +18,34 @@ from .memory_bank import (
     reverse_banked_linear_attention,
 )
 from .memory_bank_cpu import is_available, is_plain, mix_once
-from .mixer import Mixer
-from .processing_stack import address_memories
-from .state import StateOfAllRows, StateSpec, TensorSpec
+from .mixer import Mixed, Mixer
+from .state import State, StateSpec, TensorSpec
 from .token_layout import TokenLayout
 
 
-class BankInputs(NamedTuple):
-    """What tokens feed the recurrence with, as rows: the arguments of `banked_linear_attention`."""
+class BankState(NamedTuple):
+    """The state of [`BankedLinearAttention`], float32 at least."""
 
-    operands: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]  # from query to log decay
-    bank_weights: tuple[Tensor, Tensor, Tensor]  # read, write, log decay by the write, each [n, H, N]
-    past: Tensor  # of the convolution, for what comes next
+    memory: Tensor  # [B', H, R, K, V]
+    normalizer: Tensor  # [B', H, R, K]
+    past: Tensor  # [B', kernel - 1, 3 d], the last inputs of the convolution
+
+
+class BankInputs(NamedTuple):
+    """The inputs of the recurrence."""
+
+    # From query to log decay, [B', T', H, ...] each: the first arguments of `banked_linear_attention`.
+    operands: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+    bank_weights: tuple[Tensor, Tensor, Tensor]  # read, write, log decay times write, [n, H, N] each
+    past: Tensor  # of the convolution, after these tokens
 
 
 class BankedLinearAttention(Mixer):
     """Linear attention to S*N memories per head, picked from by stack pointer and softmax over banks."""
 
-    num_reversible = 2  # memory and normalizer; the past of the convolution is kept
-    reverses_exactly = False
+    state_type = BankState
+    num_reversible = 2  # memory and normalizer; the past of the convolution is stored
+    is_splittable = True
 
     def __init__(self, config: StackformerConfig):
         super().__init__()
@@ -74,53 +84,73 @@ class BankedLinearAttention(Mixer):
         hidden: Tensor,
         pointer: Tensor,
         layout: TokenLayout,
-        state: tuple[Tensor, ...] | None,
+        state: BankState | None = None,
         inputs: BankInputs | None = None,
-    ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, Tensor, Tensor]]:
-        """Mix the active tokens along time.
+        in_place: bool = False,
+    ) -> Mixed:
+        """See [`Mixer.forward`]. One token of each row takes a short way, where it can."""
+        if not in_place and state is not None and inputs is None and self._can_mix_once(hidden, layout):
+            return self._mix_once(hidden, pointer, None, state)
+        return super().forward(hidden, pointer, layout, state, inputs, in_place)
 
-        Args:
-            hidden: [n, d], normalised; pointer: [n, S]; layout: of the n tokens.
-            state: memory [B', H, R, K, V] and normalizer [B', H, R, K], float32, and the last inputs of the
-                convolution [B', kernel - 1, 3 d]; `None` for the beginning of the sequences.
-            inputs: those of the tokens, if they are known already.
+    def project(
+        self, hidden: Tensor, pointer: Tensor, layout: TokenLayout, state: BankState | None
+    ) -> BankInputs:
+        """The inputs of the recurrence for some tokens; of `state`, only `past` is read."""
+        weights = self._gates(hidden)
+        addressed = (address_memories(pointer, weight) for weight in weights)
+        rows, read, write, log_decay = layout.to_rows(self.qkv_proj(hidden), *addressed)
+        rows, past = convolve(
+            self.conv, self.kernel_size, rows, None if state is None else state.past, layout
+        )
+        # [B', T', 3 d] -> [B', T', H, K] three times
+        query, key, value = rows.unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(2)
+        query, key = self.feature_map(query), self.feature_map(key)
+        if torch.is_grad_enabled():  # a view would keep all three until the backward pass
+            value = value.contiguous()
+        return BankInputs((query, key, value, read, write, log_decay), weights, past)
 
-        Returns:
-            The mixed tokens [n, d], the new state, and what each bank is read by, written by and decayed by
-            (read, write, log decay), each [n, H, N].
-        """
-        in_place = isinstance(state, StateOfAllRows)
-        if state is not None and inputs is None and (in_place or self._can_mix_once(hidden, layout)):
-            weights = self._gates(hidden)
-            projected, gate = self.qkv_proj(hidden), self.gate_proj(hidden)
-            mixed, state = mix_once(
-                projected,
-                self.conv.weight,
-                pointer,
-                weights,
-                self.norm.weight,
-                gate,
-                state,
-                cast(float, self.norm.eps),
-                rows=layout.rows if in_place else None,
-                in_place=in_place,
-            )
-            return self.o_proj(mixed), state, weights
-        if inputs is None:
-            inputs = self.inputs(hidden, pointer, layout, () if state is None else state[2:])
+    def mix(
+        self, hidden: Tensor, inputs: BankInputs, layout: TokenLayout, state: BankState | None
+    ) -> tuple[Tensor, BankState, tuple[Tensor, Tensor, Tensor]]:
+        """Write the tokens to the memories and read these, token by token."""
         mixed, (memory, normalizer) = banked_linear_attention(
             *inputs.operands,
-            initial_state=None if state is None else (state[0], state[1]),
+            initial_state=None if state is None else (state.memory, state.normalizer),
             chunk_size=self.chunk_size,
             max_decay=self.max_decay_rate,
         )
-        mixed = self.norm(layout.to_tokens(mixed)).flatten(1)
+        mixed = self.norm(layout.to_tokens(mixed)).flatten(1)  # [n, H, V] -> [n, d]
         output = self.o_proj(swish_gate(self.gate_proj(hidden), mixed))
-        return output, (memory, normalizer, inputs.past), inputs.bank_weights
+        return output, BankState(memory, normalizer, inputs.past), inputs.bank_weights
+
+    def mix_in_place(self, hidden: Tensor, pointer: Tensor, layout: TokenLayout, state: BankState) -> Mixed:
+        """Read one token of each row of `layout`, and write the new state into `state` [B, ...]."""
+        return self._mix_once(hidden, pointer, layout, state)
+
+    def _mix_once(
+        self, hidden: Tensor, pointer: Tensor, layout: TokenLayout | None, state: BankState
+    ) -> Mixed:
+        """One token of each row in one call of the C++ library; in place, if there is a `layout`."""
+        weights = self._gates(hidden)
+        projected, gate = self.qkv_proj(hidden), self.gate_proj(hidden)
+        mixed, new = mix_once(
+            projected,
+            self.conv.weight,
+            pointer,
+            weights,
+            self.norm.weight,
+            gate,
+            state,
+            cast(float, self.norm.eps),
+            rows=None if layout is None else layout.rows,
+            in_place=layout is not None,
+        )
+        return self.o_proj(mixed), BankState(*new) if layout is None else state, weights
 
     def _can_mix_once(self, hidden: Tensor, layout: TokenLayout) -> bool:
-        """Whether these tokens may take the short way of decoding: one of each row, on a CPU, without
-        gradients, and through modules that are as they were built."""
+        """Whether `_mix_once` computes these tokens as `project` and `mix` do: one of each row, on a CPU,
+        without gradients, by modules that no adapter or hook has changed."""
         if layout.row_length != 1 or layout.thinking is not None or hidden.device.type != "cpu":
             return False
         if not is_plain(hidden):
@@ -131,66 +161,40 @@ class BankedLinearAttention(Mixer):
             return False
         return _is_untouched(self.conv, ShortConvolution) and _is_untouched(self.norm, RMSNorm)
 
-    def writes_in_place(self, hidden: Tensor, layout: TokenLayout, state: tuple[Tensor, ...]) -> bool:
-        """Whether to hand over a `StateOfAllRows` of `state` [B, ...]: if it is this mixer's, no more."""
+    def writes_in_place(self, hidden: Tensor, layout: TokenLayout, state: State) -> bool:
+        """See [`Mixer.writes_in_place`]."""
         if len(state) != 3 or len(state[0]) != layout.batch_size or not self._can_mix_once(hidden, layout):
             return False
         dtype = at_least_float32(hidden)
         return all(tensor.is_contiguous() and tensor.dtype == dtype for tensor in state)
 
-    def inputs(
-        self, hidden: Tensor, pointer: Tensor, layout: TokenLayout, kept: tuple[Tensor, ...]
-    ) -> BankInputs:
-        """What the tokens feed the recurrence with.
-
-        Args:
-            hidden, pointer, layout: as in `forward`.
-            kept: the last inputs of the convolution before the tokens; nothing for the beginning.
-        """
-        past = kept[0] if kept else None
-        rows = layout.to_rows(self.qkv_proj(hidden))
-        rows, past = convolve(self.conv, self.kernel_size, rows, past, layout)
-        query, key, value = rows.unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(2)
-        query, key = self.feature_map(query), self.feature_map(key)
-        if torch.is_grad_enabled():  # a view would keep all three until the backward pass
-            value = value.contiguous()
-        weights = self._gates(hidden)
-        read, write, log_decay = (layout.to_rows(address_memories(pointer, weight)) for weight in weights)
-        return BankInputs((query, key, value, read, write, log_decay), weights, past)
-
     def total_decay(self, inputs: BankInputs) -> Tensor:
-        """Nats by which each memory decays over the tokens [B', H, R]."""
+        """See [`Mixer.total_decay`]: [B', H, R]."""
         return -inputs.operands[-1].sum(1)
 
-    def reverse(self, inputs: BankInputs, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def reverse(self, inputs: BankInputs, state: State) -> State:
         """Memory and normalizer before the tokens, from those after them."""
         _, key, value, _, write, log_decay = inputs.operands
         return reverse_banked_linear_attention(key, value, write, log_decay, (state[0], state[1]))
 
-    def state_before(
+    def carry(
         self, hidden: Tensor, pointer: Tensor, layout: TokenLayout, gather: Callable[..., list[Tensor]]
-    ) -> tuple[tuple[Tensor, Tensor, Tensor], BankInputs]:
-        """The state [B, ...] before the tokens, where those before them are with other processes, and what
-        they feed the recurrence with.
-
-        Args:
-            hidden, pointer, layout: as in `forward`.
-            gather: tensors [B', ...] to what each process before this one gave [N, B, ...], else zeros.
-        """
+    ) -> tuple[BankState, BankInputs]:
+        """See [`Mixer.carry`]."""
         history = self.kernel_size - 1
         rows = nn.functional.pad(layout.to_rows(hidden), (0, 0, history, 0))
         latest = self.qkv_proj(layout.last_of_rows(rows, history)).to(at_least_float32(hidden))
         counts = latest.new_full((len(rows),), layout.row_length)
         if layout.row_lengths is not None:
             counts = layout.row_lengths.to(latest.dtype)
-        past = _last_of_spans(*gather(latest, counts))
+        past = _last_of_parts(*gather(latest, counts))
         past_here = past if layout.rows is None else past.index_select(0, layout.rows)
-        inputs = self.inputs(hidden, pointer, layout, (past_here,))
+        inputs = self.project(hidden, pointer, layout, BankState(None, None, past_here))  # type: ignore[arg-type]
         _, (memory, normalizer) = banked_linear_attention(
             *inputs.operands, chunk_size=self.chunk_size, max_decay=self.max_decay_rate
         )
         memory, normalizer = combine_spans(*gather(-self.total_decay(inputs), memory, normalizer))
-        return (memory, normalizer, past), inputs
+        return BankState(memory, normalizer, past), inputs
 
     def _gates(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Read weights, write weights and log decay by the write, each [n, H, N], float32 at least."""
@@ -207,6 +211,21 @@ class BankedLinearAttention(Mixer):
         return logits(self.read_proj).softmax(-1), write, write * log_decay
 
 
+def address_memories(pointer: Tensor, bank_weights: Tensor) -> Tensor:
+    """Weights of each head's S*N memories: the pointer picks a row of banks, the bank weights a bank in it.
+
+    Because writes carry the mass that is still in the stack, what ends up in memory is the accumulation of
+    the memories after each step, weighted by the mass dropped at that step (exactly so without decay).
+
+    Args:
+        pointer: [n, S]; bank_weights: [n, H, N].
+
+    Returns:
+        [n, H, S*N], level by level.
+    """
+    return (pointer[:, None, :, None] * bank_weights.unsqueeze(-2)).flatten(-2)
+
+
 def _is_untouched(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether calling a module does what its class says and nothing else: it may have been replaced, as by an
     adapter, have another `forward`, as accelerate gives to modules whose weights it moves, hooks, or a weight
@@ -216,12 +235,12 @@ def _is_untouched(module: nn.Module, kind: type[nn.Module]) -> bool:
     return "forward" not in vars(module) and not module._forward_hooks and not module._forward_pre_hooks
 
 
-def _last_of_spans(latest: Tensor, counts: Tensor) -> Tensor:
-    """The last c entries [B, c, ...] of N spans, one after another.
+def _last_of_parts(latest: Tensor, counts: Tensor) -> Tensor:
+    """The last c entries [B, c, ...] of P parts of a sequence, one after another.
 
     Args:
-        latest: [N, B, c, F], the last c of each span, right-aligned, zeros in front of fewer.
-        counts: [N, B], how many entries each has; more than c count as c.
+        latest: [P, B, c, F], the last c of each part, right-aligned, zeros in front of fewer.
+        counts: [P, B], the entries that each has; more than c count as c.
     """
     size = latest.shape[2]
     real = torch.arange(size, device=latest.device) >= size - counts.unsqueeze(-1)

@@ -21,15 +21,27 @@ from torch import Tensor, nn
 
 from .configuration_stackformer import StackformerConfig
 from .dtypes import at_least_float32
-from .layers_stackformer import ResidualProjection, project
-from .mixer import Mixer
-from .mixer_attention import Attention
-from .state import StateSpec, TensorSpec
+from .layers_stackformer import ResidualProjection, apply_linear
+from .mixer import Mixed, Mixer
+from .mixer_attention import Attention, AttentionState
+from .state import State, StateSpec, TensorSpec
 from .token_layout import BlockGrid, TokenLayout
 
 # Part of the sticky samples that is uniform whatever tokens looked at. It bounds how far a sample moves when
 # the histogram changes by a rounding error (20 times that), which the splits of a text differ in.
 UNIFORM_SHARE = 0.05
+
+
+class ContinuousState(NamedTuple):
+    """The state of [`ContinuousAttention`]: that of [`Attention`], and the long-term memory, float32 at
+    least."""
+
+    key: Tensor  # as in `AttentionState`
+    value: Tensor
+    seen: Tensor
+    coefficients: Tensor  # [B', N, d], of the memory
+    pending: Tensor  # [B', C - 1, d], the tokens of a block that is not full, zeros behind them
+    looked: Tensor | None = None  # [B', N], for sticky memories, the attention that each part of [0, 1] got
 
 
 class ContinuousAttention(Mixer):
@@ -39,6 +51,8 @@ class ContinuousAttention(Mixer):
     sees the memory of the blocks before its own, and through the window all of its own and more. Gradients
     flow through the memory, other than in the paper, and the penalty on wide densities is left out.
     """
+
+    state_type = ContinuousState
 
     def __init__(self, config: StackformerConfig):
         super().__init__()
@@ -82,22 +96,18 @@ class ContinuousAttention(Mixer):
         return *self.short_term.state_spec(), *own
 
     def forward(
-        self, hidden: Tensor, pointer: Tensor, layout: TokenLayout, state: tuple[Tensor, ...] | None
-    ) -> tuple[Tensor, tuple[Tensor, ...], None]:
-        """Mix the active tokens along time.
-
-        Args:
-            hidden: [n, d], normalised; pointer: [n, S], not used; layout: of the n tokens.
-            state: the three tensors of [`Attention`], the last one the number of tokens seen [B'];
-                coefficients of the memory [B', N, d]; the tokens of a block that is not full yet, in their
-                places and zeros behind them [B', C - 1, d]; and, for sticky memories, how much of [0, 1]'s N
-                bins these looked at [B', N]; float32. `None` for the beginning, when all are zeros.
-
-        Returns:
-            The mixed tokens [n, d], the new state, and no bank weights.
-        """
-        short, recent, _ = self.short_term(hidden, pointer, layout, None if state is None else state[:3])
-        seen = torch.zeros_like(recent[2]) if state is None else state[2]
+        self,
+        hidden: Tensor,
+        pointer: Tensor,
+        layout: TokenLayout,
+        state: ContinuousState | None = None,
+        inputs: None = None,
+        in_place: bool = False,
+    ) -> Mixed:
+        """See [`Mixer.forward`]; the pointer is not used."""
+        past = None if state is None else AttentionState(state.key, state.value, state.seen)
+        short, recent, _ = self.short_term(hidden, pointer, layout, past)
+        seen = torch.zeros_like(recent[2]) if state is None else state.seen
         grid = BlockGrid.of(seen, layout, self.block, fresh=state is None)
         # Shapes of a compiled graph depend on no values; elsewhere, most calls need not update anything.
         updates = grid.num_blocks if torch.compiler.is_compiling() else int(grid.ended.max()) // self.block
@@ -107,8 +117,10 @@ class ContinuousAttention(Mixer):
         if state is None:
             memory, pending = rows.new_zeros(len(rows), self.num_basis, rows.shape[2]), None
         else:
-            memory, pending = state[3].to(dtype), state[4].to(dtype)
-        looked = rows.new_zeros(len(rows), self.num_basis) if state is None or not self.sticky else state[5]
+            memory, pending = state.coefficients.to(dtype), state.pending.to(dtype)
+        looked = None if state is None else state.looked
+        if looked is None:
+            looked = rows.new_zeros(len(rows), self.num_basis)
         tokens = grid.place(rows, pending)
         query = grid.to_blocks(layout.to_rows(self.q_proj(hidden)))  # [B', blocks, width, d]
 
@@ -126,13 +138,14 @@ class ContinuousAttention(Mixer):
                 memory = torch.where(full, self._absorb(memory, block, looked, first, hidden.dtype), memory)
                 looked = looked.masked_fill(full.squeeze(-1), 0)
         mixed = layout.to_tokens(grid.to_rows(torch.stack(read, dim=1)))
-        state = (*recent, memory, grid.pending(tokens), *([looked] if self.sticky else []))
-        return short + self.o_proj(mixed), state, None
+        kept = (memory, grid.pending(tokens), looked if self.sticky else None)
+        after: State = ContinuousState(*recent, *kept)  # type: ignore[arg-type,assignment,call-arg]
+        return short + self.o_proj(mixed), after, None
 
     def densities(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         """Where in [0, 1] queries [..., T', K] look for keys [..., N, K]: means and variances [..., T']."""
         scores = query @ key.mT * self.head_dim**-0.5
-        mean, variance = project(self.density_proj, scores).to(at_least_float32(scores)).unbind(-1)
+        mean, variance = apply_linear(self.density_proj, scores).to(at_least_float32(scores)).unbind(-1)
         return mean.sigmoid(), nn.functional.softplus(variance)
 
     def _look(self, query: Tensor, memory: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -17,18 +17,20 @@ caches as well.
 
 What is written depends on what was written before, so tokens are computed one after the other; unlike
 attention, the cell can track state. In training, only its inputs and the last state are kept; see
-`_ReversibleScan`. The mixer follows the contract described in `mixer`. The stack
-pointer addresses no memories here, so it is ignored.
+`_ReversibleScan`. The stack pointer addresses no memories here, so it is ignored.
 
 Letters: B' rows, T' time, d core width, m size of each state, n active tokens.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .configuration_stackformer import StackformerConfig
-from .layers_stackformer import ResidualProjection, RMSNorm, swish_gate
+from .fused_ops import swish_gate
+from .layers_stackformer import ResidualProjection, RMSNorm
 from .mixer import Mixer
 from .state import StateSpec, TensorSpec
 from .token_layout import TokenLayout
@@ -42,9 +44,16 @@ FRACTION_BITS = 20  # float32's f is good to about as many
 DEFAULT_CHUNK_SIZE = 64
 
 
+class CoupledState(NamedTuple):
+    """The state of [`Coupled`]."""
+
+    states: Tensor  # [B', 2, m], both states, fixed-point numbers in float64
+
+
 class Coupled(Mixer):
     """Two states that write to each other, and a gated read of both."""
 
+    state_type = CoupledState
     num_reversible = 1
     reverses_exactly = True
 
@@ -65,43 +74,31 @@ class Coupled(Mixer):
         """Both states, as fixed-point numbers that float64 holds."""
         return (TensorSpec("states", (2, self.state_size)),)
 
-    def forward(
-        self,
-        hidden: Tensor,
-        pointer: Tensor,
-        layout: TokenLayout,
-        state: tuple[Tensor, ...] | None,
-        inputs: Rows | None = None,
-    ) -> tuple[Tensor, tuple[Tensor, ...], None]:
-        """Mix the active tokens along time.
+    def project(
+        self, hidden: Tensor, pointer: Tensor, layout: TokenLayout, state: CoupledState | None
+    ) -> Rows:
+        """The tokens as rows."""
+        return layout.to_rows(hidden), _real_slots(layout)
 
-        Args:
-            hidden: [n, d], normalised; pointer: [n, S], not used; layout: of the n tokens.
-            state: both states [B', 2, m], float64; `None` for the beginning, which is zeros.
-            inputs: those of the tokens, if they are known already.
-
-        Returns:
-            The mixed tokens [n, d], the new state, and no bank weights.
-        """
-        rows, real = inputs or self.inputs(hidden, pointer, layout, ())
+    def mix(
+        self, hidden: Tensor, inputs: Rows, layout: TokenLayout, state: CoupledState | None
+    ) -> tuple[Tensor, CoupledState, None]:
+        """Read the tokens one after the other, from states that are zeros at the beginning."""
+        rows, real = inputs
         if state is None:
             start = hidden.new_zeros(layout.num_rows, 2, self.state_size, dtype=torch.float64)
         else:
-            (start,) = state
+            start = state.states
         parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
         # A compiler keeps, or computes again, what it likes.
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             mixed, end = _ReversibleScan.apply(self, real, rows, start, *parameters)
         else:
             mixed, end = self.scan(rows, real, start)
-        return layout.to_tokens(mixed), (end,), None
-
-    def inputs(self, hidden: Tensor, pointer: Tensor, layout: TokenLayout, kept: tuple[Tensor, ...]) -> Rows:
-        """The tokens as rows; nothing is kept."""
-        return layout.to_rows(hidden), _real_slots(layout)
+        return layout.to_tokens(mixed), CoupledState(end), None
 
     def total_decay(self, inputs: Rows) -> Tensor:
-        """Nats by which each state decays over the tokens [B', 2]: none."""
+        """See [`Mixer.total_decay`]: [B', 2], none."""
         return inputs[0].new_zeros(len(inputs[0]), 2)
 
     def reverse(self, inputs: Rows, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

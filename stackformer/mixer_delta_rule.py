@@ -15,22 +15,40 @@ Letters: B' rows, T' tokens of a row, H heads, K key size, V value size, C token
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .configuration_stackformer import StackformerConfig
 from .dtypes import at_least_float32
-from .layers_stackformer import ResidualProjection, RMSNorm, ShortConvolution, convolve, past_spec, swish_gate
+from .fused_ops import swish_gate
+from .layers_stackformer import ResidualProjection, RMSNorm, ShortConvolution, convolve, past_spec
 from .memory_bank import can_look_at
 from .mixer import Mixer
 from .state import StateSpec, TensorSpec
 from .token_layout import TokenLayout
 
 
+class DeltaRuleState(NamedTuple):
+    """The state of [`DeltaRule`], float32 at least."""
+
+    fast_weights: Tensor  # [B', H, K, V]
+    past: Tensor  # [B', kernel - 1, 3 d], the last inputs of the convolution
+
+
+class DeltaRuleInputs(NamedTuple):
+    """The inputs of the recurrence: the first arguments of `delta_rule`, and the new past."""
+
+    operands: tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+    past: Tensor
+
+
 class DeltaRule(Mixer):
     """Fast weights with keys and queries of length 1, behind a short convolution and SiLU, as in Gated
     DeltaNet."""
+
+    state_type = DeltaRuleState
 
     def __init__(self, config: StackformerConfig):
         super().__init__()
@@ -54,42 +72,36 @@ class DeltaRule(Mixer):
         fast_weights = TensorSpec("fast_weights", (self.num_heads, self.head_dim, self.head_dim))
         return fast_weights, self.past_spec
 
-    def forward(
-        self, hidden: Tensor, pointer: Tensor, layout: TokenLayout, state: tuple[Tensor, ...] | None
-    ) -> tuple[Tensor, tuple[Tensor, ...], None]:
-        """Mix the active tokens along time.
-
-        Args:
-            hidden: [n, d], normalised; pointer: [n, S], not used; layout: of the n tokens.
-            state: fast weights [B', H, K, V], and the last inputs of the convolution [B', kernel - 1, 3 d],
-                both float32 at least; `None` for the beginning, which is zeros.
-
-        Returns:
-            The mixed tokens [n, d], the new state, and no bank weights.
-        """
-        weights, past = (None, None) if state is None else state
-        rows = layout.to_rows(self.qkv_proj(hidden))
-        rows, past = convolve(self.conv, self.kernel_size, rows, past, layout)
-        rows = nn.functional.silu(rows).unflatten(-1, (3, self.num_heads, self.head_dim))
-        query, key, value = rows.unbind(2)
+    def project(
+        self, hidden: Tensor, pointer: Tensor, layout: TokenLayout, state: DeltaRuleState | None
+    ) -> DeltaRuleInputs:
+        """The inputs of the recurrence; the pointer is not used."""
         dtype = at_least_float32(hidden)
         write = self.write_proj(hidden).to(dtype).sigmoid()
         log_decay = -self.max_decay_rate * self.decay_proj(hidden).to(dtype).sigmoid()
         if layout.thinking is not None:  # the others are computed, and must leave the weights as they are
             thinking = layout.thinking.unsqueeze(1)
             write, log_decay = write * thinking, log_decay * thinking
-        mixed, weights = delta_rule(
-            nn.functional.normalize(query.to(dtype), dim=-1),
-            nn.functional.normalize(key.to(dtype), dim=-1),
-            value,
-            layout.to_rows(write),
-            layout.to_rows(log_decay),
-            weights,
-            self.chunk_size,
+        rows, write, log_decay = layout.to_rows(self.qkv_proj(hidden), write, log_decay)
+        rows, past = convolve(
+            self.conv, self.kernel_size, rows, None if state is None else state.past, layout
         )
-        mixed = self.norm(layout.to_tokens(mixed)).flatten(1)
+        # [B', T', 3 d] -> [B', T', H, K] three times
+        rows = nn.functional.silu(rows).unflatten(-1, (3, self.num_heads, self.head_dim))
+        query, key, value = rows.unbind(2)
+        query = nn.functional.normalize(query.to(dtype), dim=-1)
+        key = nn.functional.normalize(key.to(dtype), dim=-1)
+        return DeltaRuleInputs((query, key, value, write, log_decay), past)
+
+    def mix(
+        self, hidden: Tensor, inputs: DeltaRuleInputs, layout: TokenLayout, state: DeltaRuleState | None
+    ) -> tuple[Tensor, DeltaRuleState, None]:
+        """Correct and read the fast weights, token by token."""
+        before = None if state is None else state.fast_weights
+        mixed, fast_weights = delta_rule(*inputs.operands, before, self.chunk_size)
+        mixed = self.norm(layout.to_tokens(mixed)).flatten(1)  # [n, H, V] -> [n, d]
         output = self.o_proj(swish_gate(self.gate_proj(hidden), mixed))
-        return output, (weights, past), None
+        return output, DeltaRuleState(fast_weights, inputs.past), None
 
 
 def delta_rule(

@@ -33,19 +33,19 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from .configuration_stackformer import StackformerConfig
 from .dtypes import at_least_float32
+from .fused_ops import swish_gate
 from .layers_stackformer import (
     ResidualProjection,
     RMSNorm,
     ShortConvolution,
     all_rows,
+    apply_linear,
     convolve,
     past_spec,
-    project,
-    swish_gate,
 )
 from .memory_bank import can_look_at
 from .mixer import Mixer
-from .mixer_attention import Attention, attend_to_numbers, rotary_embedding, rotary_head_size
+from .mixer_attention import Attention, AttentionState, attend_to_numbers, rotary_embedding, rotary_head_size
 from .state import StateSpec, TensorSpec
 from .token_layout import BlockGrid, TokenLayout
 
@@ -61,6 +61,42 @@ class Memory(NamedTuple):
     anchor: Tensor  # at the start of the chunk, where gradients are taken
     weights: Tensor  # now
     momentum: Tensor
+
+
+class NeuralMemoryState(NamedTuple):
+    """The state of a [`NeuralMemory`], float32 at least. Zeros stand for the beginning of a row."""
+
+    anchor: Tensor  # [B', L, H, K, K], less the learned initial weights
+    weights: Tensor  # [B', L, H, K, K], less the learned initial weights
+    momentum: Tensor  # [B', L, H, K, K]
+    position: Tensor  # [B'], in the chunk, int64
+    past: Tensor  # [B', kernel - 1, 3 d], the last inputs of the convolution
+
+
+class GatedState(NamedTuple):
+    """The state of [`MemoryAsGate`]: that of attention, and that of the memory."""
+
+    key: Tensor
+    value: Tensor
+    seen: Tensor
+    anchor: Tensor
+    weights: Tensor
+    momentum: Tensor
+    position: Tensor
+    past: Tensor
+
+
+class ContextState(NamedTuple):
+    """The state of [`MemoryAsContext`]: the last tokens, and that of the memory."""
+
+    # [B', C - 1, 2, 2, H, K]: for each of the last C - 1 tokens, rotated keys and values of the memory's
+    # answer and of the token itself, zeros in front of fewer.
+    context: Tensor
+    anchor: Tensor
+    weights: Tensor
+    momentum: Tensor
+    position: Tensor
+    past: Tensor
 
 
 class Writes(NamedTuple):
@@ -98,7 +134,7 @@ def measure_surprise(weights: Tensor, key: Tensor, value: Tensor) -> tuple[list[
     return inputs, [error * clip for error in errors]
 
 
-def read_memory(weights: Tensor, query: Tensor) -> Tensor:
+def ask_memory(weights: Tensor, query: Tensor) -> Tensor:
     """M(query), [B', H, C, K], under `weights` [B', L, H, K, K]."""
     first, *others = weights.unbind(1)
     read = query @ first.mT
@@ -216,15 +252,12 @@ class NeuralMemory(nn.Module):
         )
 
     def forward(
-        self, hidden: Tensor, layout: TokenLayout, state: tuple[Tensor, ...] | None
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        self, hidden: Tensor, layout: TokenLayout, state: NeuralMemoryState | None
+    ) -> tuple[Tensor, NeuralMemoryState]:
         """Write and read the active tokens along time.
 
         Args:
-            hidden: [n, d], normalised; layout: of the n tokens.
-            state: the memory's anchor, weights (both less the learned initial ones) and momentum, [B', L, H,
-                K, K] each, float32; the position in the chunk [B']; the last inputs of the convolution [B',
-                kernel - 1, 3 d]. `None`, or zeros, for the beginning of a row.
+            hidden: [n, d], normalised; layout: of the n tokens; state: `None` at the beginning.
 
         Returns:
             What was read, normalised per head, [n, d], and the new state.
@@ -238,7 +271,7 @@ class NeuralMemory(nn.Module):
         return self.collect(answers, hidden, layout, chunks), self.end(memory, past, chunks)
 
     def begin(
-        self, hidden: Tensor, layout: TokenLayout, state: tuple[Tensor, ...] | None
+        self, hidden: Tensor, layout: TokenLayout, state: NeuralMemoryState | None
     ) -> tuple[Memory, Tensor, BlockGrid]:
         """What a call finds: the memory, the convolution's past, and the chunks that its tokens are in."""
         initial = self.initial_memory.to(at_least_float32(hidden))
@@ -252,11 +285,12 @@ class NeuralMemory(nn.Module):
             memory = Memory(anchor + initial, weights + initial, momentum)
         return memory, past, BlockGrid.of(position, layout, self.chunk_size, fresh=state is None)
 
-    def end(self, memory: Memory, past: Tensor, chunks: BlockGrid) -> tuple[Tensor, ...]:
+    def end(self, memory: Memory, past: Tensor, chunks: BlockGrid) -> NeuralMemoryState:
         """The state after a call."""
         initial = self.initial_memory.to(memory.weights.dtype)
         position = chunks.ended % self.chunk_size
-        return memory.anchor - initial, memory.weights - initial, memory.momentum, position, past
+        anchor, weights = memory.anchor - initial, memory.weights - initial
+        return NeuralMemoryState(anchor, weights, memory.momentum, position, past)
 
     def project(self, hidden: Tensor, layout: TokenLayout, past: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values [B', T', 3, H, K] of the tokens [n, d], log(1 - alpha), log eta and theta
@@ -300,7 +334,7 @@ class NeuralMemory(nn.Module):
         """What the memory at the start of the chunk has for queries [B', C, d], normalised: [B', C, d]."""
         heads = nn.functional.silu(query.to(memory.anchor.dtype)).unflatten(-1, (self.num_heads, -1))
         with torch.autocast(query.device.type, enabled=False):
-            read = read_memory(memory.anchor, _unit(heads).transpose(1, 2)).transpose(1, 2)
+            read = ask_memory(memory.anchor, _unit(heads).transpose(1, 2)).transpose(1, 2)
         return self.norm(read.to(query.dtype)).flatten(2)
 
 
@@ -308,9 +342,16 @@ def _unit(x: Tensor) -> Tensor:
     return nn.functional.normalize(x, dim=-1)
 
 
+def _memory_state(state: GatedState | ContextState) -> NeuralMemoryState:
+    """The memory's part of a state."""
+    return NeuralMemoryState(state.anchor, state.weights, state.momentum, state.position, state.past)
+
+
 class MemoryAsLayer(Mixer):
     """The neural memory as a mixer. Layers of it and of softmax attention are the paper's memory as a layer
     (equations 29 to 31)."""
+
+    state_type = NeuralMemoryState
 
     def __init__(self, config: StackformerConfig):
         super().__init__()
@@ -324,9 +365,15 @@ class MemoryAsLayer(Mixer):
         return self.memory.state_spec()
 
     def forward(
-        self, hidden: Tensor, pointer: Tensor, layout: TokenLayout, state: tuple[Tensor, ...] | None
-    ) -> tuple[Tensor, tuple[Tensor, ...], None]:
-        """Mix the active tokens [n, d] along time, whatever their pointer. See `NeuralMemory.forward`."""
+        self,
+        hidden: Tensor,
+        pointer: Tensor,
+        layout: TokenLayout,
+        state: NeuralMemoryState | None = None,
+        inputs: None = None,
+        in_place: bool = False,
+    ) -> tuple[Tensor, NeuralMemoryState, None]:
+        """See [`Mixer.forward`]; the pointer is not used."""
         mixed, state = self.memory(hidden, layout, state)
         return self.o_proj(swish_gate(self.gate_proj(hidden), mixed)), state, None
 
@@ -337,6 +384,8 @@ class MemoryAsGate(Mixer):
     Both are normalised with learned weights; which passes through the nonlinearity, the paper does not say.
     Here attention does, in the place of the linear gate of `MemoryAsLayer`.
     """
+
+    state_type = GatedState
 
     def __init__(self, config: StackformerConfig):
         super().__init__()
@@ -352,15 +401,23 @@ class MemoryAsGate(Mixer):
         return *self.attention.state_spec(), *self.memory.state_spec()
 
     def forward(
-        self, hidden: Tensor, pointer: Tensor, layout: TokenLayout, state: tuple[Tensor, ...] | None
-    ) -> tuple[Tensor, tuple[Tensor, ...], None]:
-        """Mix the active tokens [n, d] along time. The state is attention's three tensors, then the
-        memory's."""
-        past, remembered = (None, None) if state is None else (state[:3], state[3:])
-        attended, past, _ = self.attention(hidden, pointer, layout, past)
+        self,
+        hidden: Tensor,
+        pointer: Tensor,
+        layout: TokenLayout,
+        state: GatedState | None = None,
+        inputs: None = None,
+        in_place: bool = False,
+    ) -> tuple[Tensor, GatedState, None]:
+        """See [`Mixer.forward`]; the pointer is not used."""
+        recent = remembered = None
+        if state is not None:
+            recent = AttentionState(state.key, state.value, state.seen)
+            remembered = _memory_state(state)
+        attended, recent, _ = self.attention(hidden, pointer, layout, recent)
         mixed, remembered = self.memory(hidden, layout, remembered)
         output = self.o_proj(swish_gate(self.attention_norm(attended), mixed))
-        return output, (*past, *remembered), None
+        return output, GatedState(*recent, *remembered), None
 
 
 class MemoryAsContext(Mixer):
@@ -374,6 +431,8 @@ class MemoryAsContext(Mixer):
     In the paper a token sees what was returned for all tokens of its segment, and reads a memory that has
     taken in all of them: both tell of later tokens. Here everything ends at the token itself.
     """
+
+    state_type = ContextState
 
     def __init__(self, config: StackformerConfig):
         super().__init__()
@@ -396,21 +455,17 @@ class MemoryAsContext(Mixer):
 
     @force_accelerate_hooks("memory")  # it reads weights of `memory` without calling it
     def forward(
-        self, hidden: Tensor, pointer: Tensor, layout: TokenLayout, state: tuple[Tensor, ...] | None
-    ) -> tuple[Tensor, tuple[Tensor, ...], None]:
-        """Mix the active tokens along time.
-
-        Args:
-            hidden: [n, d], normalised; pointer: [n, S], not used; layout: of the n tokens.
-            state: of the last C - 1 tokens, rotated keys and values of what the memory returned and of the
-                token itself [B', C - 1, 2, 2, H, K], zeros in front of fewer; then that of [`NeuralMemory`].
-                `None` for the beginning.
-
-        Returns:
-            The mixed tokens [n, d], the new state, and no bank weights.
-        """
-        past, remembered = (None, None) if state is None else (state[0], state[1:])
-        memory, inputs, segments = self.memory.begin(hidden, layout, remembered)
+        self,
+        hidden: Tensor,
+        pointer: Tensor,
+        layout: TokenLayout,
+        state: ContextState | None = None,
+        inputs: None = None,
+        in_place: bool = False,
+    ) -> tuple[Tensor, ContextState, None]:
+        """See [`Mixer.forward`]; the pointer is not used."""
+        past, remembered = (None, None) if state is None else (state.context, _memory_state(state))
+        memory, convolved, segments = self.memory.begin(hidden, layout, remembered)
         tokens = segments.to_blocks(layout.to_rows(hidden))
         queries = segments.to_blocks(layout.to_rows(self.q_proj(hidden)))
         contexts, attended, answers = [], [], []
@@ -422,7 +477,7 @@ class MemoryAsContext(Mixer):
             mixed = self._attend(query, context, past if number == 0 else None, begun)
             mixed = self.attention_norm(tokens[:, number] + mixed)
             real = replace(TokenLayout.full(*mixed.shape[:2]), row_lengths=segments.real[:, number].sum(1))
-            qkv, gates, inputs = self.memory.project(mixed.flatten(0, 1), real, inputs)
+            qkv, gates, convolved = self.memory.project(mixed.flatten(0, 1), real, convolved)
             answer, memory = self.memory.advance(qkv, gates, memory, segments, number)
             contexts.append(context)
             attended.append(mixed)
@@ -436,7 +491,7 @@ class MemoryAsContext(Mixer):
         if past is None:
             past = seen.new_zeros(len(seen), kept, *seen.shape[2:])
         seen = layout.last_of_rows(torch.cat([past.to(seen.dtype), seen], dim=1), kept)
-        return output, (seen, *self.memory.end(memory, inputs, segments)), None
+        return output, ContextState(seen, *self.memory.end(memory, convolved, segments)), None
 
     def _rotate(self, query: Tensor, context: Tensor, begun: Tensor) -> tuple[Tensor, Tensor]:
         """Queries [B', C, d] and contexts [B', C, 2, d] of a segment of which `begun` [B'] tokens were before
@@ -444,7 +499,7 @@ class MemoryAsContext(Mixer):
 
         What the memory returned for a token stands where the token does.
         """
-        key, value = project(self.kv_proj, context).unflatten(-1, (2, *self.heads)).unbind(3)
+        key, value = apply_linear(self.kv_proj, context).unflatten(-1, (2, *self.heads)).unbind(3)
         positions = begun.unsqueeze(1) + torch.arange(query.shape[1], device=query.device)
         cos, sin = (x.to(query.dtype) for x in rotary_embedding(positions, self.heads[1], self.rope_theta))
         query, key = apply_rotary_pos_emb(

@@ -1,9 +1,10 @@
 # Copyright 2026 The Stackformer authors. Licensed under the Apache License, Version 2.0.
-"""RWKV-4's two blocks: time mix as a token mixer, channel mix as a feed-forward.
+"""RWKV-4's time mix as a token mixer.
 
-Peng et al. 2023, "RWKV: Reinventing RNNs for the Transformer Era" (arXiv 2305.13048), equations 11 to 18.
-Keys, values and gates come from a token and the one before it, never from the state, so that all of a text is
-computed at once. Per channel, with decay w < 0, bonus u and the weight exp(k) of each token,
+Peng et al. 2023, "RWKV: Reinventing RNNs for the Transformer Era" (arXiv 2305.13048), equations 11 to 15; its
+channel mix is in feed_forward.py. Keys, values and gates come from a token and the one before it, never from
+the state, so all tokens of a text are computed at once. Per channel, with decay w < 0, bonus u and the weight
+exp(k) of each token,
 
     wkv_t = (a_(t-1) + exp(u + k_t) v_t) / (b_(t-1) + exp(u + k_t))
     a_t = exp(w) a_(t-1) + exp(k_t) v_t,    b_t = exp(w) b_(t-1) + exp(k_t)
@@ -13,45 +14,39 @@ whatever the keys are (the paper's appendix on stability). Without any token it 
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .configuration_stackformer import StackformerConfig
 from .dtypes import at_least_float32
-from .layers_stackformer import ResidualProjection
+from .layers_stackformer import ResidualProjection, TokenShift
 from .mixer import Mixer
 from .state import StateSpec, TensorSpec
 from .token_layout import TokenLayout
 
 
-class TokenShift(nn.Module):
-    """Mixtures of each token with the one before it, a weight for each channel (equations 11 to 13)."""
+class TimeMixState(NamedTuple):
+    """The state of [`TimeMix`], float32 at least."""
 
-    def __init__(self, size: int, num_mixtures: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(num_mixtures, size))
+    wkv: Tensor  # [B', 3, d]
+    last_token: Tensor  # [B', 1, d]
 
-    def initial_weight(self) -> Tensor:
-        """From the token before, in the first channels, to the token itself: as halfway up an RWKV-4."""
-        channel = torch.arange(self.weight.shape[1]) / self.weight.shape[1]
-        return channel.sqrt().expand_as(self.weight)
 
-    def forward(
-        self, hidden: Tensor, layout: TokenLayout, past: Tensor | None
-    ) -> tuple[list[Tensor], Tensor]:
-        """Mixtures [n, d] of active tokens [n, d] that follow `past` [B', 1, d] (`None`: zeros); new past."""
-        rows = layout.to_rows(hidden)
-        if past is None:
-            past = rows.new_zeros(rows.shape[0], 1, rows.shape[2])
-        window = torch.cat([past.to(rows.dtype), rows], dim=1)
-        before = layout.to_tokens(window[:, :-1])
-        past = layout.last_of_rows(window, 1).to(at_least_float32(rows))
-        return [torch.lerp(before, hidden, weight) for weight in self.weight.to(hidden.dtype)], past
+class TimeMixInputs(NamedTuple):
+    """The inputs of the recurrence."""
+
+    key: Tensor  # [B', T', d]
+    value: Tensor  # [B', T', d]
+    receptance: Tensor  # [n, d], mixtures of each token with the one before
+    last_token: Tensor  # [B', 1, d]
 
 
 class TimeMix(Mixer):
     """Weighted averages of all earlier values, a decay for each channel (equations 11 to 15)."""
+
+    state_type = TimeMixState
 
     def __init__(self, config: StackformerConfig):
         super().__init__()
@@ -77,53 +72,29 @@ class TimeMix(Mixer):
         size = len(self.time_decay)
         return TensorSpec("wkv", (3, size)), TensorSpec("last_token", (1, size))
 
-    def forward(
-        self, hidden: Tensor, pointer: Tensor, layout: TokenLayout, state: tuple[Tensor, ...] | None
-    ) -> tuple[Tensor, tuple[Tensor, ...], None]:
-        """Mix the active tokens along time.
+    def project(
+        self, hidden: Tensor, pointer: Tensor, layout: TokenLayout, state: TimeMixState | None
+    ) -> TimeMixInputs:
+        """The inputs of the recurrence; the pointer is not used."""
+        mixtures, last_token = self.shift(hidden, layout, None if state is None else state.last_token)
+        key, value, receptance = mixtures
+        rows = layout.to_rows(self.k_proj(key), self.v_proj(value))
+        return TimeMixInputs(rows[0], rows[1], receptance, last_token)
 
-        Args:
-            hidden: [n, d], normalised; pointer: [n, S], not used; layout: of the n tokens.
-            state: of `wkv` [B', 3, d], and the last token [B', 1, d], both float32 at least; `None` for the
-                beginning.
-
-        Returns:
-            The mixed tokens [n, d], the new state, and no bank weights.
-        """
-        memory, past = (None, None) if state is None else state
-        (key, value, receptance), past = self.shift(hidden, layout, past)
-        mixed, memories = wkv(
+    def mix(
+        self, hidden: Tensor, inputs: TimeMixInputs, layout: TokenLayout, state: TimeMixState | None
+    ) -> tuple[Tensor, TimeMixState, None]:
+        """Average the values so far."""
+        mixed, states = wkv(
             -self.time_decay.to(at_least_float32(hidden)).exp(),
             self.time_first,
-            layout.to_rows(self.k_proj(key)),
-            layout.to_rows(self.v_proj(value)),
-            memory,
+            inputs.key,
+            inputs.value,
+            None if state is None else state.wkv,
         )
-        memory = layout.last_of_rows(memories, 1).squeeze(1)
-        gate = self.receptance_proj(receptance).sigmoid()
-        return self.o_proj(gate * layout.to_tokens(mixed)), (memory, past), None
-
-
-class ChannelMix(nn.Module):
-    """Gated feed-forward on a token and the one before it (equations 16 to 18)."""
-
-    def __init__(self, config: StackformerConfig):
-        super().__init__()
-        size = config.core_size
-        self.shift = TokenShift(size, 2)
-        self.up_proj = nn.Linear(size, config.intermediate_size, bias=False)
-        self.receptance_proj = nn.Linear(size, size, bias=False)
-        self.down_proj = ResidualProjection(config.intermediate_size, size)
-
-    def state_spec(self) -> StateSpec:
-        """The last token."""
-        return (TensorSpec("last_token_of_channel_mix", (1, self.shift.weight.shape[1])),)
-
-    def forward(self, hidden: Tensor, layout: TokenLayout, past: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Active tokens [n, d] that follow `past` [B', 1, d]: the output [n, d] and the new past."""
-        (key, receptance), past = self.shift(hidden, layout, past)
-        output = self.down_proj(self.up_proj(key).relu().square())
-        return self.receptance_proj(receptance).sigmoid() * output, past
+        gate = self.receptance_proj(inputs.receptance).sigmoid()
+        last = layout.last_of_rows(states, 1).squeeze(1)  # [B', 1 + T', 3, d] -> [B', 3, d]
+        return self.o_proj(gate * layout.to_tokens(mixed)), TimeMixState(last, inputs.last_token), None
 
 
 def wkv(
@@ -148,31 +119,6 @@ def wkv(
     top = torch.maximum(p, own.detach())
     old, new = (p - top).exp(), (own - top).exp()
     return ((old * a + new * value) / (old * b + new)).to(output_dtype), states
-
-
-def reverse_wkv(decay: Tensor, key: Tensor, value: Tensor, final_state: Tensor) -> tuple[Tensor, Tensor]:
-    """The state before some tokens, from the state after them, and what is left of it to go by.
-
-    Its relative error is the rounding error of the final state divided by what is left. RWKV-4 forgets by
-    design: with initial decays, most channels have nothing left after a few tokens in float32.
-
-    Args:
-        decay: [d]; key, value: [B, T, d], as they were on the way forward.
-        final_state: [B, 3, d], after the T tokens.
-
-    Returns:
-        The state [B, 3, d] before the T tokens, zeros where it is forgotten, and its share [B, d] of the
-        weight b in the final state, 0 where that is within the rounding errors of T sums.
-    """
-    dtype = final_state.dtype
-    decay, key, value = (x.to(dtype) for x in (decay, key, value))
-    written = _states(decay, key, value, None)[:, -1]
-    p = final_state[:, 2:]
-    sums = final_state[:, :2] - (written[:, 2:] - p).exp() * written[:, :2]
-    left = sums[:, 1] / final_state[:, 1]
-    left = left * (left > torch.finfo(dtype).eps * key.shape[1])
-    state = torch.cat([sums, p - decay * key.shape[1]], dim=1)
-    return torch.where(left.unsqueeze(1) > 0, state, 0), left
 
 
 def _states(decay: Tensor, key: Tensor, value: Tensor, state: Tensor | None) -> Tensor:
@@ -215,4 +161,4 @@ def _linear_scan(factor: Tensor, inputs: Tensor, initial: Tensor) -> Tensor:
     return torch.cat([initial.unsqueeze(1), scanned], dim=1)
 
 
-__all__ = ["ChannelMix", "TimeMix", "TokenShift", "reverse_wkv", "wkv"]
+__all__ = ["TimeMix", "wkv"]

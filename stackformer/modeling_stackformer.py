@@ -9,86 +9,44 @@
 Letters: B batch, T time, D hidden size, d core width, n active tokens, S stack levels, P ponder steps.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils._pytree import tree_map
 from transformers import initialization as init
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, STATIC_LAYER_TYPE_MAPPING, Cache
-from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.modeling_layers import (
-    GenericForSequenceClassification,
-    GenericForTokenClassification,
-    GradientCheckpointingLayer,
-)
+from transformers.modeling_layers import GenericForSequenceClassification, GenericForTokenClassification
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
-from transformers.utils import ModelOutput, can_return_tuple, logging
+from transformers.utils import can_return_tuple, logging
 
-from .adapters import adapters_by_token, mixed_batch_hooks
 from .cache_stackformer import (
     StackformerCache,
     StackformerCacheLayer,
     StackformerStaticCacheLayer,
+    call_of_model,
     check_cache,
 )
 from .configuration_stackformer import SPECIAL_TOKENS, StackformerConfig
-from .dtypes import at_least_float32
+from .core_stackformer import ActionProjection, StackformerBottleneck, StackformerCoreLayer, StepGate
 from .generation_stackformer import StackformerGenerationMixin
 from .identity import Mark, active_adapters, new_number, sample_digest
-from .layers_stackformer import NORMS, GatedMLP, ResidualProjection, ShortConvolution, SliceProjection
-from .mixer import Mixer
-from .mixer_attention import Attention
-from .mixer_banked_linear_attention import BankedLinearAttention
-from .mixer_continuous import ContinuousAttention
-from .mixer_coupled import Coupled
-from .mixer_delta_rule import DeltaRule
-from .mixer_neural_memory import MemoryAsContext, MemoryAsGate, MemoryAsLayer, NeuralMemory
-from .mixer_rwkv import ChannelMix, TimeMix, TokenShift
-from .model_inputs import (
-    check_depths,
-    check_num_items,
-    check_padding_mask,
-    label_each_token,
-    packed_documents,
-)
-from .processing_stack import (
-    POP,
-    Stack,
-    divergence_from_geometric,
-    expected_steps,
-    flush_stack,
-    init_stack,
-    read_stack,
-    step_stack,
-)
-from .stack_trace import TextTrace
-from .state import State, StateSpec
-from .token_layout import TokenLayout
-from .versions import CACHE_NAME, CacheNames, check_keywords, either_cache
+from .labels import check_num_items, label_each_token
+from .layers_stackformer import NORMS, ResidualProjection, ShortConvolution, SliceProjection, TokenShift
+from .mixer_neural_memory import NeuralMemory
+from .mixer_rwkv import TimeMix
+from .pondering import PonderOptions, ponder
+from .processing_stack import divergence_from_geometric, expected_steps
+from .stack_trace import StackTrace, TextTrace
+from .token_layout import lay_out
+from .versions import CACHE_NAME, CacheNames, check_arguments
 
 logger = logging.get_logger(__name__)
-
-# The token mixers by their name in `config.mixer_types`.
-MIXERS: dict[str, Callable[[StackformerConfig], Mixer]] = {
-    "attention": Attention,
-    "banked_linear_attention": BankedLinearAttention,
-    "continuous_attention": ContinuousAttention,
-    "coupled": Coupled,
-    "delta_rule": DeltaRule,
-    "memory_as_context": MemoryAsContext,
-    "memory_as_gate": MemoryAsGate,
-    "neural_memory": MemoryAsLayer,
-    "rwkv": TimeMix,
-}
 
 # Where a saved model's code finds the class of each auto class.
 AUTO_MAP = {
@@ -105,30 +63,6 @@ STATIC_LAYER_TYPE_MAPPING["stackformer"] = StackformerStaticCacheLayer
 
 # The Trainer's label smoothing shifts labels for the models in this list only.
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["stackformer"] = "StackformerForCausalLM"
-
-
-@dataclass
-class StackTrace(ModelOutput):
-    """What every token did at every ponder step; zeros where it was not active.
-
-    Args:
-        active (`torch.BoolTensor` [B, T, P]): whether the token was computed.
-        pointer (`torch.FloatTensor` [B, T, P, S]): probability mass on each stack level, before the step.
-        actions (`torch.FloatTensor` [B, T, P, 3]): probabilities of push, no-op and pop. At the last
-            step, and where the rest of the mass was flushed, all that is left is dropped, whatever the
-            actions say.
-        bank_reads, bank_writes (`torch.FloatTensor` [B, T, P, L, H, N]): softmax over the memory banks.
-            Zeros for core layers without any; these fields are `None` if no layer has them.
-        bank_decays (`torch.FloatTensor` [B, T, P, L, H, N]): logarithm of what each bank keeps where all of
-            the pointer's mass is; elsewhere the logarithm is times the mass there. At most 0.
-    """
-
-    active: Tensor | None = None
-    pointer: Tensor | None = None
-    actions: Tensor | None = None
-    bank_reads: Tensor | None = None
-    bank_writes: Tensor | None = None
-    bank_decays: Tensor | None = None
 
 
 @dataclass
@@ -160,114 +94,6 @@ class StackformerCausalLMOutputWithPast(CacheNames, CausalLMOutputWithPast):
     ponder_steps: Tensor | None = None
     ponder_distribution: Tensor | None = None
     stack_trace: StackTrace | None = None
-
-
-class StackformerCoreLayer(GradientCheckpointingLayer):
-    """Pre-norm residual layer of the core: a mixer along time, a feed-forward along channels."""
-
-    def __init__(self, config: StackformerConfig, layer_idx: int):
-        super().__init__()
-        size = config.core_size
-        norm = NORMS[config.norm_type]
-        self.input_layernorm = norm(size, eps=config.rms_norm_eps)
-        mixer_type = config.mixer_types[layer_idx]
-        if mixer_type not in MIXERS:
-            raise ValueError(f"`mixer_types` must be names out of {list(MIXERS)}, got {mixer_type!r}")
-        self.mixer = MIXERS[mixer_type](config)
-        self.state_spec: StateSpec = self.mixer.state_spec()
-        self.post_attention_layernorm = norm(size, eps=config.rms_norm_eps)
-        # RWKV's feed-forward has a past: it is the last tensor of the layer's state.
-        self.mlp_has_past = config.feed_forward_type == "rwkv_channel_mix"
-        if self.mlp_has_past:
-            channel_mix = ChannelMix(config)
-            self.mlp: nn.Module = channel_mix
-            self.state_spec += channel_mix.state_spec()
-        else:
-            self.mlp = GatedMLP(size, config.intermediate_size, size, config.hidden_act)
-
-    def forward(
-        self, hidden: Tensor, pointer: Tensor, layout: TokenLayout, *state: Tensor | Callable[..., State]
-    ) -> tuple[Any, ...]:
-        """Active tokens [n, d] to active tokens [n, d], the mixer's bank weights, and the tensors of the
-        layer's state.
-
-        A state is spread over the arguments, and the results, so that reentrant checkpointing sees its
-        tensors. There are none at the beginning. A cache that has to know what is read before it can say
-        what the state was (long_context.py, sequence_parallel.py) hands over a function instead, which also
-        returns what the mixer need not compute again.
-        """
-        normed, fed_past = self.input_layernorm(hidden), None
-        past: Any = state or None
-        known: Any = ()
-        if past is not None and callable(past[0]):
-            past, *known = past[0](self.mixer, normed, pointer, layout)
-        if self.mlp_has_past and past is not None:
-            past, fed_past = past[:-1], past[-1]
-        mixed, new_state, bank_weights = self.mixer(normed, pointer, layout, past, *known)
-        hidden = hidden + mixed
-        normed = self.post_attention_layernorm(hidden)
-        if not self.mlp_has_past:
-            return hidden + self.mlp(normed), bank_weights, *new_state
-        fed, fed_past = self.mlp(normed, layout, fed_past)
-        return hidden + fed, bank_weights, *new_state, fed_past
-
-    def advance(self, hidden: Tensor, pointer: Tensor, layout: TokenLayout, state: State | None) -> State:
-        """Only the layer's new state: for rolling back."""
-        if self.mlp_has_past:
-            return self.forward(hidden, pointer, layout, *(state or ()))[2:]
-        return self.mixer(self.input_layernorm(hidden), pointer, layout, state)[1]
-
-
-class StackformerBottleneck(nn.Module):
-    """What the core thought [n, d] joins the embedding [n, D] that it was thinking about."""
-
-    def __init__(self, config: StackformerConfig):
-        super().__init__()
-        joint_size = config.core_size + config.hidden_size
-        self.up_proj = SliceProjection(config.core_size, config.hidden_size)
-        self.mlp_norm = NORMS[config.norm_type](joint_size, eps=config.rms_norm_eps)
-        self.mlp = GatedMLP(
-            joint_size, config.bottleneck_intermediate_size, config.hidden_size, config.hidden_act
-        )
-        self.norm = NORMS[config.norm_type](config.hidden_size, eps=config.rms_norm_eps)
-
-    def forward(self, core: Tensor, embedding: Tensor) -> Tensor:
-        joint = self.mlp_norm(torch.cat([core, embedding], dim=-1))
-        return self.norm(embedding + self.up_proj(core) + self.mlp(joint))
-
-
-class StepGate(nn.Module):
-    """How far a ponder step after the first moves each channel towards the new thought [n, D].
-
-    The core is the same at every step. Where later steps start small, a deep model first learns what a single
-    step learns, and depth joins in as it is of use (docs/experiments.md).
-    """
-
-    INITIAL = 0.1
-
-    def __init__(self, hidden_size: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(hidden_size))
-
-    def forward(self, old: Tensor, new: Tensor) -> Tensor:
-        return old + self.weight * (new - old)
-
-
-class ActionProjection(nn.Linear):
-    """Logits of push, no-op and pop [n, 3] from thoughts [n, D].
-
-    It starts at full depth and the same for every token, and learns slowly: where it did not, every token
-    learned within a hundred steps to return at once, before depth could be of use (docs/experiments.md).
-    """
-
-    def __init__(self, hidden_size: int):
-        super().__init__(hidden_size, 3)
-
-    def initial_bias(self) -> Tensor:
-        """A pop starts unlikely."""
-        bias = torch.zeros(3)
-        bias[POP] = -3
-        return bias
 
 
 class StackformerPreTrainedModel(PreTrainedModel):
@@ -446,18 +272,16 @@ class StackformerModel(StackformerPreTrainedModel):
             TypeError: for a keyword argument that transformers does not know, either.
             ValueError: for anything else that is not as described above; the message says what is.
         """
-        check_keywords(kwargs, type(self).__name__)
-        cache = either_cache(cache, past_key_values)
+        cache = check_arguments(kwargs, type(self).__name__, cache, past_key_values)
         if kwargs.get("is_causal") is False:
             raise ValueError("`is_causal` must be True: a recurrence reads from left to right, got False")
         inputs_embeds = self._embed(input_ids, inputs_embeds)
+        shape = inputs_embeds.shape[:2]
         if cache is not None:
-            check_cache(cache, self, inputs_embeds.shape[0])
-        check_padding_mask(inputs_embeds, attention_mask, cache)
-        documents = packed_documents(
-            inputs_embeds.shape[:2], attention_mask, position_ids, seq_idx, cu_seq_lens_q
-        )
-        cache = self._prepare_cache(cache, use_cache, packed=documents is not None)
+            check_cache(cache, self, shape[0])
+        layout = lay_out(shape, attention_mask, position_ids, seq_idx, cu_seq_lens_q, cache)
+        cache = self._prepare_cache(cache, use_cache, packed=layout.documents is not None)
+        self._check_checkpoints(cache)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         if halting_threshold is None:
@@ -466,47 +290,41 @@ class StackformerModel(StackformerPreTrainedModel):
             raise ValueError(
                 f"`halting_threshold` must be at least 0 and less than 1, got {halting_threshold}"
             )
-        self._check_checkpoints()
-        layout = self._layout(inputs_embeds, attention_mask, documents)
-        check_depths(ponder_depths, layout)
 
-        ponder = self._ponder_in_turn if self.config.feedback else self._ponder
-        with _undone_on_failure(cache):
-            thoughts, distribution, hidden_states, trace = ponder(
-                inputs_embeds,
-                layout,
-                cache,
-                ponder_depths,
-                halting_threshold,
-                output_hidden_states,
-                output_stack_trace,
-            )
-        hidden = self.norm(thoughts)
+        options = PonderOptions(halting_threshold, ponder_depths, output_hidden_states, output_stack_trace)
+        with nullcontext() if cache is None else call_of_model(cache, shape[1]):
+            pondered = ponder(self, inputs_embeds, layout, cache, options)
         return StackformerModelOutputWithPast(
-            last_hidden_state=hidden,
-            hidden_states=hidden_states,
-            ponder_steps=expected_steps(distribution),
-            ponder_distribution=distribution,
-            stack_trace=trace,
+            last_hidden_state=self.norm(pondered.output),
+            hidden_states=pondered.thoughts,
+            ponder_steps=expected_steps(pondered.distribution),
+            ponder_distribution=pondered.distribution,
+            stack_trace=pondered.trace,
             **{CACHE_NAME: cache},
         )
 
-    def _check_checkpoints(self) -> None:
-        """Raises a ValueError for reentrant checkpoints of layers that run several times, under DDP: it would
-        take the gradient of the first time for the whole one."""
+    def _check_checkpoints(self, cache: Cache | None) -> None:
+        """Raises a ValueError for reentrant checkpoints where their gradients would be wrong.
+
+        These are layers that run several times under DDP, which would take the gradient of the first time for
+        the whole one, and layers with a state, which such a checkpoint cuts off from the graph.
+        """
         function = getattr(self.layers[0], "_gradient_checkpointing_func", None)
         if function is None or not (self.training and self.layers[0].gradient_checkpointing):
             return
+        if not getattr(function, "keywords", {}).get("use_reentrant", False):
+            return
+        found = "got {'use_reentrant': True}"
+        if torch.is_grad_enabled() and (cache is not None or self.config.feedback):
+            raise ValueError(
+                "`gradient_checkpointing_kwargs` must be {'use_reentrant': False} with feedback, or with a "
+                f"cache in training, {found}"
+            )
         ddp = DistributedDataParallel._get_active_ddp_module()
-        if (
-            ddp is not None
-            and not ddp.static_graph
-            and self.config.max_ponder_steps > 1
-            and getattr(function, "keywords", {}).get("use_reentrant", False)
-        ):
+        if ddp is not None and not ddp.static_graph and self.config.max_ponder_steps > 1:
             raise ValueError(
                 "`gradient_checkpointing_kwargs` must be {'use_reentrant': False} with several ponder steps "
-                "and DistributedDataParallel (unless it has `static_graph=True`), got {'use_reentrant': True}"
+                f"and DistributedDataParallel (unless it has `static_graph=True`), {found}"
             )
 
     def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
@@ -539,178 +357,6 @@ class StackformerModel(StackformerPreTrainedModel):
                 f"{int(input_ids.min())} to {int(input_ids.max())}"
             ) from error
 
-    def _ponder_in_turn(
-        self, embeds: Tensor, layout: TokenLayout, cache: Cache | None, depths: Tensor | None, *options
-    ) -> tuple[Tensor, Tensor, tuple[Tensor, ...] | None, StackTrace | None]:
-        """`_ponder` with feedback: one token of each row after the other, each with all of its ponder steps,
-        which share one slice of state: what the last step writes is what the next token's first step reads.
-        """
-        if layout.documents is not None:
-            rows = _map_tensors(lambda x: layout.to_rows(layout.gather(x)), (embeds, depths))
-            return _map_tensors(
-                lambda x: layout.scatter(
-                    layout.to_tokens(x), x.new_zeros(layout.batch_size, layout.length, *x.shape[2:])
-                ),
-                self._ponder_in_turn(rows[0], layout.as_batch(), None, rows[1], *options),
-            )
-        cache = StackformerCache(self.config) if cache is None else cache
-        if layout.length <= 1:
-            return self._ponder(embeds, layout, cache, depths, *options)
-        results = [
-            self._ponder(embeds[:, span], part, cache, None if depths is None else depths[:, span], *options)
-            for span, part in layout.one_by_one()
-        ]
-        return _map_tensors(lambda *parts: torch.cat(parts, dim=1), *results)
-
-    def _ponder(
-        self,
-        embeds: Tensor,
-        layout: TokenLayout,
-        cache: Cache | None,
-        depths: Tensor | None,
-        threshold: float,
-        all_thoughts: bool,
-        with_trace: bool,
-    ) -> tuple[Tensor, Tensor, tuple[Tensor, ...] | None, StackTrace | None]:
-        """Ponder until every token's stack is empty: outputs [B, T, D], distribution over steps [B, T, P]."""
-        config = self.config
-        # A compiled graph cannot depend on which tokens are done: there, tokens are masked, not left out.
-        masked = torch.compiler.is_compiling() and embeds.shape[1] == 1
-        embedding = layout.gather(embeds)
-        stack = init_stack(embedding, config.stack_depth, config.max_ponder_steps)
-        if layout.thinking is not None:  # padding has no mass
-            stack = stack._replace(pointer=stack.pointer * layout.thinking.unsqueeze(-1))
-        latest, hidden_states, steps = embeds, [embeds], []
-        finished: list[tuple[Tensor, ...]] = []  # positions, outputs, distributions
-        steps_left, hooks = range(0), mixed_batch_hooks(self)
-
-        for step in range(1, config.max_ponder_steps + 1):
-            if layout.num_tokens == 0:
-                steps_left = range(step, config.max_ponder_steps + 1)
-                break
-            with adapters_by_token(hooks, layout):
-                thought, bank_weights = self._think(stack, layout, step - 1, cache)
-                actions = self._actions(thought)
-            if with_trace:
-                steps.append(self._trace_step(layout, stack.pointer, actions, bank_weights))
-            if all_thoughts:
-                latest = layout.scatter(thought, latest)
-                hidden_states.append(latest)
-
-            if step == config.max_ponder_steps:
-                all_tokens = torch.ones_like(stack.pointer[:, 0], dtype=torch.bool)
-                stack = flush_stack(stack, all_tokens, thought, step)
-                break
-            stack = step_stack(stack, actions, thought, embedding, step, self.return_norm)
-            if depths is not None:
-                done = layout.gather(depths) <= step
-            elif threshold > 0:
-                done = stack.pointer.sum(-1) < threshold
-            else:
-                continue
-            stack = flush_stack(stack, done, thought, step)
-            if masked:
-                staying = ~done if layout.thinking is None else layout.thinking & ~done
-                layout = layout.masked(staying)
-                continue
-            leaving = done.nonzero().squeeze(-1)
-            if len(leaving) > 0:
-                results = (x.index_select(0, leaving) for x in (stack.output, stack.dropped))
-                finished.append((layout.places(leaving), *results))
-                staying = (~done).nonzero().squeeze(-1)
-                layout, stack = layout.select(staying), Stack(*(x.index_select(0, staying) for x in stack))
-                embedding = embedding.index_select(0, staying)
-
-        outputs, distribution = layout.spread(finished, (stack.output, stack.dropped))
-        if steps_left and self._is_shared(cache):
-            outputs = self._keep_up(outputs, embeds, steps_left, cache)
-        elif steps_left and torch.is_grad_enabled():
-            outputs = self._keep_in_graph(outputs, steps_left)
-        if cache is not None:
-            for cache_layer in cache.layers:
-                cache_layer.advance(embeds.shape[1])
-        hidden_states += [latest] * (config.max_ponder_steps + 1 - len(hidden_states))
-        trace = self._stack_steps(steps) if steps else None
-        return outputs, distribution, tuple(hidden_states) if all_thoughts else None, trace
-
-    def _actions(self, thought: Tensor) -> Tensor:
-        """Probabilities of push, no-op and pop [n, 3]. A model made for one step always returns."""
-        dtype = at_least_float32(thought)
-        if self.action_proj is None:
-            pop = torch.arange(3, device=thought.device) == POP
-            return pop.to(dtype).expand(len(thought), 3)
-        # Over D normalised channels small steps of all weights add up: scaled, actions learn slowly.
-        logits = self.action_proj(thought * thought.shape[-1] ** -0.5)
-        return logits.to(dtype).softmax(-1)
-
-    def _is_shared(self, cache: Cache | None) -> bool:
-        """Whether other processes take part in each run of the core: its weights are gathered from them, or
-        its state comes from them."""
-        if cache is not None and cache.layers[0].is_shared:
-            return True
-        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-            return False
-        if is_deepspeed_zero3_enabled():
-            return True
-        return any(isinstance(module, (FSDPModule, FullyShardedDataParallel)) for module in self.modules())
-
-    def _keep_in_graph(self, outputs: Tensor, steps_left: range) -> Tensor:
-        """`outputs`, unchanged, as a function of the parameters that no token needed: where gradients are
-        exchanged (DDP), every process must have one for each of them."""
-        if steps_left.start > 2:
-            return outputs
-        # After a single step, nothing has read what it wrote to the frames, and no gate was needed.
-        unused = [self] if steps_left.start == 1 else [self.step_gate, self.return_norm]
-        parameters = [x for module in unused if module is not None for x in module.parameters()]
-        sums = [x.sum().to(outputs.device) for x in parameters if x.requires_grad]
-        return outputs + 0 * torch.stack(sums).sum() if sums else outputs
-
-    def _keep_up(self, outputs: Tensor, embeds: Tensor, steps: range, cache: Cache | None) -> Tensor:
-        """Ponder about nothing for the steps that are left; `outputs` unchanged.
-
-        A process whose tokens are all done has to run the core as often as the others do: a sharded layer
-        is gathered from all processes each time it runs, all must have a gradient of each parameter, and a
-        sequence that is split over them has states that all take part in.
-        """
-        # Made of the outputs, so that the backward pass, too, comes by here before the steps that were real.
-        # A token that is no number must stay the only one.
-        embedding = (outputs[:, 0] + embeds[:, 0]).nan_to_num()
-        nobody = torch.zeros(len(embedding), dtype=torch.bool, device=embedding.device)
-        layout = TokenLayout.full(len(embedding), 1).masked(nobody)
-        stack = init_stack(embedding, self.config.stack_depth, self.config.max_ponder_steps)
-        weightless = torch.zeros_like(stack.pointer)  # writes nothing, decays nothing
-        shared = cache if cache is not None and cache.layers[0].is_shared else None
-        for step in steps:
-            stack = stack._replace(pointer=weightless)
-            thought, _ = self._think(stack, layout, step - 1, shared)
-            stack = step_stack(stack, self._actions(thought), thought, embedding, step, self.return_norm)
-        return outputs + 0 * (thought.sum() + stack.frames.sum()).nan_to_num()
-
-    def _think(
-        self, stack: Stack, layout: TokenLayout, step: int, cache: Cache | None
-    ) -> tuple[Tensor, list[tuple[Tensor, Tensor, Tensor] | None]]:
-        """Apply the core, on its state at ponder step `step`, the first being 0: thoughts [n, D] and bank
-        weights."""
-        index = 0 if self.config.feedback else step
-        superposition = read_stack(stack)
-        hidden = self.down_proj(superposition)
-        bank_weights = []
-        for layer_idx, layer in enumerate(self.layers):
-            cache_layer = None if cache is None else cache.layers[layer_idx]
-            state = None if cache_layer is None else cache_layer.read(index, layout)
-            if cache_layer is not None:
-                cache_layer.record(index, layer.advance, hidden, stack.pointer, layout)
-            if callable(state):
-                state = (state,)
-            hidden, weights, *new_state = layer(hidden, stack.pointer, layout, *(state or ()))
-            bank_weights.append(weights)
-            if cache_layer is not None:
-                cache_layer.write(index, tuple(new_state), layout)
-        thought = hidden if self.bottleneck is None else self.bottleneck(hidden, superposition)
-        if self.step_gate is not None and step > 0:
-            thought = self.step_gate(superposition, thought)
-        return thought, bank_weights
-
     def _prepare_cache(self, cache: Cache | None, use_cache: bool | None, packed: bool) -> Cache | None:
         """The cache to go on from, a new one, or none."""
         if packed:
@@ -725,64 +371,6 @@ class StackformerModel(StackformerPreTrainedModel):
                 use_cache = self.config.use_cache and not self.training
             return StackformerCache(self.config).bind(self.mark()) if use_cache else None
         return cache
-
-    @staticmethod
-    def _layout(embeds: Tensor, attention_mask: Tensor | None, documents: Tensor | None) -> TokenLayout:
-        batch_size, length = embeds.shape[:2]
-        if attention_mask is None:
-            if documents is None:
-                return TokenLayout.full(batch_size, length)
-            attention_mask = torch.ones_like(documents)
-        active = attention_mask[:, attention_mask.shape[1] - length :].bool()
-        if torch.compiler.is_compiling() and length == 1:
-            return TokenLayout.full(batch_size, 1).masked(active.squeeze(1))
-        return TokenLayout.from_mask(active, documents)
-
-    @staticmethod
-    def _trace_step(
-        layout: TokenLayout, pointer: Tensor, actions: Tensor, bank_weights: list
-    ) -> list[Tensor]:
-        """One ponder step of a trace: its tensors for all tokens [B, T, ...], zeros for inactive ones."""
-        active = layout.thinking
-        if active is None:
-            active = torch.ones_like(pointer[:, 0], dtype=torch.bool)
-        traced = [active, pointer, actions]
-        some = next((weights for weights in bank_weights if weights is not None), None)
-        if some is not None:
-            none = tuple(map(torch.zeros_like, some))
-            by_layer = [none if weights is None else weights for weights in bank_weights]
-            traced += [torch.stack(weights, dim=1) for weights in zip(*by_layer, strict=True)]
-        return [
-            layout.scatter(x, x.new_zeros(layout.batch_size, layout.length, *x.shape[1:])) for x in traced
-        ]
-
-    def _stack_steps(self, steps: list[list[Tensor]]) -> StackTrace:
-        missing = self.config.max_ponder_steps - len(steps)
-        padded = steps + [[torch.zeros_like(x) for x in steps[0]]] * missing
-        return StackTrace(*(torch.stack(tensors, dim=2) for tensors in zip(*padded, strict=True)))
-
-    def get_input_embeddings(self) -> nn.Embedding:
-        return self.embed_tokens
-
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
-        self.embed_tokens = value
-
-
-def _map_tensors(function: Callable[..., Tensor], *trees):
-    """What `function` makes of the tensors in their places in the trees, all of them alike."""
-    return tree_map(lambda *leaves: None if leaves[0] is None else function(*leaves), *trees)
-
-
-@contextmanager
-def _undone_on_failure(cache: Cache | None) -> Iterator[None]:
-    """A call that fails, or is interrupted, leaves the cache as it was, or marked as unusable."""
-    undo = [] if cache is None else [layer.begin_call() for layer in cache.layers]
-    try:
-        yield
-    except BaseException:
-        for function in undo:
-            function()
-        raise
 
 
 class StackformerForCausalLM(StackformerPreTrainedModel, StackformerGenerationMixin):
@@ -832,7 +420,8 @@ class StackformerForCausalLM(StackformerPreTrainedModel, StackformerGenerationMi
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            cache=either_cache(cache, past_key_values),
+            cache=cache,
+            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             halting_threshold=halting_threshold,
@@ -851,9 +440,11 @@ class StackformerForCausalLM(StackformerPreTrainedModel, StackformerGenerationMi
             shape, ignored = outputs.last_hidden_state.shape[:2], kwargs.get("ignore_index", -100)
             if logits.shape[:2] != shape:
                 raise ValueError(f"`logits_to_keep` must be 0 with labels, got {logits_to_keep}")
-            check_num_items(num_items_in_batch)
-            documents = packed_documents(shape, attention_mask, position_ids, seq_idx, cu_seq_lens_q)
-            shift_labels = label_each_token(shape, labels, shift_labels, attention_mask, documents, ignored)
+            if num_items_in_batch is not None:
+                check_num_items(num_items_in_batch)
+            shift_labels = label_each_token(
+                shape, labels, shift_labels, attention_mask, position_ids, seq_idx, cu_seq_lens_q, ignored
+            )
             try:
                 loss = self.loss_function(
                     logits=logits,
@@ -878,7 +469,7 @@ class StackformerForCausalLM(StackformerPreTrainedModel, StackformerGenerationMi
             ponder_steps=outputs.ponder_steps,
             ponder_distribution=outputs.ponder_distribution,
             stack_trace=outputs.stack_trace,
-            **{CACHE_NAME: outputs.cache},
+            **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
         )
 
     @torch.no_grad()

@@ -5,8 +5,8 @@ Pure functions on tensors. The stack is a superposition stack (Joulin & Mikolov 
 Patterns with Stack-Augmented Recurrent Nets", equations 1 to 5) whose frames are embeddings of one token;
 what leaves it at the bottom is accumulated as in Adaptive Computation Time (Graves 2016, equation 13).
 
-Letters: D hidden size, S stack levels, N memory banks, H heads, P ponder steps, n active tokens; "..." are
-any leading dimensions. Level 0 is the bottom. The pointer is a distribution over levels that loses mass as
+Letters: D hidden size, S stack levels, P ponder steps; "..." are any leading dimensions. Level 0 is
+the bottom. The pointer is a distribution over levels that loses mass as
 the token finishes: its sum plus the mass that was dropped is always 1.
 """
 
@@ -132,8 +132,11 @@ def accumulate(stack: Stack, mass: Tensor, thought: Tensor, step: int) -> tuple[
     return output, stack.dropped + nn.functional.pad(mass, (step - 1, stack.dropped.shape[-1] - step))
 
 
-def flush_stack(stack: Stack, done: Tensor, thought: Tensor, step: int) -> Stack:
-    """Drop all remaining mass of the tokens that are done, a boolean [...]."""
+def flush_stack(stack: Stack, done: Tensor | None, thought: Tensor, step: int) -> Stack:
+    """Drop all remaining mass of the tokens that are done, a boolean [...], or of all if `None`."""
+    if done is None:
+        output, dropped = accumulate(stack, stack.pointer.sum(-1), thought, step)
+        return Stack(torch.zeros_like(stack.pointer), stack.frames, output, dropped)
     output, dropped = accumulate(stack, stack.pointer.sum(-1) * done, thought, step)
     return Stack(stack.pointer * ~done.unsqueeze(-1), stack.frames, output, dropped)
 
@@ -162,16 +165,20 @@ def entropy(distribution: Tensor) -> Tensor:
     return -(distribution * distribution.clamp(min=torch.finfo(distribution.dtype).eps).log()).sum(-1)
 
 
-def address_memories(pointer: Tensor, bank_weights: Tensor) -> Tensor:
-    """Weights of each head's S*N memories: the pointer picks a row of banks, the bank weights a bank in it.
-
-    Because writes carry the mass that is still in the stack, what ends up in memory is the accumulation of
-    the memories after each step, weighted by the mass dropped at that step (exactly so without decay).
-
-    Args:
-        pointer: [n, S]; bank_weights: [n, H, N].
-
-    Returns:
-        [n, H, S*N], level by level.
-    """
-    return (pointer[:, None, :, None] * bank_weights.unsqueeze(-2)).flatten(-2)
+__all__ = [
+    "NO_OP",
+    "POP",
+    "PUSH",
+    "Stack",
+    "Transfer",
+    "accumulate",
+    "divergence_from_geometric",
+    "entropy",
+    "expected_steps",
+    "flush_stack",
+    "init_stack",
+    "read_stack",
+    "step_stack",
+    "transfer_mass",
+    "write_back",
+]

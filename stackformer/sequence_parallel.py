@@ -14,27 +14,19 @@ losses and gradients are those of one process that reads everything.
 Letters: B batch, T time, N processes; B' rows with active tokens.
 """
 
-from collections.abc import Callable
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .cache_stackformer import StackformerCache, StackformerCacheLayer, State, put_rows, take_rows
+from .cache_stackformer import Slot, StackformerCache, StackformerCacheLayer
 from .configuration_stackformer import StackformerConfig
 from .long_context import shifted_labels
+from .mixer import Mixer
+from .state import Start, put_rows, take_rows
 from .token_layout import TokenLayout
-
-
-@runtime_checkable
-class SplittableMixer(Protocol):
-    """What a mixer has if its tokens can be split over processes; mixer.py has the contract."""
-
-    def state_before(
-        self, hidden: Tensor, pointer: Tensor, layout: TokenLayout, gather: Callable[..., list[Tensor]]
-    ) -> tuple[State, Any]: ...
 
 
 def shard_sequence(
@@ -100,7 +92,7 @@ class SequenceParallelCache(StackformerCache):
     def __init__(self, config: StackformerConfig, group: dist.ProcessGroup | None = None):
         super().__init__(config)
         self._config, self._exchange = config, _Exchange(group)
-        self.layers = [_SpanLayer(self._exchange) for _ in range(config.num_hidden_layers)]
+        self.layers = [_PartLayer(self._exchange) for _ in range(config.num_hidden_layers)]
 
     def whole(self) -> StackformerCache:
         """The state after the whole sequence, on every process, without a graph: to generate from."""
@@ -117,8 +109,8 @@ class SequenceParallelCache(StackformerCache):
         return cache
 
 
-class _SpanLayer(StackformerCacheLayer):
-    """A layer that asks the processes before this one what the state is before the span."""
+class _PartLayer(StackformerCacheLayer):
+    """A layer that asks the processes before this one for the state before the part of this one."""
 
     is_shared = True
 
@@ -126,45 +118,53 @@ class _SpanLayer(StackformerCacheLayer):
         super().__init__()
         self._exchange = exchange
 
-    def read(self, index: int, layout: TokenLayout) -> Any:
-        """The state of slice `index` before the span, as soon as it is known what the span does to it."""
-        if index in self._slices:
+    def for_call(self) -> StackformerCacheLayer:
+        """See the base class: always this layer."""
+        return self
+
+    def open(
+        self, index: int, layer: nn.Module, hidden: Tensor, pointer: Tensor, layout: TokenLayout
+    ) -> Slot:
+        """The slot of slice `index`, once for each."""
+        if index in self.slices:
             raise ValueError(
                 f"A SequenceParallelCache must be new for each call, slice {index} was read before"
             )
-        # A layer that is checkpointed runs again in the backward pass, when nobody is there to be asked.
-        received: list[Tensor] = []
-        recorded = torch.is_grad_enabled()
+        return _PartSlot(self, index, layout, self._exchange)
 
-        def start(
-            mixer: Any, hidden: Tensor, pointer: Tensor, layout: TokenLayout
-        ) -> tuple[State | None, Any]:
-            if not isinstance(mixer, SplittableMixer):
-                raise ValueError(
-                    "`mixer_types` must be mixers whose tokens can be split over processes, got "
-                    f"{type(mixer).__name__}, which has no `state_before`"
-                )
-            if torch.is_grad_enabled() != recorded:
-                raise ValueError("`use_reentrant` must be False to checkpoint a sequence that is split")
-            known = iter(received.copy())
 
-            def gather(*tensors: Tensor) -> list[Tensor]:
-                tensors = put_rows(None, tensors, layout)
-                numbers = torch.cat([tensor.flatten() for tensor in tensors])
-                before = next(known, None)
-                gathered = self._exchange(numbers, before)
-                if before is None:
-                    received.append(gathered.detach())
-                parts = gathered.split([tensor.numel() for tensor in tensors], dim=1)
-                return [part.unflatten(1, tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
+class _PartSlot(Slot):
+    """A slot that computes the state before the process' part, as soon as it is known what is read there."""
 
-            first = not received
-            state, inputs = mixer.state_before(hidden, pointer, layout, gather)
-            if first:
-                self._slices[index] = state
-            return take_rows(state, layout.rows), inputs
+    def __init__(self, layer: _PartLayer, index: int, layout: TokenLayout, exchange: "_Exchange"):
+        super().__init__(layer, index, layout)
+        self._exchange = exchange
+        # A layer that is checkpointed runs again in the backward pass, when no other process can be asked.
+        self._received: list[Tensor] = []
 
-        return start
+    def start(self, mixer: Mixer, hidden: Tensor, pointer: Tensor, layout: TokenLayout) -> Start:
+        if not mixer.is_splittable:
+            raise ValueError(
+                "`mixer_types` must be mixers whose tokens can be split over processes, got "
+                f"{type(mixer).__name__}, which has no `carry`"
+            )
+        known = iter(self._received.copy())
+
+        def gather(*tensors: Tensor) -> list[Tensor]:
+            tensors = put_rows(None, tensors, layout)
+            numbers = torch.cat([tensor.flatten() for tensor in tensors])
+            before = next(known, None)
+            gathered = self._exchange(numbers, before)
+            if before is None:
+                self._received.append(gathered.detach())
+            parts = gathered.split([tensor.numel() for tensor in tensors], dim=1)
+            return [part.unflatten(1, tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
+
+        first = not self._received
+        state, inputs = mixer.carry(hidden, pointer, layout, gather)
+        if first:
+            self._layer.slices[self._index] = state
+        return Start(take_rows(state, layout.rows), inputs)
 
 
 class _Exchange:
@@ -222,4 +222,4 @@ class _GatherEarlier(torch.autograd.Function):
         return received.sum(0), grad_chain, None, None
 
 
-__all__ = ["SequenceParallelCache", "SplittableMixer", "shard_sequence"]
+__all__ = ["SequenceParallelCache", "shard_sequence"]

@@ -24,6 +24,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import ModelOutput
 
 from .files import replaced_file, write_file
+from .token_layout import TokenLayout
 
 # Pieces of one UTF-8 character are at most this many bytes.
 _MAX_PIECES = 4
@@ -32,6 +33,57 @@ _LINE = 100
 # The most tokens that have room for their text along the axis.
 _LABELLED = 120
 _VISIBLE = {"\n": "\u21b5", "\t": "\u21e5", "\r": "\u240d"}
+
+
+@dataclass
+class StackTrace(ModelOutput):
+    """The actions and memories of every token at every ponder step; zeros where it was not active.
+
+    Args:
+        active (`torch.BoolTensor` [B, T, P]): whether the token was computed.
+        pointer (`torch.FloatTensor` [B, T, P, S]): probability mass on each stack level, before the step.
+        actions (`torch.FloatTensor` [B, T, P, 3]): probabilities of push, no-op and pop. At the last
+            step, and where the rest of the mass was flushed, all that is left is dropped, whatever the
+            actions say.
+        bank_reads, bank_writes (`torch.FloatTensor` [B, T, P, L, H, N]): softmax over the memory banks.
+            Zeros for core layers without any; these fields are `None` if no layer has them.
+        bank_decays (`torch.FloatTensor` [B, T, P, L, H, N]): logarithm of what each bank keeps where all of
+            the pointer's mass is; elsewhere the logarithm is times the mass there. At most 0.
+    """
+
+    active: Tensor | None = None
+    pointer: Tensor | None = None
+    actions: Tensor | None = None
+    bank_reads: Tensor | None = None
+    bank_writes: Tensor | None = None
+    bank_decays: Tensor | None = None
+
+    @staticmethod
+    def of_step(layout: TokenLayout, pointer: Tensor, actions: Tensor, bank_weights: list) -> list[Tensor]:
+        """The fields at one ponder step, for all tokens of the batch: [B, T, ...] each.
+
+        Args:
+            layout: of the n active tokens; pointer: [n, S]; actions: [n, 3].
+            bank_weights: of each layer, read, write and log decay [n, H, N], or `None`.
+        """
+        active = layout.thinking
+        if active is None:
+            active = torch.ones_like(pointer[:, 0], dtype=torch.bool)
+        traced = [active, pointer, actions]
+        some = next((weights for weights in bank_weights if weights is not None), None)
+        if some is not None:
+            none = tuple(map(torch.zeros_like, some))
+            by_layer = [none if weights is None else weights for weights in bank_weights]
+            traced += [torch.stack(weights, dim=1) for weights in zip(*by_layer, strict=True)]
+        return [
+            layout.scatter(x, x.new_zeros(layout.batch_size, layout.length, *x.shape[1:])) for x in traced
+        ]
+
+    @classmethod
+    def of_steps(cls, steps: list[list[Tensor]], num_steps: int) -> "StackTrace":
+        """A trace of `num_steps` ponder steps, the last of which no token may have needed."""
+        padded = steps + [[torch.zeros_like(x) for x in steps[0]]] * (num_steps - len(steps))
+        return cls(*(torch.stack(tensors, dim=2) for tensors in zip(*padded, strict=True)))
 
 
 @dataclass(frozen=True)

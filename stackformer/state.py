@@ -1,21 +1,21 @@
 # Copyright 2026 The Stackformer authors. Licensed under the Apache License, Version 2.0.
-"""The recurrent state of a layer: what its tensors are called, and what they must look like.
+"""The recurrent state of a layer: the names, shapes and types of its tensors, and operations on all of them.
 
-A state is a tuple of tensors, batch rows first. Every mixer has a specification of its state; what checks,
-saves or compares states goes by it.
+A state is a tuple of tensors, batch rows first. Every mixer names the tensors of its own (a NamedTuple,
+`Mixer.state_type`) and specifies them (`Mixer.state_spec`). A cache checks, saves, moves and reorders states
+by their specification, and knows nothing else about them.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from .token_layout import TokenLayout
 
 State = tuple[Tensor, ...]
-
-
-class StateOfAllRows(tuple):
-    """A mixer's state [B, ...], of which it writes the rows of its layout in place."""
+AnyState = TypeVar("AnyState", bound=State)
 
 
 class TensorSpec(NamedTuple):
@@ -49,6 +49,21 @@ class TensorSpec(NamedTuple):
 StateSpec = tuple[TensorSpec, ...]
 
 
+class Start(NamedTuple):
+    """What a layer goes on from in one call.
+
+    Args:
+        state: of the layer's rows [B', ...]; of all batch rows [B, ...] with `in_place`; `None` at the
+            beginning of the sequences.
+        inputs: what `Mixer.project` returns for the tokens of the call, where that is known already.
+        in_place: whether the mixer writes the new state into the tensors of `state`.
+    """
+
+    state: State | None = None
+    inputs: Any = None
+    in_place: bool = False
+
+
 def find_mismatch(state: Sequence[Tensor], spec: StateSpec) -> str | None:
     """Says what is wrong with a state; `None` if it is as specified, and has as many rows in all tensors."""
     if len(state) != len(spec):
@@ -63,4 +78,35 @@ def find_mismatch(state: Sequence[Tensor], spec: StateSpec) -> str | None:
     return None
 
 
-__all__ = ["State", "StateSpec", "TensorSpec", "find_mismatch"]
+def take_rows(state: AnyState | None, rows: Tensor | None) -> AnyState | None:
+    """The batch rows `rows` [B'] of a state, all if `None`."""
+    if state is None or rows is None:
+        return state
+    return tuple(tensor.index_select(0, rows) for tensor in state)  # type: ignore[return-value]
+
+
+def put_rows(old: State | None, new: State, layout: TokenLayout) -> State:
+    """`old`, zeros if `None`, with the rows of `layout` replaced by `new`.
+
+    A state may grow along dimension 1: then what is new comes last, and shorter rows get zeros in front.
+    """
+    if layout.rows is None:
+        return new
+    if old is None:
+        old = tuple(tensor.new_zeros(layout.batch_size, *tensor.shape[1:]) for tensor in new)
+    pairs = (_as_long(past, tensor) for past, tensor in zip(old, new, strict=True))
+    return tuple(past.index_copy(0, layout.rows, tensor) for past, tensor in pairs)
+
+
+def _as_long(*tensors: Tensor) -> list[Tensor]:
+    """The tensors [B, length, ...] with zeros in front of the shorter ones."""
+    if tensors[0].dim() == 1 or len({tensor.shape[1] for tensor in tensors}) == 1:
+        return list(tensors)
+    length = max(tensor.shape[1] for tensor in tensors)
+    return [
+        nn.functional.pad(tensor, (0, 0) * (tensor.dim() - 2) + (length - tensor.shape[1], 0))
+        for tensor in tensors
+    ]
+
+
+__all__ = ["Start", "State", "StateSpec", "TensorSpec", "find_mismatch", "put_rows", "take_rows"]

@@ -8,11 +8,13 @@ mechanism. `BlockGrid` maps between rows and blocks of a fixed number of tokens.
 Letters: B batch, T time, n active tokens; B' rows that have any, T' the longest of them; C tokens of a block.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import Cache
 
 
 @dataclass(frozen=True)
@@ -162,13 +164,22 @@ class TokenLayout:
             for base, x in zip(empty, merged, strict=True)
         )
 
-    def to_rows(self, tokens: Tensor) -> Tensor:
-        """Active tokens [n, ...] to rows [B', T', ...], zeros in the empty slots."""
-        shape = (self.num_rows, self.row_length, *tokens.shape[1:])
-        if self.slots is None:
-            return tokens.view(shape)
-        empty = tokens.new_zeros(self.num_rows * self.row_length, *tokens.shape[1:])
-        return empty.index_copy(0, self.slots, tokens).view(shape)
+    @overload
+    def to_rows(self, tokens: Tensor, /) -> Tensor: ...
+
+    @overload
+    def to_rows(self, tokens: Tensor, /, *more: Tensor) -> list[Tensor]: ...
+
+    def to_rows(self, *tokens):
+        """Active tokens [n, ...] to rows [B', T', ...], zeros in the empty slots; several give a list."""
+        rows = []
+        for x in tokens:
+            shape = (self.num_rows, self.row_length, *x.shape[1:])
+            if self.slots is not None:
+                empty = x.new_zeros(self.num_rows * self.row_length, *x.shape[1:])
+                x = empty.index_copy(0, self.slots, x)
+            rows.append(x.view(shape))
+        return rows if len(rows) > 1 else rows[0]
 
     def to_tokens(self, rows: Tensor) -> Tensor:
         """Rows [B', T', ...] to active tokens [n, ...]."""
@@ -188,6 +199,111 @@ class TokenLayout:
         index = self.row_lengths.unsqueeze(1) + torch.arange(count, device=window.device)
         index = (index + (start - self.row_length)) % window.shape[1]  # what wraps around are empty slots
         return _take(window, index)
+
+
+def lay_out(
+    shape: Sequence[int],
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    cache: Cache | None = None,
+) -> TokenLayout:
+    """The layout of a batch of shape [B, T]: padding is left out, and every packed document is a row.
+
+    Args:
+        attention_mask: [B, T] or [B, past + T], 0 for padding.
+        position_ids, seq_idx, cu_seq_lens_q: where documents begin, see `packed_documents`.
+        cache: with the past.
+
+    Raises:
+        ValueError: for a mask, or a packing, of another shape or kind.
+    """
+    check_padding_mask(shape, attention_mask, cache)
+    documents = packed_documents(shape, attention_mask, position_ids, seq_idx, cu_seq_lens_q)
+    batch_size, length = shape
+    if attention_mask is None:
+        if documents is None:
+            return TokenLayout.full(batch_size, length)
+        attention_mask = torch.ones_like(documents)
+    active = attention_mask[:, attention_mask.shape[1] - length :].bool()
+    if torch.compiler.is_compiling() and length == 1:
+        return TokenLayout.full(batch_size, 1).masked(active.squeeze(1))
+    return TokenLayout.from_mask(active, documents)
+
+
+def check_padding_mask(shape: Sequence[int], mask: Tensor | None, cache: Cache | None) -> None:
+    """Raises a ValueError for an attention mask that is no padding mask of T, or of past + T, tokens.
+
+    Args:
+        shape: (B, T); cache: with the past.
+    """
+    if mask is None:
+        return
+    batch_size, length = shape
+    if mask.dim() != 2 or mask.shape[0] != batch_size or mask.shape[1] < length:
+        raise ValueError(
+            f"`attention_mask` must be a padding mask of shape [{batch_size}, {length}], or longer by the "
+            f"tokens in the cache, got shape {tuple(mask.shape)}"
+        )
+    if torch.compiler.is_compiling():  # what follows reads values
+        return
+    if mask.shape[1] != length:
+        past = 0 if cache is None else cache.get_seq_length()
+        if mask.shape[1] != past + length:
+            raise ValueError(
+                f"`attention_mask` must have {length} columns, or {past + length} with those of the {past} "
+                f"tokens in the cache, got {mask.shape[1]}"
+            )
+    if mask.dtype != torch.bool:
+        used = mask[:, mask.shape[1] - length :]
+        if not ((used == 0) | (used == 1)).all():
+            raise ValueError(
+                "`attention_mask` must be 1 for tokens and 0 for padding (not a mask that is added), got "
+                f"{used.flatten().unique()[:5].tolist()}"
+            )
+
+
+def packed_documents(
+    shape: Sequence[int],
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    seq_idx: Tensor | None,
+    cu_seq_lens_q: Tensor | None,
+) -> Tensor | None:
+    """The document of each token of a batch of a shape [B, T]; `None` if every row is one document."""
+    batch_size, length = shape
+    if seq_idx is not None:
+        documents = seq_idx
+    elif cu_seq_lens_q is not None:
+        bounds = cu_seq_lens_q.flatten()
+        ascending = len(bounds) > 1 and bool((bounds.diff() >= 0).all())  # a document may be empty
+        if batch_size != 1 or not ascending or bounds[0] != 0 or bounds[-1] != length:
+            raise ValueError(
+                f"`cu_seq_lens_q` must ascend from 0 to the length {length} of a batch of 1 row, got "
+                f"{cu_seq_lens_q.tolist()} for {batch_size} rows"
+            )
+        starts = torch.zeros(length + 1, dtype=torch.long, device=bounds.device)
+        documents = starts.index_fill_(0, bounds.long(), 1)[:length].cumsum(0).unsqueeze(0)
+    elif position_ids is not None and length > 1:
+        if position_ids.dim() != 2 or position_ids.shape[0] not in (1, batch_size):
+            raise ValueError(
+                f"`position_ids` must have shape {(batch_size, length)}, got {tuple(position_ids.shape)}"
+            )
+        begins = (position_ids == 0).expand(batch_size, -1)
+        if attention_mask is not None:
+            # Positions of padding mean nothing, and a row's first token ends no document.
+            tokens = attention_mask[:, -length:].bool()
+            begins = begins & tokens & (tokens.cumsum(-1) > 1)
+        documents = begins.cumsum(-1)
+    else:
+        return None
+    if documents.shape != (batch_size, length) or documents.is_floating_point():
+        raise ValueError(
+            f"`seq_idx` and `position_ids` must be integers of shape {(batch_size, length)}, got "
+            f"{documents.dtype} of shape {tuple(documents.shape)}"
+        )
+    return documents if (documents[:, 1:] != documents[:, :-1]).any() else None
 
 
 class BlockGrid(NamedTuple):
@@ -261,3 +377,6 @@ def _take(rows: Tensor, index: Tensor) -> Tensor:
     """Entries `index` [B', M] of each row of `rows` [B', T', ...]: [B', M, ...]."""
     index = index.view(*index.shape, *[1] * (rows.dim() - 2)).expand(-1, -1, *rows.shape[2:])
     return rows.gather(1, index)
+
+
+__all__ = ["BlockGrid", "TokenLayout", "lay_out", "packed_documents"]

@@ -20,7 +20,7 @@ from transformers.training_args import ParallelMode
 from transformers.utils import logging
 
 from .checkpoints import WholeCheckpoints
-from .model_inputs import label_each_token, packed_documents
+from .labels import label_each_token
 from .processing_stack import entropy, expected_steps
 
 logger = logging.get_logger(__name__)
@@ -205,10 +205,10 @@ def _with_counted_labels(batch: Any) -> Any:
     before, would predict is no label."""
     if not isinstance(batch, Mapping) or "shift_labels" in batch or batch.get("labels") is None:
         return batch
-    labels, mask = batch["labels"], batch.get("attention_mask")
-    packing = [batch.get(name) for name in ("position_ids", "seq_idx", "cu_seq_lens_q")]
-    documents = packed_documents(labels.shape, mask, *packing)
-    counted = label_each_token(labels.shape, labels, None, mask, documents)
+    labels = batch["labels"]
+    names = ("attention_mask", "position_ids", "seq_idx", "cu_seq_lens_q")
+    others: dict[str, Any] = {name: batch.get(name) for name in names}
+    counted = label_each_token(labels.shape, labels, None, **others)
     return {**batch, "labels": nn.functional.pad(counted[:, :-1], (1, 0), value=-100)}
 
 

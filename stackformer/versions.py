@@ -54,17 +54,22 @@ def rename_cache(kwargs: dict[str, Any]) -> dict[str, Any]:
     return {**others, CACHE_NAME: cache}
 
 
-def check_keywords(kwargs: dict[str, Any], owner: str) -> None:
-    """Raises a TypeError for a keyword argument of `forward` that neither this package nor transformers has.
-
-    transformers' own models ignore such arguments, so that a misspelt or renamed one changes the results
-    without a word.
+def check_arguments(
+    kwargs: dict[str, Any], owner: str, cache: Cache | None, past_key_values: Cache | None
+) -> Cache | None:
+    """Returns the cache that `forward` was given under either name.
 
     Args:
         kwargs: the arguments that are not in the signature of `forward`.
         owner: the name of the class, for the message.
+
+    Raises:
+        TypeError: for an argument that neither this package nor transformers has. transformers' own models
+            ignore such arguments, so that a misspelt or renamed one changes the results without a word.
+        ValueError: for a cache under both names.
     """
     unknown = kwargs.keys() - COMMON_ARGUMENTS - LOSS_ARGUMENTS
     if unknown:
         names = ", ".join(f"'{name}'" for name in sorted(unknown))
         raise TypeError(f"{owner}.forward() got an unexpected keyword argument {names}")
+    return either_cache(cache, past_key_values)

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from stackformer.model_inputs import label_each_token
+from stackformer.labels import label_each_token
 from stackformer.sequence_parallel import SequenceParallelCache, shard_sequence
 from tests.models import SHAPES, random_ids, tiny_model
 
@@ -113,7 +113,7 @@ def refuse(group: dist.ProcessGroup) -> None:
     with pytest.raises(ValueError, match="must be new for each call"):
         model(**shard, past_key_values=cache)
     model.gradient_checkpointing_enable({"use_reentrant": True})
-    with pytest.raises(ValueError, match="`use_reentrant` must be False"):
+    with pytest.raises(ValueError, match="must be {'use_reentrant': False} with feedback, or with a cache"):
         model(**shard, past_key_values=SequenceParallelCache(model.config, group))
     with pytest.raises(ValueError, match="at least as many tokens as there are processes"):
         shard_sequence(random_ids(1, 1), group=group)

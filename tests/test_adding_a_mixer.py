@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from stackformer import StackformerConfig, StackformerForCausalLM, modeling_stackformer
+from stackformer import StackformerConfig, StackformerForCausalLM, core_stackformer
 from tests.models import random_ids, tiny_model
 from tests.test_cache import read_calls, recording_cache
 from tests.test_modeling import (
@@ -26,13 +26,13 @@ def run_the_document():
     """All blocks, in one namespace; the row is gone afterwards."""
     blocks = re.findall(r"```python\n(.*?)```", DOCUMENT.read_text(encoding="utf-8"), re.DOTALL)
     assert len(blocks) == 3
-    before, namespace = dict(modeling_stackformer.MIXERS), {}
+    before, namespace = dict(core_stackformer.MIXERS), {}
     torch.manual_seed(0)
     for block in blocks:
         exec(compile(block, str(DOCUMENT), "exec"), namespace)
     yield namespace
-    modeling_stackformer.MIXERS.clear()
-    modeling_stackformer.MIXERS.update(before)
+    core_stackformer.MIXERS.clear()
+    core_stackformer.MIXERS.update(before)
 
 
 @pytest.mark.parametrize("mask", PADDINGS.values(), ids=PADDINGS.keys())
@@ -55,9 +55,9 @@ def test_crop():
 
 def test_a_mixer_that_is_not_there_is_named(tmp_path):
     StackformerForCausalLM(StackformerConfig(num_hidden_layers=2, **FIELDS)).save_pretrained(tmp_path)
-    row = modeling_stackformer.MIXERS.pop("gated_average")
+    row = core_stackformer.MIXERS.pop("gated_average")
     try:
         with pytest.raises(ValueError, match="`mixer_types` must be names out of .*, got 'gated_average'"):
             StackformerForCausalLM.from_pretrained(tmp_path)
     finally:
-        modeling_stackformer.MIXERS["gated_average"] = row
+        core_stackformer.MIXERS["gated_average"] = row

@@ -198,8 +198,8 @@ def test_what_is_recorded_is_bounded_and_the_window_is_kept(model, sizes):
     ids, window = random_ids(2, 100), 8
     cache = read_calls(model, ids, sizes, recording_cache(model, rollback_window=window))
     for layer in cache.layers:
-        assert window <= layer._recorded_tokens <= 2 * window
-        for calls in layer._calls.values():
+        assert window <= layer.recording.num_tokens <= 2 * window
+        for calls in layer.recording._calls.values():
             assert sum(len(call.hidden) for call in calls) <= 2 * 2 * window
     far_back = cache.clone()
     cache.crop(-window)

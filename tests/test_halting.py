@@ -133,14 +133,14 @@ def test_rows_are_written_in_place_only_where_nobody_sees_it():
         if t % 4 == 0:
             copies.append((t, cache.detach() if t % 8 else cache.clone()))
         cache = model(ids[:, t : t + 1], past_key_values=cache).past_key_values
-        addresses.append(cache.layers[0]._slices[1][0].data_ptr())
+        addresses.append(cache.layers[0].slices[1][0].data_ptr())
     assert len(set(addresses)) < len(addresses) / 2, "every step made a new state"
     for t, copy in [*copies, (30, cache)]:
         assert_same_state(copy, model(ids[:, :t], use_cache=True).past_key_values)
     # A graph never sees a state change: with gradients, states are replaced.
     with torch.enable_grad():
         for t in range(2):
-            held = cache.layers[0]._slices[1][0]
+            held = cache.layers[0].slices[1][0]
             value = held.clone()
             cache = model(ids[:, t : t + 1], past_key_values=cache).past_key_values
             assert torch.equal(held, value)

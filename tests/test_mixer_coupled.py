@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from stackformer import StackformerConfig, mixer_coupled
-from stackformer.long_context import ReversibleMixer, long_context_backward
-from stackformer.mixer_coupled import Coupled
+from stackformer.long_context import long_context_backward
+from stackformer.mixer_coupled import Coupled, CoupledState
 from stackformer.token_layout import TokenLayout
 from tests.models import SHAPES, random_ids, spread_weights, tiny_model
 from tests.test_long_context import assert_same_gradients
@@ -30,7 +30,7 @@ def inputs(length: int, dtype: torch.dtype = torch.float64, padded: bool = False
     layout = TokenLayout.from_mask(mask)
     hidden = torch.randn(layout.num_tokens, SIZE, generator=generator).to(dtype)
     start = torch.randint(-(2**22), 2**22, (3, 2, STATE), generator=generator).double() * 2.0**-20
-    return hidden, torch.ones(layout.num_tokens, 1), layout, (start,)
+    return hidden, torch.ones(layout.num_tokens, 1), layout, CoupledState(start)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -41,9 +41,9 @@ def test_it_goes_back_exactly(dtype):
     hidden, pointer, layout, start = inputs(300, dtype, padded=True)
     end = mixer(hidden, pointer, layout, start)[1]
     assert (end[0] - start[0]).abs().amax(-1).min() > 1
-    assert isinstance(mixer, ReversibleMixer)
-    assert torch.equal(mixer.reverse(mixer.inputs(hidden, pointer, layout, ()), end)[0], start[0])
-    assert mixer.total_decay(mixer.inputs(hidden, pointer, layout, ())).tolist() == [[0, 0]] * 3
+    assert mixer.num_reversible == 1
+    assert torch.equal(mixer.reverse(mixer.project(hidden, pointer, layout, None), end)[0], start[0])
+    assert mixer.total_decay(mixer.project(hidden, pointer, layout, None)).tolist() == [[0, 0]] * 3
 
 
 @torch.no_grad()
@@ -51,8 +51,8 @@ def test_without_fixed_point_numbers_it_would_not_go_back(monkeypatch):
     mixer = coupled(torch.float32, chunk_size=64)
     hidden, pointer, layout, start = inputs(100, torch.float32)
     monkeypatch.setattr(mixer_coupled._FixedPoint, "apply", lambda x: x.double())
-    end = mixer(hidden, pointer, layout, (start[0] / 3,))[1]
-    assert not torch.equal(mixer.reverse(mixer.inputs(hidden, pointer, layout, ()), end)[0], start[0] / 3)
+    end = mixer(hidden, pointer, layout, CoupledState(start[0] / 3))[1]
+    assert not torch.equal(mixer.reverse(mixer.project(hidden, pointer, layout, None), end)[0], start[0] / 3)
 
 
 @pytest.mark.parametrize("padded", [False, True], ids=["full", "padded"])
@@ -69,7 +69,7 @@ def test_gradients_are_those_through_stored_states(length, padded):
         return loss, torch.autograd.grad(loss, leaves)
 
     def reversible(hidden, state):
-        mixed, (end,), _ = mixer(hidden, pointer, layout, (state,))
+        mixed, (end,), _ = mixer(hidden, pointer, layout, CoupledState(state))
         return mixed, end
 
     def stored(hidden, state):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from stackformer.mixer_delta_rule import DeltaRule, delta_rule
+from stackformer.mixer_delta_rule import DeltaRule, DeltaRuleState, delta_rule
 from stackformer.token_layout import TokenLayout
 from tests.models import SHAPES, random_ids, tiny_config, tiny_model
 from tests.test_modeling import assert_same_state, gradients_whole_and_through_the_cache, read_in_pieces
@@ -115,16 +115,18 @@ def test_rows_of_a_batch_are_alone():
     hidden = torch.randn(3, 13, 16, dtype=torch.float64)
     mask = torch.ones(3, 13, dtype=torch.bool)
     mask[0, :2], mask[1, 5:7], mask[2, 4:] = False, False, False
-    state = (torch.randn(3, 2, 8, 8, dtype=torch.float64), torch.randn(3, 3, 48, dtype=torch.float64))
+    state = DeltaRuleState(
+        torch.randn(3, 2, 8, 8, dtype=torch.float64), torch.randn(3, 3, 48, dtype=torch.float64)
+    )
     layout = TokenLayout.from_mask(mask)
     mixed, after, _ = mixer(layout.gather(hidden), None, layout, state)
     mixed = layout.scatter(mixed, torch.zeros_like(hidden))
     for row in range(3):
         alone = hidden[row, mask[row]]
-        before = tuple(x[row : row + 1] for x in state)
+        before = DeltaRuleState(*(x[row : row + 1] for x in state))
         expected = mixer(alone, None, TokenLayout.full(1, len(alone)), before)
         torch.testing.assert_close(mixed[row, mask[row]], expected[0], **CLOSE)
-        torch.testing.assert_close(tuple(x[row : row + 1] for x in after), expected[1], **CLOSE)
+        torch.testing.assert_close(tuple(x[row : row + 1] for x in after), tuple(expected[1]), **CLOSE)
 
     one_token = TokenLayout.full(3, 1).masked(torch.tensor([True, False, True]))
     after = mixer(hidden[:, 0], None, one_token, state)[1]

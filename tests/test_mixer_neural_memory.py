@@ -255,7 +255,7 @@ def test_a_state_of_zeros_is_the_beginning(kind):
     """What a cache holds for rows that have not begun, and what a static cache begins with."""
     mixer, hidden = layer(kind=kind), hidden_tokens()
     expected, state = read(mixer, hidden)
-    zeros = tuple(torch.zeros_like(tensor) for tensor in state)
+    zeros = type(state)(*(torch.zeros_like(tensor) for tensor in state))
     actual, again = read(mixer, hidden, state=zeros)
     torch.testing.assert_close((actual, again), (expected, state), **CLOSE)
 

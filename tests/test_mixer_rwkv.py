@@ -7,7 +7,7 @@ from transformers.models.rwkv.modeling_rwkv import rwkv_linear_attention_cpu
 
 from scripts import convert_rwkv
 from stackformer import StackformerForCausalLM
-from stackformer.mixer_rwkv import reverse_wkv, wkv
+from stackformer.mixer_rwkv import wkv
 from tests.models import SHAPES, random_ids, spread_weights, tiny_config, tiny_model
 from tests.test_generation import generate
 from tests.test_modeling import CLOSE
@@ -77,26 +77,6 @@ def average_and_log_weight(state):
     """What a state [B, 3, d] means, whatever its scale is."""
     a, b, p = state.unbind(1)
     return torch.stack([a / b, b.log() + p], dim=1)
-
-
-@torch.no_grad()
-def test_reverse():
-    decay, bonus, key, value = wkv_inputs(24)
-    states = wkv(decay, bonus, key, value)[1]
-    for tokens in (1, 4, 12):
-        start, end = states[:, -1 - tokens], states[:, -1]
-        state, left = reverse_wkv(decay, key[:, -tokens:], value[:, -tokens:], end)
-        known = left > 1e-6
-        assert known.any()
-        before, rebuilt = map(average_and_log_weight, (start, state))
-        both = known.unsqueeze(1).expand_as(before)
-        torch.testing.assert_close(rebuilt[both], before[both], rtol=1e-6, atol=1e-6)
-        share = (start[:, 1].log() + start[:, 2] + tokens * decay - end[:, 1].log() - end[:, 2]).exp()
-        torch.testing.assert_close(left, share, rtol=1e-6, atol=1e-12)
-    fast = torch.full_like(decay, -5.0)
-    end = wkv(fast, bonus, key, value)[1][:, -1]
-    state, left = reverse_wkv(fast, key[:, 1:], value[:, 1:], end)
-    assert not left.any() and not state.any(), "forgotten, and it does not say so"
 
 
 def rwkv_model(**overrides):

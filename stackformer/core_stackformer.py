@@ -1,0 +1,230 @@
+# Copyright 2026 The Stackformer authors. Licensed under the Apache License, Version 2.0.
+"""The recurrent core: its layers, the bottleneck around them, and the gates of a ponder step.
+
+`think` applies the core once. It goes down to the core width, through the layers, and up again:
+
+    superposition [n, D] -> down_proj -> layers [n, d] -> bottleneck -> step_gate -> thought [n, D]
+
+Letters: n active tokens, D hidden size, d core width, S stack levels.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from .configuration_stackformer import StackformerConfig
+from .dtypes import at_least_float32
+from .feed_forward import ChannelMix, GatedMLP
+from .layers_stackformer import NORMS, SliceProjection
+from .mixer import Mixer
+from .mixer_attention import Attention
+from .mixer_banked_linear_attention import BankedLinearAttention
+from .mixer_continuous import ContinuousAttention
+from .mixer_coupled import Coupled
+from .mixer_delta_rule import DeltaRule
+from .mixer_neural_memory import MemoryAsContext, MemoryAsGate, MemoryAsLayer
+from .mixer_rwkv import TimeMix
+from .processing_stack import POP, Stack, read_stack
+from .state import Start, State, StateSpec
+from .token_layout import TokenLayout
+
+# The token mixers by their name in `config.mixer_types`.
+MIXERS: dict[str, Callable[[StackformerConfig], Mixer]] = {
+    "attention": Attention,
+    "banked_linear_attention": BankedLinearAttention,
+    "continuous_attention": ContinuousAttention,
+    "coupled": Coupled,
+    "delta_rule": DeltaRule,
+    "memory_as_context": MemoryAsContext,
+    "memory_as_gate": MemoryAsGate,
+    "neural_memory": MemoryAsLayer,
+    "rwkv": TimeMix,
+}
+
+# The read weights, write weights and log decays of a mixer's banks, [n, H, N] each; None without banks.
+BankWeights = tuple[Tensor, Tensor, Tensor] | None
+
+
+class StackformerCoreLayer(GradientCheckpointingLayer):
+    """Pre-norm residual layer of the core: a mixer along time, a feed-forward along channels."""
+
+    def __init__(self, config: StackformerConfig, layer_idx: int):
+        super().__init__()
+        size = config.core_size
+        norm = NORMS[config.norm_type]
+        self.input_layernorm = norm(size, eps=config.rms_norm_eps)
+        mixer_type = config.mixer_types[layer_idx]
+        if mixer_type not in MIXERS:
+            raise ValueError(f"`mixer_types` must be names out of {list(MIXERS)}, got {mixer_type!r}")
+        self.mixer = MIXERS[mixer_type](config)
+        self.mixer_spec: StateSpec = self.mixer.state_spec()
+        self.post_attention_layernorm = norm(size, eps=config.rms_norm_eps)
+        # RWKV's feed-forward has a past: it is the last tensor of the layer's state.
+        self.mlp_has_past = config.feed_forward_type == "rwkv_channel_mix"
+        # The tensors of the layer's state: the mixer's, then the feed-forward's.
+        self.state_spec: StateSpec = self.mixer_spec
+        if self.mlp_has_past:
+            channel_mix = ChannelMix(config)
+            self.mlp: nn.Module = channel_mix
+            self.state_spec += channel_mix.state_spec()
+        else:
+            self.mlp = GatedMLP(size, config.intermediate_size, size, config.hidden_act)
+
+    def forward(
+        self, hidden: Tensor, pointer: Tensor, layout: TokenLayout, slot: Any = None
+    ) -> tuple[Tensor, BankWeights, State]:
+        """Active tokens [n, d], with their stack pointer [n, S], to active tokens [n, d], bank weights, and
+        the new state of the layer.
+
+        Args:
+            slot: holds the state before these tokens (`Slot` of cache_stackformer.py), and gives a
+                checkpointed layer that runs again the same state; `None` at the beginning.
+        """
+        normed = self.input_layernorm(hidden)
+        start = Start() if slot is None else slot.start(self.mixer, normed, pointer, layout)
+        past, past_of_mlp = self._split(start.state)
+        mixed, state, bank_weights = self.mixer(normed, pointer, layout, past, start.inputs, start.in_place)
+        hidden = hidden + mixed
+        normed = self.post_attention_layernorm(hidden)
+        if self.mlp_has_past:
+            fed, past_of_mlp = self.mlp(normed, layout, past_of_mlp)
+        else:
+            fed = self.mlp(normed)
+        return hidden + fed, bank_weights, _join(state, past_of_mlp)
+
+    def advance(self, hidden: Tensor, pointer: Tensor, layout: TokenLayout, state: State | None) -> State:
+        """The layer's new state alone: for rolling back."""
+        if self.mlp_has_past:
+            return self.forward(hidden, pointer, layout, _Given(state))[2]
+        past, _ = self._split(state)
+        return _join(self.mixer(self.input_layernorm(hidden), pointer, layout, past)[1], None)
+
+    def _split(self, state: State | None) -> tuple[Any, Tensor | None]:
+        """The mixer's state, and the feed-forward's past, of a layer's state."""
+        if state is None:
+            return None, None
+        count = len(self.mixer_spec)
+        return self.mixer.state_type(*state[:count]), state[count] if self.mlp_has_past else None
+
+
+class _Given:
+    """A slot that holds a state."""
+
+    def __init__(self, state: State | None):
+        self._state = state
+
+    def start(self, mixer: Mixer, hidden: Tensor, pointer: Tensor, layout: TokenLayout) -> Start:
+        return Start(self._state)
+
+
+def _join(state: State, past_of_mlp: Tensor | None) -> State:
+    """A layer's state: the tensors of the mixer's, and the feed-forward's past, where there are such."""
+    return tuple(tensor for tensor in (*state, past_of_mlp) if tensor is not None)
+
+
+class StackformerBottleneck(nn.Module):
+    """Joins the core's thoughts [n, d] with the superposition [n, D] that they are about."""
+
+    def __init__(self, config: StackformerConfig):
+        super().__init__()
+        joint_size = config.core_size + config.hidden_size
+        self.up_proj = SliceProjection(config.core_size, config.hidden_size)
+        self.mlp_norm = NORMS[config.norm_type](joint_size, eps=config.rms_norm_eps)
+        self.mlp = GatedMLP(
+            joint_size, config.bottleneck_intermediate_size, config.hidden_size, config.hidden_act
+        )
+        self.norm = NORMS[config.norm_type](config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(self, core: Tensor, superposition: Tensor) -> Tensor:
+        joint = self.mlp_norm(torch.cat([core, superposition], dim=-1))
+        return self.norm(superposition + self.up_proj(core) + self.mlp(joint))
+
+
+class StepGate(nn.Module):
+    """Sets how far a ponder step after the first moves each channel towards the new thought [n, D].
+
+    The core is the same at every step. Because later steps start small, a deep model first learns what a
+    single step learns, and then uses depth where it helps (docs/experiments.md).
+    """
+
+    INITIAL = 0.1
+
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(hidden_size))
+
+    def forward(self, old: Tensor, new: Tensor) -> Tensor:
+        return old + self.weight * (new - old)
+
+
+class ActionProjection(nn.Linear):
+    """Logits of push, no-op and pop [n, 3] from thoughts [n, D].
+
+    It starts at full depth and the same for every token, and learns slowly: otherwise every token learns
+    within a hundred steps to pop at once, before depth can help (docs/experiments.md).
+    """
+
+    def __init__(self, hidden_size: int):
+        super().__init__(hidden_size, 3)
+
+    def initial_bias(self) -> Tensor:
+        """A pop starts unlikely."""
+        bias = torch.zeros(3)
+        bias[POP] = -3
+        return bias
+
+
+def think(
+    model: Any, stack: Stack, layout: TokenLayout, step: int, cache: Cache | None
+) -> tuple[Tensor, list[BankWeights]]:
+    """Apply the core of a `StackformerModel` to tokens at a ponder step, the first being 1.
+
+    Args:
+        stack: of the n active tokens; layout: of these.
+        cache: holds a slice of each layer's state per ponder step, or a single one with feedback.
+
+    Returns:
+        Thoughts [n, D], and the bank weights of each layer.
+    """
+    index = 0 if model.config.feedback else step - 1
+    superposition = read_stack(stack)
+    hidden = model.down_proj(superposition)
+    bank_weights = []
+    for number, layer in enumerate(model.layers):
+        slot = None
+        if cache is not None:
+            slot = cache.layers[number].open(index, layer, hidden, stack.pointer, layout)
+        hidden, weights, state = layer(hidden, stack.pointer, layout, slot)
+        bank_weights.append(weights)
+        if slot is not None:
+            slot.write(state)
+    thought = hidden if model.bottleneck is None else model.bottleneck(hidden, superposition)
+    if model.step_gate is not None and step > 1:
+        thought = model.step_gate(superposition, thought)
+    return thought, bank_weights
+
+
+def choose_actions(model: Any, thought: Tensor) -> Tensor:
+    """Probabilities of push, no-op and pop [n, 3] after thoughts [n, D]. A model of one step always pops."""
+    dtype = at_least_float32(thought)
+    if model.action_proj is None:
+        pop = torch.arange(3, device=thought.device) == POP
+        return pop.to(dtype).expand(len(thought), 3)
+    # Small changes of all weights add up over the D normalised channels: scaled, actions learn slowly.
+    logits = model.action_proj(thought * thought.shape[-1] ** -0.5)
+    return logits.to(dtype).softmax(-1)
+
+
+__all__ = [
+    "MIXERS",
+    "ActionProjection",
+    "StackformerBottleneck",
+    "StackformerCoreLayer",
+    "StepGate",
+    "choose_actions",
+    "think",
+]

@@ -1,0 +1,124 @@
+# Copyright 2026 The Stackformer authors. Licensed under the Apache License, Version 2.0.
+"""Element-wise operations whose gradients are in closed form, for CPUs: torch's own read and write more.
+
+Each function computes what its torch expression does, and takes torch's own operators where these are as
+good: on a GPU, in compiled graphs, and for small tensors.
+"""
+
+import torch
+from torch import Tensor, nn
+
+# The dtypes that oneDNN has fast convolutions for on this processor.
+_CONVOLVED_BY_ONEDNN = {torch.float32}
+if torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    _CONVOLVED_BY_ONEDNN.add(torch.bfloat16)
+
+# From this number of elements on, a normalisation takes as long as its memory traffic, not as its calls.
+_MANY = 2**14
+
+
+def can_normalise(x: Tensor, weight: Tensor | None) -> bool:
+    """Whether `normalise` is faster for x [..., F] than `torch.nn.functional.rms_norm`."""
+    plain = (
+        x.device.type == "cpu" and weight is not None and x.dtype == weight.dtype and x.dtype.itemsize >= 4
+    )
+    return plain and x.numel() >= _MANY and not torch.compiler.is_compiling()
+
+
+def normalise(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Root mean square normalisation of x [..., F] (Zhang and Sennrich 2019, equation 4)."""
+    return _Normalise.apply(x, weight, eps)
+
+
+class _Normalise(torch.autograd.Function):
+    """torch's own gradient, on CPUs, is a chain of operators that reads and writes x three times as often."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square()  # [..., 1]
+        scale = (square / x.shape[-1] + eps).rsqrt()
+        ctx.save_for_backward(x, weight, scale)
+        return (x * weight).mul_(scale)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight, scale = ctx.saved_tensors
+        product = (grad * x).flatten(0, -2)  # [n, F]
+        with torch.autocast(x.device.type, enabled=False):
+            along = (product @ weight).view_as(scale) * (scale**3 / -x.shape[-1])
+            grad_weight = scale.flatten() @ product
+        return (grad * weight).mul_(scale).addcmul_(x, along), grad_weight, None
+
+
+def swish_gate(gate: Tensor, value: Tensor) -> Tensor:
+    """silu(gate) * value, both of one shape."""
+    if torch.is_grad_enabled() and gate.dtype == value.dtype and not torch.compiler.is_compiling():
+        return _SwishGate.apply(gate, value)
+    return nn.functional.silu(gate) * value
+
+
+class _SwishGate(torch.autograd.Function):
+    """Keeps its two arguments, and nothing else, for the backward pass."""
+
+    @staticmethod
+    def forward(ctx, gate: Tensor, value: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, value)
+        return nn.functional.silu(gate).mul_(value)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
+        gate, value = ctx.saved_tensors
+        grad_gate = torch.ops.aten.silu_backward(grad * value, gate)
+        return grad_gate, nn.functional.silu(gate).mul_(grad)
+
+
+def depthwise_convolution(window: Tensor, weight: Tensor) -> Tensor:
+    """Causal convolution of each channel alone.
+
+    Args:
+        window: [B', kernel - 1 + T', channels], the past in front.
+        weight: [channels, 1, kernel].
+
+    Returns:
+        [B', T', channels]
+    """
+    length = window.shape[1] - weight.shape[-1] + 1
+    if length == 1:
+        return (window * weight.squeeze(1).t()).sum(1, keepdim=True)
+    if window.device.type == "cpu" and window.dtype in _CONVOLVED_BY_ONEDNN:
+        return _DepthwiseConvolution.apply(window, weight)
+    taps = weight.squeeze(1).unbind(-1)  # [channels] each
+    mixed = window[:, :length] * taps[0]
+    for offset, tap in enumerate(taps[1:], start=1):
+        mixed = torch.addcmul(mixed, window[:, offset : offset + length], tap)
+    return mixed
+
+
+class _DepthwiseConvolution(torch.autograd.Function):
+    """Runs oneDNN's kernels for images (of height 1) whose channels are dense. These are fast on CPUs in
+    float32 and bfloat16, except for the gradient of the weights, which a few long rows make slow."""
+
+    @staticmethod
+    def forward(ctx, window: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(window, weight)
+        return _convolve_as_image(window, weight)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
+        window, weight = ctx.saved_tensors
+        length, size = grad.shape[1], weight.shape[-1]
+        grad_window = _convolve_as_image(nn.functional.pad(grad, (0, 0, size - 1, size - 1)), weight.flip(-1))
+        product = torch.empty_like(grad)  # one for all: new memory takes as long as the writes to it
+        sums = [
+            torch.mul(grad, window[:, offset : offset + length], out=product).sum((0, 1))
+            for offset in range(size)
+        ]
+        return grad_window, torch.stack(sums, dim=-1).unsqueeze(1)
+
+
+def _convolve_as_image(window: Tensor, weight: Tensor) -> Tensor:
+    image = window.transpose(1, 2).unsqueeze(2)  # [B', channels, 1, W]
+    return nn.functional.conv2d(image, weight.unsqueeze(2), groups=len(weight)).squeeze(2).transpose(1, 2)
+
+
+__all__ = ["can_normalise", "depthwise_convolution", "normalise", "swish_gate"]
