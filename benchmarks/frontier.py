@@ -23,7 +23,7 @@ from scripts.command_line import COUNT, NATURAL, THRESHOLD, check_input_file, ru
 from scripts.data import encode, parse_range
 from scripts.loading import check_source, load_model, load_saved_tokenizer
 from scripts.report import bits_per_byte, draw_or_warn, save_figure
-from stackformer.trainer_stackformer import ponder_metrics, ponder_sums
+from stackformer.training.trainer import ponder_metrics, ponder_sums
 
 
 @torch.no_grad()

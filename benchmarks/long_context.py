@@ -42,7 +42,7 @@ from scripts.command_line import (
 )
 from scripts.report import commit, draw_or_warn, machine_line, save_figure, write_json
 from scripts.train import read_preset
-from stackformer.long_context import DriftError, long_context_backward
+from stackformer.training.long_context import DriftError, long_context_backward
 
 SIDES = ("plain", "checkpointing", "stored", "reverse")
 MIB = 2**20

@@ -30,8 +30,8 @@ from benchmarks.tasks.run import TRAIN, evaluate
 from scripts.command_line import COUNT, NATURAL, NOT_NEGATIVE, Parser, check_output_file, run_main
 from scripts.report import commit, machine_line, write_json
 from scripts.train import read_preset
-from stackformer.long_context import METHODS
-from stackformer.long_context_trainer import LongContextArguments, LongContextTrainer
+from stackformer.training.long_context import METHODS
+from stackformer.training.long_context_trainer import LongContextArguments, LongContextTrainer
 
 SMALL = (
     "hidden_size=32,intermediate_size=64,num_hidden_layers=1,num_attention_heads=1,num_memory_banks=4,"

@@ -76,8 +76,8 @@ from scripts.command_line import (
 from scripts.data import Blocks, DataArguments, check_tokenizer, encode, load_splits, load_tokenizer
 from scripts.loading import check_source, has_tokenizer, load_model
 from scripts.report import bits_per_byte, commit, machine_line, write_json
-from stackformer.checkpoints import PARTIAL, checkpoint_fault, newest_checkpoint, replace_model
-from stackformer.trainer_stackformer import StackformerTrainer
+from stackformer.training.checkpoints import PARTIAL, checkpoint_fault, newest_checkpoint, replace_model
+from stackformer.training.trainer import StackformerTrainer
 
 logger = logging.get_logger(__name__)
 

@@ -36,7 +36,7 @@ from scripts.train import (
     find_checkpoint,
     train_and_save,
 )
-from stackformer.long_context_trainer import LongContextArguments, LongContextTrainer, streams_files
+from stackformer.training.long_context_trainer import LongContextArguments, LongContextTrainer, streams_files
 
 
 @dataclass

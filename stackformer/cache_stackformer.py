@@ -318,8 +318,8 @@ class StackformerBufferLayer(StackformerCacheLayer):
         return type(self).of(self) if are_read_only and not torch.is_inference_mode_enabled() else self
 
     def begin_call(self, length: int) -> Callable[[], None]:
-        """See the base class. A longer call gets buffers of its own, so that it can be undone. After a call of
-        one token that wrote to the buffers and failed, the layer refuses to be read."""
+        """See the base class. A longer call gets buffers of its own, so that it can be undone. A call of one
+        token that wrote to the buffers and failed leaves a layer that refuses to be read."""
         self.is_overwritten = False
         restore = super().begin_call(length)
         is_undoable = length > 1 and not self.is_compileable

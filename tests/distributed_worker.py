@@ -18,8 +18,8 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import stackformer  # noqa: F401  (importing it registers the Auto classes)
-from stackformer.long_context_trainer import LongContextArguments, LongContextTrainer
-from stackformer.trainer_stackformer import StackformerTrainer
+from stackformer.training.long_context_trainer import LongContextArguments, LongContextTrainer
+from stackformer.training.trainer import StackformerTrainer
 
 
 def train(folder: Path, strategy: str, batch_size: int, **arguments) -> dict[str, Any]:

@@ -32,7 +32,7 @@ from transformers.utils import logging
 
 from benchmarks.tasks import run as tasks
 from scripts import train, train_long
-from stackformer.checkpoints import WholeCheckpoints, newest_checkpoint
+from stackformer.training.checkpoints import WholeCheckpoints, newest_checkpoint
 
 LEFT_OVER = re.compile("partial|replaced")
 TEXT = bytes(range(32, 127)) * 12

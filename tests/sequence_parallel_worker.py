@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from stackformer.labels import label_each_token
-from stackformer.sequence_parallel import SequenceParallelCache, shard_sequence
+from stackformer.training.sequence_parallel import SequenceParallelCache, shard_sequence
 from tests.models import SHAPES, random_ids, tiny_model
 
 # By name: number of processes, fields of the model; number of tokens, where those of each row start and stop,

@@ -21,7 +21,7 @@ from benchmarks import (
     training,
 )
 from benchmarks.tasks.recall import DistantRecall
-from stackformer.long_context_trainer import DocumentStreams
+from stackformer.training.long_context_trainer import DocumentStreams
 
 SMALL = ["--parameters", "300000", "--layers", "2", "--threads", "1"]
 BRIEF = ["--repeats", "2"]

@@ -18,9 +18,9 @@ from transformers.utils import logging
 from scripts.report import write_json
 from scripts.train import find_checkpoint
 from stackformer import build_byte_tokenizer
-from stackformer.checkpoints import checkpoint_fault, newest_checkpoint, replace_model
 from stackformer.files import replaced_file
-from stackformer.trainer_stackformer import StackformerTrainer
+from stackformer.training.checkpoints import checkpoint_fault, newest_checkpoint, replace_model
+from stackformer.training.trainer import StackformerTrainer
 from tests.models import random_ids, tiny_model
 from tests.test_training import make_rows
 
@@ -118,7 +118,7 @@ def copy(run, tmp_path) -> Path:
 @pytest.fixture
 def warnings(monkeypatch) -> list[str]:
     told: list[str] = []
-    monkeypatch.setattr(logging.get_logger("stackformer.checkpoints"), "warning", told.append)
+    monkeypatch.setattr(logging.get_logger("stackformer.training.checkpoints"), "warning", told.append)
     return told
 
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import scripts.train
-from stackformer.checkpoints import checkpoint_fault, newest_checkpoint
+from stackformer.training.checkpoints import checkpoint_fault, newest_checkpoint
 from tests.distributed_worker import train
 from tests.models import random_ids, tiny_model
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from stackformer import StackformerCache, StackformerStaticCache
-from stackformer.long_context import long_context_backward
+from stackformer.training.long_context import long_context_backward
 from tests.models import SHAPES, random_ids, tiny_model
 from tests.test_modeling import CLOSE, assert_same_state
 

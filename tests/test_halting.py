@@ -12,7 +12,7 @@ from transformers import TrainingArguments
 from benchmarks import frontier
 from stackformer import StackformerCache, build_byte_tokenizer
 from stackformer.processing_stack import divergence_from_geometric, entropy
-from stackformer.trainer_stackformer import StackformerTrainer, ponder_metrics, ponder_sums
+from stackformer.training.trainer import StackformerTrainer, ponder_metrics, ponder_sums
 from tests.models import random_ids, tiny_model
 from tests.test_modeling import CLOSE, assert_same_state, read_in_pieces
 from tests.test_training import make_rows
@@ -188,7 +188,7 @@ def test_the_log_shows_the_depth(tmp_path):
 @pytest.mark.parametrize("collapsed", [True, False])
 def test_a_collapse_is_told_once(tmp_path, monkeypatch, collapsed):
     warnings = []
-    logger = logging.getLogger("stackformer.trainer_stackformer")
+    logger = logging.getLogger("stackformer.training.trainer")
     monkeypatch.setattr(logger, "warning", warnings.append)
     model = tiny_model()
     if collapsed:

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from stackformer.long_context import DriftError, _Storage, long_context_backward, long_context_loss
 from stackformer.mixer_banked_linear_attention import BankedLinearAttention
+from stackformer.training.long_context import DriftError, _Storage, long_context_backward, long_context_loss
 from tests.models import SHAPES, random_ids, tiny_model
 
 torch.set_num_threads(1)

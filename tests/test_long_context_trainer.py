@@ -8,7 +8,11 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
-from stackformer.long_context_trainer import DocumentStreams, LongContextArguments, LongContextTrainer
+from stackformer.training.long_context_trainer import (
+    DocumentStreams,
+    LongContextArguments,
+    LongContextTrainer,
+)
 from tests.models import random_ids, tiny_model
 
 torch.set_num_threads(1)

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from stackformer import StackformerConfig, mixer_coupled
-from stackformer.long_context import long_context_backward
 from stackformer.mixer_coupled import Coupled, CoupledState
 from stackformer.token_layout import TokenLayout
+from stackformer.training.long_context import long_context_backward
 from tests.models import SHAPES, random_ids, spread_weights, tiny_model
 from tests.test_long_context import assert_same_gradients
 

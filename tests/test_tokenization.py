@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 
 from stackformer import StackformerConfig
 from stackformer.tokenization_stackformer import build_byte_tokenizer, is_byte_tokenizer, train_bpe_tokenizer
-from stackformer.trainer_stackformer import PonderLogging
+from stackformer.training.trainer import PonderLogging
 from tests.models import tiny_model
 
 TEXTS = list(pydoc_data.topics.topics.values())

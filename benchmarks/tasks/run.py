@@ -52,7 +52,7 @@ from benchmarks.tasks.heat_map import RESULTS, draw_heat_map, print_tables, read
 from scripts.command_line import COUNT, NATURAL, THRESHOLD, DataclassParser, check_input_file, run_main
 from scripts.report import commit, draw_or_warn, machine_line, write_json, write_text
 from scripts.train import check_training, read_json, read_preset, save
-from stackformer.checkpoints import WholeCheckpoints, newest_checkpoint
+from stackformer.training.checkpoints import WholeCheckpoints, newest_checkpoint
 from stackformer.versions import CACHE_NAME
 
 TRAIN, TEST = range(2)  # the first number of the seeds, so that no test sequence is one of training

@@ -21,12 +21,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .cache_stackformer import Slot, StackformerCache, StackformerCacheLayer
-from .configuration_stackformer import StackformerConfig
+from ..cache_stackformer import Slot, StackformerCache, StackformerCacheLayer
+from ..configuration_stackformer import StackformerConfig
+from ..mixer import Mixer
+from ..state import Start, put_rows, take_rows
+from ..token_layout import TokenLayout
 from .long_context import shifted_labels
-from .mixer import Mixer
-from .state import Start, put_rows, take_rows
-from .token_layout import TokenLayout
 
 
 def shard_sequence(

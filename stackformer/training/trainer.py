@@ -19,9 +19,9 @@ from transformers import PreTrainedModel, Trainer
 from transformers.training_args import ParallelMode
 from transformers.utils import logging
 
+from ..labels import label_each_token
+from ..processing_stack import entropy, expected_steps
 from .checkpoints import WholeCheckpoints
-from .labels import label_each_token
-from .processing_stack import entropy, expected_steps
 
 logger = logging.get_logger(__name__)
 

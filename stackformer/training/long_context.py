@@ -40,11 +40,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers.utils import logging
 
-from .cache_stackformer import Slot, StackformerCache, StackformerCacheLayer
-from .labels import check_num_items, label_each_token
-from .mixer import Mixer
-from .state import Start, State, put_rows, take_rows
-from .token_layout import TokenLayout
+from ..cache_stackformer import Slot, StackformerCache, StackformerCacheLayer
+from ..labels import check_num_items, label_each_token
+from ..mixer import Mixer
+from ..state import Start, State, put_rows, take_rows
+from ..token_layout import TokenLayout
 
 logger = logging.get_logger(__name__)
 

@@ -15,9 +15,9 @@ from transformers import (
 )
 
 from scripts.train import read_preset
-from stackformer.long_context_trainer import LongContextArguments, LongContextTrainer
 from stackformer.tokenization_stackformer import build_byte_tokenizer
-from stackformer.trainer_stackformer import (
+from stackformer.training.long_context_trainer import LongContextArguments, LongContextTrainer
+from stackformer.training.trainer import (
     PonderLogging,
     SelectiveDecay,
     StackformerTrainer,

@@ -21,7 +21,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from transformers.utils import logging
 
-from .files import sync
+from ..files import sync
 
 logger = logging.get_logger(__name__)
 

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments, default_data_collator
 
-from .cache_stackformer import StackformerCache
+from ..cache_stackformer import StackformerCache
 from .checkpoints import WholeCheckpoints
 from .long_context import METHODS, long_context_backward, long_context_loss
-from .trainer_stackformer import EvaluatedFirst, SelectiveDecay
+from .trainer import EvaluatedFirst, SelectiveDecay
 
 
 @dataclass
