@@ -17,7 +17,6 @@ from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .configuration_stackformer import StackformerConfig
-from .dtypes import at_least_float32
 from .feed_forward import ChannelMix, GatedMLP
 from .layers_stackformer import NORMS, SliceProjection
 from .mixer import Mixer
@@ -180,7 +179,7 @@ class ActionProjection(nn.Linear):
 
 def think(
     model: Any, stack: Stack, layout: TokenLayout, step: int, cache: Cache | None
-) -> tuple[Tensor, list[BankWeights]]:
+) -> tuple[Tensor, Tensor, list[BankWeights]]:
     """Apply the core of a `StackformerModel` to tokens at a ponder step, the first being 1.
 
     Args:
@@ -188,7 +187,7 @@ def think(
         cache: holds a slice of each layer's state per ponder step, or a single one with feedback.
 
     Returns:
-        Thoughts [n, D], and the bank weights of each layer.
+        Thoughts [n, D]; probabilities of push, no-op and pop [n, 3]; and the bank weights of each layer.
     """
     index = 0 if model.config.feedback else step - 1
     superposition = read_stack(stack)
@@ -205,12 +204,11 @@ def think(
     thought = hidden if model.bottleneck is None else model.bottleneck(hidden, superposition)
     if model.step_gate is not None and step > 1:
         thought = model.step_gate(superposition, thought)
-    return thought, bank_weights
+    return thought, _actions(model, thought, stack.pointer.dtype), bank_weights
 
 
-def choose_actions(model: Any, thought: Tensor) -> Tensor:
+def _actions(model: Any, thought: Tensor, dtype: torch.dtype) -> Tensor:
     """Probabilities of push, no-op and pop [n, 3] after thoughts [n, D]. A model of one step always pops."""
-    dtype = at_least_float32(thought)
     if model.action_proj is None:
         pop = torch.arange(3, device=thought.device) == POP
         return pop.to(dtype).expand(len(thought), 3)
@@ -225,6 +223,5 @@ __all__ = [
     "StackformerBottleneck",
     "StackformerCoreLayer",
     "StepGate",
-    "choose_actions",
     "think",
 ]

@@ -1,7 +1,7 @@
 # Copyright 2026 The Stackformer authors. Licensed under the Apache License, Version 2.0.
-"""Element-wise operations whose gradients are in closed form, for CPUs: torch's own read and write more.
+"""Operations whose gradients are in closed form, for CPUs, where torch's own read and write more memory.
 
-Each function computes what its torch expression does, and takes torch's own operators where these are as
+Each computes the torch expression in its description, and takes torch's own operators where these are as
 good: on a GPU, in compiled graphs, and for small tensors.
 """
 
@@ -17,21 +17,24 @@ if torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_sup
 _MANY = 2**14
 
 
-def can_normalise(x: Tensor, weight: Tensor | None) -> bool:
-    """Whether `normalise` is faster for x [..., F] than `torch.nn.functional.rms_norm`."""
-    plain = (
-        x.device.type == "cpu" and weight is not None and x.dtype == weight.dtype and x.dtype.itemsize >= 4
-    )
-    return plain and x.numel() >= _MANY and not torch.compiler.is_compiling()
+class RMSNorm(nn.RMSNorm):
+    """Root mean square normalisation (Zhang and Sennrich 2019, equation 4)."""
 
+    def forward(self, x: Tensor) -> Tensor:
+        if self._is_fused_for(x):
+            eps = torch.finfo(x.dtype).eps if self.eps is None else self.eps
+            return _Normalise.apply(x, self.weight, eps)
+        return super().forward(x)
 
-def normalise(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Root mean square normalisation of x [..., F] (Zhang and Sennrich 2019, equation 4)."""
-    return _Normalise.apply(x, weight, eps)
+    def _is_fused_for(self, x: Tensor) -> bool:
+        if x.device.type != "cpu" or x.numel() < _MANY or torch.compiler.is_compiling():
+            return False
+        return self.weight is not None and x.dtype == self.weight.dtype and x.dtype.itemsize >= 4
 
 
 class _Normalise(torch.autograd.Function):
-    """torch's own gradient, on CPUs, is a chain of operators that reads and writes x three times as often."""
+    """Root mean square normalisation of x [..., F]. torch's own gradient, on CPUs, is a chain of operators that
+    reads and writes x three times as often."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -121,4 +124,4 @@ def _convolve_as_image(window: Tensor, weight: Tensor) -> Tensor:
     return nn.functional.conv2d(image, weight.unsqueeze(2), groups=len(weight)).squeeze(2).transpose(1, 2)
 
 
-__all__ = ["can_normalise", "depthwise_convolution", "normalise", "swish_gate"]
+__all__ = ["RMSNorm", "depthwise_convolution", "swish_gate"]

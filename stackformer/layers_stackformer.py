@@ -5,19 +5,9 @@ import torch
 from torch import Tensor, nn
 
 from .dtypes import at_least_float32
-from .fused_ops import can_normalise, depthwise_convolution, normalise
+from .fused_ops import RMSNorm, depthwise_convolution
 from .state import TensorSpec
 from .token_layout import TokenLayout
-
-
-class RMSNorm(nn.RMSNorm):
-    """Root mean square normalisation (Zhang and Sennrich 2019, equation 4)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if can_normalise(x, self.weight):
-            return normalise(x, self.weight, torch.finfo(x.dtype).eps if self.eps is None else self.eps)
-        return super().forward(x)
-
 
 # The normalisations by their name in `config.norm_type`.
 NORMS: dict[str, type[nn.Module]] = {"layer_norm": nn.LayerNorm, "rms_norm": RMSNorm}
@@ -123,7 +113,6 @@ def past_spec(kernel_size: int, channels: int) -> TensorSpec:
 
 __all__ = [
     "NORMS",
-    "RMSNorm",
     "ResidualProjection",
     "ShortConvolution",
     "SliceProjection",

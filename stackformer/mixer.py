@@ -26,7 +26,7 @@ class Mixer(nn.Module):
 
     - Run backwards (`num_reversible` above 0, `total_decay`, `reverse`): training on long contexts computes
       states instead of storing them.
-    - Write in place (`writes_in_place`, `mix_in_place`): decoding needs no new memory.
+    - Write in place (`writes_in_place`, and `forward` with `in_place`): decoding needs no new memory.
     - Be split over processes (`is_splittable`, `carry`): each process reads a part of a sequence.
 
     Letters: n active tokens, d core width, S stack levels, B batch rows, B' rows that have active tokens, H
@@ -70,7 +70,7 @@ class Mixer(nn.Module):
             The mixed tokens [n, d], the new state, and the bank weights or `None`.
         """
         if in_place:
-            return self.mix_in_place(hidden, pointer, layout, state)
+            raise NotImplementedError(f"{type(self).__name__} does not write in place")
         if inputs is None:
             inputs = self.project(hidden, pointer, layout, state)
         return self.mix(hidden, inputs, layout, state)
@@ -94,14 +94,9 @@ class Mixer(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} cannot be run backwards: it has no `reverse`")
 
     def writes_in_place(self, hidden: Tensor, layout: TokenLayout, state: State) -> bool:
-        """Whether `mix_in_place` can read these tokens, given the state of all batch rows [B, ...]. It is
-        called without gradients."""
+        """Whether `forward` can read these tokens with `in_place`, given the state of all batch rows
+        [B, ...]. It is called without gradients."""
         return False
-
-    def mix_in_place(self, hidden: Tensor, pointer: Tensor, layout: TokenLayout, state: Any) -> Mixed:
-        """As `forward`, but writes the rows of `layout` into the tensors of `state` [B, ...], and returns
-        these."""
-        raise NotImplementedError(f"{type(self).__name__} does not write in place: it has no `mix_in_place`")
 
     def carry(
         self, hidden: Tensor, pointer: Tensor, layout: TokenLayout, gather: Callable[..., list[Tensor]]

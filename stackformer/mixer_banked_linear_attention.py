@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from .configuration_stackformer import StackformerConfig
 from .dtypes import at_least_float32
-from .fused_ops import swish_gate
-from .layers_stackformer import ResidualProjection, RMSNorm, ShortConvolution, convolve, past_spec
+from .fused_ops import RMSNorm, swish_gate
+from .layers_stackformer import ResidualProjection, ShortConvolution, convolve, past_spec
 from .memory_bank import (
     FEATURE_MAPS,
     banked_linear_attention,
@@ -91,13 +91,17 @@ class BankedLinearAttention(Mixer):
         """See [`Mixer.forward`]. One token of each row takes a short way, where it can."""
         if not in_place and state is not None and inputs is None and self._can_mix_once(hidden, layout):
             return self._mix_once(hidden, pointer, None, state)
-        return super().forward(hidden, pointer, layout, state, inputs, in_place)
+        if in_place:
+            return self._mix_once(hidden, pointer, layout, cast(BankState, state))
+        if inputs is None:
+            inputs = self.project(hidden, pointer, layout, state)
+        return self.mix(hidden, inputs, layout, state)
 
     def project(
         self, hidden: Tensor, pointer: Tensor, layout: TokenLayout, state: BankState | None
     ) -> BankInputs:
         """The inputs of the recurrence for some tokens; of `state`, only `past` is read."""
-        weights = self._gates(hidden)
+        weights = self._gates(hidden, pointer.dtype)
         addressed = (address_memories(pointer, weight) for weight in weights)
         rows, read, write, log_decay = layout.to_rows(self.qkv_proj(hidden), *addressed)
         rows, past = convolve(
@@ -124,15 +128,11 @@ class BankedLinearAttention(Mixer):
         output = self.o_proj(swish_gate(self.gate_proj(hidden), mixed))
         return output, BankState(memory, normalizer, inputs.past), inputs.bank_weights
 
-    def mix_in_place(self, hidden: Tensor, pointer: Tensor, layout: TokenLayout, state: BankState) -> Mixed:
-        """Read one token of each row of `layout`, and write the new state into `state` [B, ...]."""
-        return self._mix_once(hidden, pointer, layout, state)
-
     def _mix_once(
         self, hidden: Tensor, pointer: Tensor, layout: TokenLayout | None, state: BankState
     ) -> Mixed:
         """One token of each row in one call of the C++ library; in place, if there is a `layout`."""
-        weights = self._gates(hidden)
+        weights = self._gates(hidden, pointer.dtype)
         projected, gate = self.qkv_proj(hidden), self.gate_proj(hidden)
         mixed, new = mix_once(
             projected,
@@ -196,9 +196,8 @@ class BankedLinearAttention(Mixer):
         memory, normalizer = combine_spans(*gather(-self.total_decay(inputs), memory, normalizer))
         return BankState(memory, normalizer, past), inputs
 
-    def _gates(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Read weights, write weights and log decay by the write, each [n, H, N], float32 at least."""
-        dtype = at_least_float32(hidden)
+    def _gates(self, hidden: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        """Read weights, write weights and log decay times write, [n, H, N] each, in the pointer's dtype."""
 
         def logits(projection: nn.Linear) -> Tensor:
             return projection(hidden).to(dtype).unflatten(-1, (self.num_heads, self.num_banks))

@@ -29,8 +29,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .configuration_stackformer import StackformerConfig
-from .fused_ops import swish_gate
-from .layers_stackformer import ResidualProjection, RMSNorm
+from .fused_ops import RMSNorm, swish_gate
+from .layers_stackformer import ResidualProjection
 from .mixer import Mixer
 from .state import StateSpec, TensorSpec
 from .token_layout import TokenLayout

@@ -33,10 +33,9 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from .configuration_stackformer import StackformerConfig
 from .dtypes import at_least_float32
-from .fused_ops import swish_gate
+from .fused_ops import RMSNorm, swish_gate
 from .layers_stackformer import (
     ResidualProjection,
-    RMSNorm,
     ShortConvolution,
     all_rows,
     apply_linear,

@@ -17,7 +17,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from .adapters import adapters_by_token, mixed_batch_hooks
 from .cache_stackformer import StackformerCache
-from .core_stackformer import BankWeights, choose_actions, think
+from .core_stackformer import BankWeights, think
 from .processing_stack import Stack, flush_stack, init_stack, step_stack
 from .stack_trace import StackTrace
 from .token_layout import TokenLayout
@@ -102,8 +102,7 @@ def _ponder_together(
             steps_left = range(step, num_steps + 1)
             break
         with adapters_by_token(hooks, tokens.layout) if hooks else nullcontext():
-            thought, bank_weights = think(model, tokens.stack, tokens.layout, step, cache)
-            actions = choose_actions(model, thought)
+            thought, actions, bank_weights = think(model, tokens.stack, tokens.layout, step, cache)
         record.add(tokens, thought, actions, bank_weights)
         if step == num_steps:
             tokens.stack = flush_stack(tokens.stack, None, thought, step)
@@ -245,8 +244,7 @@ def _keep_up(model: Any, output: Tensor, embeds: Tensor, steps: range, cache: Ca
     shared = cache if cache is not None and cache.layers[0].is_shared else None
     for step in steps:
         stack = stack._replace(pointer=weightless)
-        thought, _ = think(model, stack, layout, step, shared)
-        actions = choose_actions(model, thought)
+        thought, actions, _ = think(model, stack, layout, step, shared)
         stack = step_stack(stack, actions, thought, embedding, step, model.return_norm)
     return output + 0 * (thought.sum() + stack.frames.sum()).nan_to_num()
 

@@ -61,7 +61,7 @@ def test_decays_are_what_memories_keep():
     ids = torch.tensor([[7, 8, 9]])
     once = model(ids[:, :2], use_cache=True).past_key_values
     twice = once.clone()
-    memory, *rest = once.layers[0].slices[0]
+    memory, *rest = (tensor.clone() for tensor in once.layers[0].slices[0])  # decoding writes in place
     twice.layers[0].slices[0] = (2 * memory, *rest)
     trace = model(ids[:, 2:], past_key_values=once, output_stack_trace=True).stack_trace
     model(ids[:, 2:], past_key_values=twice)
