@@ -2,6 +2,8 @@
 """Stackformer configuration: the fields, the sizes derived from them, and their validation."""
 
 import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
@@ -11,6 +13,89 @@ FEED_FORWARD_TYPES = ("gated", "rwkv_channel_mix")
 NORM_TYPES = ("rms_norm", "layer_norm")
 SPECIAL_TOKENS = ("pad_token_id", "bos_token_id", "eos_token_id")
 FEATURE_MAP_NAMES = ("elu_plus_one", "relu", "softplus", "softmax", "exp")
+
+
+def _is_integer(value, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf
+
+
+def _are_widths(value) -> bool:
+    is_list = isinstance(value, (list, tuple)) and len(value) > 0
+    return is_list and all(_is_number(width) and width > 0 for width in value)
+
+
+def _is_rope(value) -> bool:
+    if not isinstance(value, dict) or not value.keys() <= {"rope_type", "rope_theta"}:
+        return False
+    theta = value.get("rope_theta", 1.0)
+    return value.get("rope_type", "default") == "default" and _is_number(theta) and theta > 0
+
+
+class Rule(NamedTuple):
+    """What the value of a field must be, whatever the other fields are."""
+
+    holds: Callable[[Any], bool]
+    expected: str
+
+
+COUNT = Rule(lambda x: _is_integer(x, least=1), "an integer of at least 1")
+OPTIONAL_COUNT = Rule(lambda x: x is None or _is_integer(x, least=1), "an integer of at least 1, or None")
+NOT_NEGATIVE = Rule(_is_number, "a finite number of at least 0")
+POSITIVE = Rule(lambda x: _is_number(x) and x > 0, "a number above 0")
+FRACTION = Rule(lambda x: _is_number(x) and 0 < x < 1, "a number above 0 and less than 1")
+
+
+def _one_of(names: tuple[str, ...]) -> Rule:
+    return Rule(lambda x: x in names, f"one of {names}")
+
+
+RULES: dict[str, Rule] = {
+    "vocab_size": COUNT,
+    "hidden_size": COUNT,
+    "num_hidden_layers": COUNT,
+    "num_attention_heads": COUNT,
+    "num_memory_banks": COUNT,
+    "stack_depth": COUNT,
+    "max_ponder_steps": COUNT,
+    "conv_kernel_size": COUNT,
+    "memory_depth": COUNT,
+    "memory_chunk_size": COUNT,
+    "memory_block": COUNT,
+    "num_basis_functions": COUNT,
+    "bottleneck_size": OPTIONAL_COUNT,
+    "intermediate_size": OPTIONAL_COUNT,
+    "bottleneck_intermediate_size": OPTIONAL_COUNT,
+    "chunk_size": OPTIONAL_COUNT,
+    "sliding_window": OPTIONAL_COUNT,
+    "coupled_state_size": OPTIONAL_COUNT,
+    "feedback": Rule(lambda x: isinstance(x, bool), "True or False"),
+    "num_persistent_tokens": Rule(lambda x: _is_integer(x, least=0), "an integer of at least 0"),
+    "ponder_loss_coef": NOT_NEGATIVE,
+    "max_decay_rate": NOT_NEGATIVE,
+    "initializer_range": NOT_NEGATIVE,
+    "memory_max_step_size": NOT_NEGATIVE,
+    "halting_threshold": Rule(lambda x: _is_number(x) and x < 1, "a number of at least 0 and less than 1"),
+    "memory_contraction": FRACTION,
+    "memory_ridge": POSITIVE,
+    "basis_widths": Rule(lambda x: x is None or _are_widths(x), "numbers above 0, or None"),
+    "ponder_loss_type": _one_of(PONDER_LOSS_TYPES),
+    "ponder_prior": FRACTION,
+    "rms_norm_eps": POSITIVE,
+    "hidden_act": Rule(
+        lambda x: isinstance(x, str) and x in ACT2FN, "the name of an activation in transformers.activations"
+    ),
+    "feed_forward_type": _one_of(FEED_FORWARD_TYPES),
+    "norm_type": _one_of(NORM_TYPES),
+    "feature_map": _one_of(FEATURE_MAP_NAMES),
+    "rope_parameters": Rule(
+        lambda x: not x or _is_rope(x),
+        'a dict of `rope_theta`, a finite number above 0, and `rope_type`, which is "default"',
+    ),
+}
 
 
 class StackformerConfig(PreTrainedConfig):
@@ -196,57 +281,12 @@ class StackformerConfig(PreTrainedConfig):
 
     def validate(self) -> None:
         """Check every field; also called before saving."""
-        for name in (
-            "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_memory_banks",
-            "stack_depth", "max_ponder_steps", "conv_kernel_size", "memory_depth", "memory_chunk_size",
-            "memory_block", "num_basis_functions",
-        ):  # fmt: skip
-            self._require(name, _is_integer(getattr(self, name), least=1), "an integer of at least 1")
-        for name in (
-            "bottleneck_size", "intermediate_size", "bottleneck_intermediate_size", "chunk_size",
-            "sliding_window", "coupled_state_size",
-        ):  # fmt: skip
-            value = getattr(self, name)
-            self._require(
-                name, value is None or _is_integer(value, least=1), "an integer of at least 1, or None"
-            )
-        self._require("feedback", isinstance(self.feedback, bool), "True or False")
-        self._require(
-            "num_persistent_tokens",
-            _is_integer(self.num_persistent_tokens, least=0),
-            "an integer of at least 0",
-        )
-        for name in ("ponder_loss_coef", "max_decay_rate", "initializer_range", "memory_max_step_size"):
-            self._require(name, _is_number(getattr(self, name)), "a finite number of at least 0")
-        self._require(
-            "halting_threshold",
-            _is_number(self.halting_threshold) and self.halting_threshold < 1,
-            "a number of at least 0 and less than 1",
-        )
-        self._require(
-            "memory_contraction",
-            _is_number(self.memory_contraction) and 0 < self.memory_contraction < 1,
-            "a number above 0 and less than 1",
-        )
-        self._require(
-            "memory_ridge", _is_number(self.memory_ridge) and self.memory_ridge > 0, "a number above 0"
-        )
+        for name, rule in RULES.items():
+            self._require(name, rule.holds(getattr(self, name)), rule.expected)
         self._require(
             "basis_widths",
-            self.basis_widths is None
-            or isinstance(self.basis_widths, (list, tuple))
-            and len(self.basis_widths) > 0
-            and all(_is_number(width) and width > 0 for width in self.basis_widths)
-            and self.num_basis_functions % len(self.basis_widths) == 0,
-            f"numbers above 0, as many as divide num_basis_functions={self.num_basis_functions}, or None",
-        )
-        self._require(
-            "ponder_loss_type", self.ponder_loss_type in PONDER_LOSS_TYPES, f"one of {PONDER_LOSS_TYPES}"
-        )
-        self._require(
-            "ponder_prior",
-            _is_number(self.ponder_prior) and 0 < self.ponder_prior < 1,
-            "a number above 0 and less than 1",
+            self.basis_widths is None or self.num_basis_functions % len(self.basis_widths) == 0,
+            f"as many numbers as divide num_basis_functions={self.num_basis_functions}, or None",
         )
         for name in SPECIAL_TOKENS:
             value = getattr(self, name)
@@ -260,17 +300,6 @@ class StackformerConfig(PreTrainedConfig):
                 f"a token id below vocab_size={self.vocab_size}, or None",
             )
         self._require(
-            "rms_norm_eps", _is_number(self.rms_norm_eps) and self.rms_norm_eps > 0, "a number above 0"
-        )
-        self._require(
-            "hidden_act", self.hidden_act in ACT2FN, "the name of an activation in transformers.activations"
-        )
-        self._require(
-            "feed_forward_type", self.feed_forward_type in FEED_FORWARD_TYPES, f"one of {FEED_FORWARD_TYPES}"
-        )
-        self._require("norm_type", self.norm_type in NORM_TYPES, f"one of {NORM_TYPES}")
-        self._require("feature_map", self.feature_map in FEATURE_MAP_NAMES, f"one of {FEATURE_MAP_NAMES}")
-        self._require(
             "num_attention_heads",
             self.core_size % self.num_attention_heads == 0,
             f"a divisor of the core's width {self.core_size} (`bottleneck_size` or `hidden_size`)",
@@ -282,28 +311,10 @@ class StackformerConfig(PreTrainedConfig):
             and all(isinstance(name, str) for name in self.mixer_types),
             f"a list of num_hidden_layers={self.num_hidden_layers} names",
         )
-        rope = self.rope_parameters or {}
-        self._require(
-            "rope_parameters",
-            isinstance(rope, dict)
-            and rope.get("rope_type", "default") == "default"
-            and _is_number(rope.get("rope_theta", 1.0))
-            and rope.get("rope_theta", 1.0) > 0
-            and rope.keys() <= {"rope_type", "rope_theta"},
-            'a dict of `rope_theta`, a finite number above 0, and `rope_type`, which is "default"',
-        )
 
     def _require(self, name: str, condition: bool, expected: str) -> None:
         if not condition:
             raise ValueError(f"`{name}` must be {expected}, got {getattr(self, name)!r}")
-
-
-def _is_integer(value, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-
-def _is_number(value) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf
 
 
 __all__ = ["StackformerConfig"]

@@ -33,8 +33,8 @@ class RMSNorm(nn.RMSNorm):
 
 
 class _Normalise(torch.autograd.Function):
-    """Root mean square normalisation of x [..., F]. torch's own gradient, on CPUs, is a chain of operators that
-    reads and writes x three times as often."""
+    """Root mean square normalisation of x [..., F]. On CPUs, torch's own gradient is a chain of operators
+    that reads and writes x three times as often."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:

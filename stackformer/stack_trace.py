@@ -1,8 +1,7 @@
 # Copyright 2026 The Stackformer authors. Licensed under the Apache License, Version 2.0.
 """What a model did at every token of a text, as arrays, as a page to explore, and as a picture.
 
-The page is one HTML file that needs no network: stack_trace.html with the numbers put in. A model's code that
-was copied to the Hub is without that file, and takes it from the package where that is installed.
+The page is one HTML file that needs no network: stack_trace_page.py has its template.
 
 Letters: T tokens, P ponder steps, S stack levels, L core layers, H heads, N memory banks.
 """
@@ -14,7 +13,6 @@ import math
 import os
 import unicodedata
 from dataclasses import dataclass
-from importlib.resources import files
 from typing import Any
 
 import numpy as np
@@ -24,6 +22,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import ModelOutput
 
 from .files import replaced_file, write_file
+from .stack_trace_page import PAGE
 from .token_layout import TokenLayout
 
 # Pieces of one UTF-8 character are at most this many bytes.
@@ -177,17 +176,10 @@ class TextTrace:
 
         Returns:
             The page.
-
-        Raises:
-            ImportError: if the package, which has the page's template, is not installed.
         """
-        try:
-            template = files("stackformer").joinpath("stack_trace.html").read_text(encoding="utf-8")
-        except ModuleNotFoundError as error:
-            raise ImportError("the page's template comes with the stackformer package: install it") from error
         # "<" could end the script element that the numbers are in.
         data = json.dumps(self._page_data(), separators=(",", ":")).replace("<", "\\u003c")
-        page = template.replace("{{data}}", data)
+        page = PAGE.replace("{{data}}", data)
         if path is not None:
             write_file(path, page.encode("utf-8"))
         return page

@@ -13,6 +13,7 @@ from stackformer import (
     StackformerForTokenClassification,
     StackformerModel,
 )
+from stackformer.state import find_mismatch
 from tests.models import SHAPES, random_ids, spread_weights, tiny_config, tiny_model
 
 every_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
@@ -449,3 +450,16 @@ def test_bare_model_outputs():
 def test_bad_input_is_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         tiny_model()(**arguments)
+
+
+@every_shape
+def test_a_state_has_the_names_of_its_specification(shape):
+    """A mixer's NamedTuple and its specification are two views of one state."""
+    model = tiny_model(**shape)
+    cache = model(random_ids(2, 9), use_cache=True).cache
+    for layer, cache_layer in zip(model.model.layers, cache.layers, strict=True):
+        names = [spec.name for spec in layer.mixer_spec]
+        assert names == list(layer.mixer.state_type._fields[: len(names)])
+        assert len(set(names)) == len(names)
+        for state in cache_layer.slices.values():
+            assert find_mismatch(state, layer.state_spec) is None

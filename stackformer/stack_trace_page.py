@@ -1,4 +1,10 @@
-<!doctype html>
+# Copyright 2026 The Stackformer authors. Licensed under the Apache License, Version 2.0.
+"""The page of a stack trace: HTML that needs no network, with `{{data}}` in place of the numbers.
+
+It is a module, so that a model which is loaded with its own code has it, too.
+"""
+
+PAGE = r"""<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
@@ -406,3 +412,6 @@ choose(data.depth.indexOf(largest(data.depth)));
 </script>
 </body>
 </html>
+"""
+
+__all__ = ["PAGE"]
