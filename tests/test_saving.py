@@ -98,7 +98,7 @@ generator = pipeline("text-generation", model="again", tokenizer="model", trust_
 print(repr(generator("Hello", max_new_tokens=5, do_sample=False)[0]["generated_text"]))
 trace = model.stack_trace("Hello", AutoTokenizer.from_pretrained("model"))
 assert trace.tokens == ["H", "e", "l", "l", "o"]
-assert trace.to_html().startswith("<!DOCTYPE html>")
+assert trace.to_html().startswith("<!doctype html>")
 """,
         tmp_path,
     )
