@@ -20,7 +20,7 @@ import stackformer  # noqa: F401  (importing it registers the Auto classes)
 from scripts.command_line import HUB_NAME, one_line
 
 # Of any kind of tokenizer, one of these is there.
-TOKENIZER_FILES = ("*token*", "vocab*", "merges*", "*.model")
+TOKENIZER_FILES = ("*token*.json", "vocab*", "merges*", "*.model")
 
 
 def check_source(name: str, source: str, what: str = "model") -> None:

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from stackformer.memory_bank import banked_linear_attention_step
+from stackformer.mixer_banked_linear_attention import address_memories
 from stackformer.processing_stack import (
-    address_memories,
     flush_stack,
     init_stack,
     read_stack,
