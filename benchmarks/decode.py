@@ -26,8 +26,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from benchmarks import harness, models
-from scripts.command_line import COUNT, POSITIVE, run_main
-from scripts.report import draw_or_warn
+from experiments.command_line import COUNT, POSITIVE, run_main
+from experiments.report import draw_or_warn
 
 COMPILED = ", compiled"
 

@@ -19,10 +19,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from benchmarks import harness
-from scripts.command_line import COUNT, NATURAL, THRESHOLD, check_input_file, run_main
-from scripts.data import encode, parse_range
-from scripts.loading import check_source, load_model, load_saved_tokenizer
-from scripts.report import bits_per_byte, draw_or_warn, save_figure
+from experiments.command_line import COUNT, NATURAL, THRESHOLD, check_input_file, run_main
+from experiments.data import encode, parse_range
+from experiments.loading import check_source, load_model, load_saved_tokenizer
+from experiments.report import bits_per_byte, draw_or_warn, save_figure
 from stackformer.training.trainer import ponder_metrics, ponder_sums
 
 

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 
 from benchmarks import harness, models
 from benchmarks.training import training_step
-from scripts.command_line import COUNT, SHARE, run_main
+from experiments.command_line import COUNT, SHARE, run_main
 from stackformer.processing_stack import POP
 
 FULL, ONE = "full depth", "one step"

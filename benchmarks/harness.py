@@ -17,9 +17,9 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
-from scripts.command_line import COUNT, NOT_NEGATIVE, Parser, check_output_file, check_picture_file
-from scripts.loading import check_device
-from scripts.report import commit, draw_or_warn, machine_line, save_figure, write_json
+from experiments.command_line import COUNT, NOT_NEGATIVE, Parser, check_output_file, check_picture_file
+from experiments.loading import check_device
+from experiments.report import commit, draw_or_warn, machine_line, save_figure, write_json
 
 Row = dict[str, Any]
 Work = Callable[[], Any]

@@ -31,7 +31,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import stackformer  # noqa: F401  (registers the model)
-from scripts.command_line import (
+from experiments.command_line import (
     COUNT,
     NOT_NEGATIVE,
     POSITIVE,
@@ -40,8 +40,8 @@ from scripts.command_line import (
     check_picture_file,
     run_main,
 )
-from scripts.report import commit, draw_or_warn, machine_line, save_figure, write_json
-from scripts.train import read_preset
+from experiments.presets import read_preset
+from experiments.report import commit, draw_or_warn, machine_line, save_figure, write_json
 from stackformer.training.long_context import DriftError, long_context_backward
 
 SIDES = ("plain", "checkpointing", "stored", "reverse")

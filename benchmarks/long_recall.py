@@ -27,9 +27,9 @@ import stackformer  # noqa: F401  (registers the model)
 from benchmarks.tasks import IGNORED, Task, seeded
 from benchmarks.tasks.recall import DistantRecall
 from benchmarks.tasks.run import TRAIN, evaluate
-from scripts.command_line import COUNT, NATURAL, NOT_NEGATIVE, Parser, check_output_file, run_main
-from scripts.report import commit, machine_line, write_json
-from scripts.train import read_preset
+from experiments.command_line import COUNT, NATURAL, NOT_NEGATIVE, Parser, check_output_file, run_main
+from experiments.presets import read_preset
+from experiments.report import commit, machine_line, write_json
 from stackformer.training.long_context import METHODS
 from stackformer.training.long_context_trainer import LongContextArguments, LongContextTrainer
 

@@ -29,8 +29,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from benchmarks import harness
-from scripts.command_line import COUNT, NATURAL, run_main
-from scripts.report import draw_or_warn
+from experiments.command_line import COUNT, NATURAL, run_main
+from experiments.report import draw_or_warn
 from stackformer.memory_bank import banked_linear_attention
 from stackformer.memory_bank_cpu import is_available
 

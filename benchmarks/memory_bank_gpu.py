@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from scripts.command_line import COUNT, POSITIVE, Parser, check_output_file, run_main
-from scripts.report import commit, machine_line, write_json
+from experiments.command_line import COUNT, POSITIVE, Parser, check_output_file, run_main
+from experiments.report import commit, machine_line, write_json
 from stackformer.memory_bank import banked_linear_attention
 
 try:

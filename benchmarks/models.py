@@ -25,7 +25,7 @@ from transformers import (
     StaticCache,
 )
 
-from scripts.command_line import COUNT
+from experiments.command_line import COUNT
 from stackformer import StackformerCache, StackformerConfig, StackformerStaticCache
 from stackformer.versions import CACHE_NAME
 

@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from benchmarks import harness, models
-from scripts.command_line import COUNT, NATURAL, run_main
+from experiments.command_line import COUNT, NATURAL, run_main
 
 
 def measure(length: int, built: dict[str, PreTrainedModel], args) -> list[harness.Row]:

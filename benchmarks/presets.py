@@ -32,9 +32,9 @@ from benchmarks import models
 from benchmarks.decode import GreedyLoop
 from benchmarks.tasks import run as tasks
 from benchmarks.tasks.heat_map import read_rows
-from scripts import study
-from scripts.command_line import COUNT, NOT_NEGATIVE, Parser, check_output_folder, run_main
-from scripts.report import commit, machine_line, write_text
+from experiments import study
+from experiments.command_line import COUNT, NOT_NEGATIVE, Parser, check_output_folder, run_main
+from experiments.report import commit, machine_line, write_text
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 PRESETS = {path.stem: str(path) for path in sorted(CONFIGS.glob("*-tiny.json"))}

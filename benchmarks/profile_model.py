@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from benchmarks import harness, models
 from benchmarks.decode import GreedyLoop
 from benchmarks.training import training_step
-from scripts.command_line import COUNT, run_main
+from experiments.command_line import COUNT, run_main
 
 
 def profiled(work: harness.Work, calls: int) -> list[harness.Row]:

@@ -13,8 +13,8 @@ anything is timed.
 import torch
 
 from benchmarks import harness
-from scripts.command_line import COUNT, read_text, run_main
-from scripts.loading import check_source, load_model, load_saved_tokenizer
+from experiments.command_line import COUNT, read_text, run_main
+from experiments.loading import check_source, load_model, load_saved_tokenizer
 
 PROMPT = "def add(a, b):\n    return a + b\n\n" * 8
 GREEDY, LOOKUP = "greedy", "prompt lookup"

@@ -4,7 +4,7 @@
     python -m benchmarks.quality --data_path enwik8 --steps 600 --jobs 2
     python -m benchmarks.quality --data_path enwik8 --rows "stack, P = 4" attention --seeds 1 2
 
-Every row is a preset with other fields. Runs that are finished are not repeated (scripts/study.py). Prints a
+Every row is a preset with other fields. Runs that are finished are not repeated. Prints a
 Markdown table, median and range over the seeds, and draws it.
 """
 
@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from scripts import study
-from scripts.command_line import Parser, check_output_file, check_picture_file, run_main
-from scripts.report import draw_or_warn, machine_line
-from scripts.train import read_preset
+from experiments import study
+from experiments.command_line import Parser, check_output_file, check_picture_file, run_main
+from experiments.presets import read_preset
+from experiments.report import draw_or_warn, machine_line
 from stackformer.processing_stack import NO_OP, POP
 
 

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from benchmarks import harness
 from benchmarks.models import build
 from benchmarks.tasks import run
-from scripts.command_line import COUNT, NATURAL, check_output_folder, run_main
+from experiments.command_line import COUNT, NATURAL, check_output_folder, run_main
 from stackformer import StackformerConfig
 from stackformer.core_stackformer import MIXERS
 from stackformer.layers_stackformer import ShortConvolution, convolve
@@ -71,7 +71,13 @@ class TitansPytorch(Mixer):
         return ()
 
     def forward(
-        self, hidden: Tensor, pointer: Tensor, layout: TokenLayout, state: None
+        self,
+        hidden: Tensor,
+        pointer: Tensor,
+        layout: TokenLayout,
+        state: None = None,
+        inputs: None = None,
+        in_place: bool = False,
     ) -> tuple[Tensor, tuple[()], None]:
         rows, _ = convolve(self.conv, self.kernel_size, layout.to_rows(hidden), None, layout)
         return layout.to_tokens(self.memory(rows)[0]), (), None

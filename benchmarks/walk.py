@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 import stackformer
-from scripts.command_line import Parser, check_output_file, run_main
-from scripts.report import write_json
+from experiments.command_line import Parser, check_output_file, run_main
+from experiments.report import write_json
 from stackformer import StackformerConfig, StackformerForCausalLM
 
 PACKAGE = Path(stackformer.__file__).parent

@@ -22,11 +22,11 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from scripts import study
-from scripts.command_line import Parser, check_output_folder, run_main
-from scripts.report import draw_or_warn, machine_line, write_text
+from experiments import study
+from experiments.command_line import Parser, check_output_folder, run_main
+from experiments.presets import read_preset
+from experiments.report import draw_or_warn, machine_line, write_text
 from scripts.text8 import is_dump, write_text8
-from scripts.train import read_preset
 from stackformer.configuration_stackformer import StackformerConfig
 from stackformer.core_stackformer import MIXERS
 from stackformer.layers_stackformer import convolve
@@ -91,7 +91,13 @@ class FastTransformersAttention(BankedLinearAttention):
     without padding."""
 
     def forward(
-        self, hidden: Tensor, pointer: Tensor, layout: TokenLayout, state: tuple[Tensor, ...] | None
+        self,
+        hidden: Tensor,
+        pointer: Tensor,
+        layout: TokenLayout,
+        state: None = None,
+        inputs: None = None,
+        in_place: bool = False,
     ) -> tuple[Tensor, tuple[Tensor, ...], None]:
         """Mix the tokens along time. There is no state to go on from."""
         if state is not None or layout.row_lengths is not None:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, RwkvConfig, RwkvForCausalLM
 
-from scripts.command_line import DataclassParser, check_output_folder, run_main
-from scripts.loading import load_saved, load_saved_tokenizer
+from experiments.command_line import DataclassParser, check_output_folder, run_main
+from experiments.loading import load_saved, load_saved_tokenizer
 from stackformer import StackformerConfig, StackformerForCausalLM
 
 LAYER_NORM_EPS = 1e-5  # RWKV's last normalisation has this one, whatever the config says

@@ -16,9 +16,9 @@ from pydoc_data.topics import topics
 
 from transformers import AutoConfig, AutoModelForCausalLM, TrainingArguments, set_seed
 
-from scripts.command_line import COUNT, Parser, check_output_folder, run_main
-from scripts.report import draw_or_warn, machine_line, write_text
-from scripts.train import LOGGED_SHARE, build_trainer, save
+from experiments.command_line import COUNT, Parser, check_output_folder, run_main
+from experiments.report import draw_or_warn, machine_line, write_text
+from experiments.training import LOGGED_SHARE, build_trainer, save
 from stackformer import build_byte_tokenizer
 
 PRESET = Path(__file__).parent.parent / "configs" / "stackformer-tiny.json"

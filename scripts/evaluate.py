@@ -25,10 +25,10 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from scripts.command_line import COUNT, DataclassParser, check_input_file, check_output_file, run_main
-from scripts.data import encode, parse_range, read_bytes
-from scripts.loading import check_device, check_source, load_model, load_saved_tokenizer
-from scripts.report import bits_per_byte, commit, machine_line, write_json
+from experiments.command_line import COUNT, DataclassParser, check_input_file, check_output_file, run_main
+from experiments.data import encode, parse_range, read_bytes
+from experiments.loading import check_device, check_source, load_model, load_saved_tokenizer
+from experiments.report import bits_per_byte, commit, machine_line, write_json
 from stackformer.versions import CACHE_NAME
 
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 import torch
 from transformers import BatchEncoding, PreTrainedTokenizerFast, TextStreamer, set_seed
 
-from scripts.command_line import COUNT, NATURAL, NOT_NEGATIVE, DataclassParser, Range, read_text, run_main
-from scripts.loading import check_device, check_source, load_model, load_saved_tokenizer
+from experiments.command_line import COUNT, NATURAL, NOT_NEGATIVE, DataclassParser, Range, read_text, run_main
+from experiments.loading import check_device, check_source, load_model, load_saved_tokenizer
 
 
 @dataclass

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from scripts.command_line import COUNT, Parser, check_input_file, check_output_file, run_main
+from experiments.command_line import COUNT, Parser, check_input_file, check_output_file, run_main
 from stackformer.files import write_file
 
 SIZE = 100_000_000

@@ -23,10 +23,10 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, set_seed
 
-from scripts.command_line import COUNT, DataclassParser, run_main
-from scripts.data import DataArguments, encode, load_splits
-from scripts.report import bits_per_byte
-from scripts.train import (
+from experiments.command_line import COUNT, DataclassParser, run_main
+from experiments.data import DataArguments, encode, load_splits
+from experiments.report import bits_per_byte
+from experiments.training import (
     SMALL_MODEL_DEFAULTS,
     ModelArguments,
     build_model,

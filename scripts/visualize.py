@@ -10,8 +10,8 @@ text coloured by depth, and under it the aggregates. From Python: `model.stack_t
 
 from pathlib import Path
 
-from scripts.command_line import COUNT, Parser, check_output_file, read_text, run_main
-from scripts.loading import check_source, load_model, load_saved_tokenizer
+from experiments.command_line import COUNT, Parser, check_output_file, read_text, run_main
+from experiments.loading import check_source, load_model, load_saved_tokenizer
 
 
 def main(argv: list[str] | None = None) -> None:

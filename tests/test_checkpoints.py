@@ -15,8 +15,8 @@ import torch.distributed.checkpoint as distributed
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from transformers.utils import logging
 
-from scripts.report import write_json
-from scripts.train import find_checkpoint
+from experiments.report import write_json
+from experiments.training import find_checkpoint
 from stackformer import build_byte_tokenizer
 from stackformer.files import replaced_file
 from stackformer.training.checkpoints import checkpoint_fault, newest_checkpoint, replace_model

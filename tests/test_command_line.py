@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from scripts import generate, loading
-from scripts.command_line import COUNT, SHARE, Parser, Range, run_main
+from experiments import loading
+from experiments.command_line import COUNT, SHARE, Parser, Range, run_main
+from scripts import generate
 from stackformer import build_byte_tokenizer
 from tests.hub_server import HubServer
 from tests.models import tiny_model

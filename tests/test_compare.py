@@ -8,9 +8,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from scripts import compare, study, text8
-from scripts.data import DataArguments, load_splits
-from scripts.study import Spread
+from experiments import study
+from experiments.data import DataArguments, load_splits
+from experiments.study import Spread
+from scripts import compare, text8
 
 PAGE = """<mediawiki version="0.3"><page><title>Not this</title><text xml:space="preserve">
 #REDIRECT [[Not this either]]</text></page><page><text xml:space="preserve">

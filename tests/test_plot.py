@@ -4,7 +4,7 @@ import pytest
 from matplotlib.figure import Figure
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from scripts.plot import TrainingPlot, draw_training
+from experiments.plot import TrainingPlot, draw_training
 
 LOG = [
     {"eval_loss": 5.5, "eval_bits_per_byte": 8.0, "step": 0},

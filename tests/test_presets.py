@@ -7,8 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from benchmarks import presets
-from scripts import study
-from scripts.train import read_preset
+from experiments import study
+from experiments.presets import read_preset
 
 
 def test_cells_are_filled_one_by_one(tmp_path, capsys, monkeypatch):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks import quality
-from scripts.train import build_config
+from experiments.presets import build_config
 from stackformer import build_byte_tokenizer
 from tests.models import SHAPES, tiny_config, tiny_model
 

@@ -23,9 +23,18 @@ from transformers import (
 from transformers.utils import logging
 
 import stackformer  # noqa: F401  (importing it registers the Auto classes)
+from experiments import presets, training
+from experiments.data import (
+    Blocks,
+    DataArguments,
+    encode,
+    load_splits,
+    load_tokenizer,
+    parse_range,
+    read_bytes,
+)
+from experiments.report import bits_per_byte, write_json
 from scripts import evaluate, generate, train, train_long
-from scripts.data import Blocks, DataArguments, encode, load_splits, load_tokenizer, parse_range, read_bytes
-from scripts.report import bits_per_byte, write_json
 from stackformer.tokenization_stackformer import build_byte_tokenizer, train_bpe_tokenizer
 from tests.models import spread_weights
 
@@ -271,9 +280,9 @@ DEFAULTS = {"banks": 4, "rate": 1.0, "feedback": False, "kind": "elu", "types": 
 def test_overrides():
     text = 'banks=8, rate=2,feedback=TRUE,kind=relu,types=["a", "b"]'
     expected = {"banks": 8, "rate": 2.0, "feedback": True, "kind": "relu", "types": ["a", "b"]}
-    assert train.parse_overrides(text, DEFAULTS) == expected
-    assert train.parse_overrides("banks=none", DEFAULTS) == {"banks": None}
-    assert train.parse_overrides(json.dumps(expected), DEFAULTS) == expected
+    assert presets.parse_overrides(text, DEFAULTS) == expected
+    assert presets.parse_overrides("banks=none", DEFAULTS) == {"banks": None}
+    assert presets.parse_overrides(json.dumps(expected), DEFAULTS) == expected
 
 
 @pytest.mark.parametrize(
@@ -292,38 +301,40 @@ def test_overrides():
 )
 def test_bad_overrides(text, message):
     with pytest.raises(ValueError, match=message):
-        train.parse_overrides(text, DEFAULTS)
+        presets.parse_overrides(text, DEFAULTS)
 
 
 def test_build_config(tmp_path):
     tokenizer = train_bpe_tokenizer([TEXT.decode()], 300, show_progress=False)
     preset = _preset(tmp_path)
-    config = train.build_config(preset, "num_memory_banks=5,halting_threshold=0", tokenizer)
+    config = presets.build_config(preset, "num_memory_banks=5,halting_threshold=0", tokenizer)
     assert (config.num_memory_banks, config.halting_threshold) == (5, 0.0)
     assert (config.vocab_size, config.pad_token_id, config.eos_token_id) == (300, 256, 258)
     assert config.hidden_size == PRESETS["stackformer"]["hidden_size"]
-    assert train.build_config(preset, "vocab_size=512", tokenizer).vocab_size == 512
+    assert presets.build_config(preset, "vocab_size=512", tokenizer).vocab_size == 512
 
     (tmp_path / "typo.json").write_text('{"hidden_sise": 8}')
     with pytest.raises(ValueError, match="unknown fields.*hidden_sise"):
-        train.build_config(str(tmp_path / "typo.json"), None, tokenizer)
+        presets.build_config(str(tmp_path / "typo.json"), None, tokenizer)
     with pytest.raises(ValueError, match="config='missing.json'"):
-        train.build_config("missing.json", None, tokenizer)
+        presets.build_config("missing.json", None, tokenizer)
 
 
 def test_build_model_checks_its_arguments(tmp_path):
     tokenizer = build_byte_tokenizer()
     with pytest.raises(ValueError, match="exactly one"):
-        train.build_model(train.ModelArguments(), tokenizer)
+        training.build_model(training.ModelArguments(), tokenizer)
     with pytest.raises(ValueError, match="exactly one"):
-        train.build_model(train.ModelArguments(config="a", model_name_or_path="b"), tokenizer)
+        training.build_model(training.ModelArguments(config="a", model_name_or_path="b"), tokenizer)
     with pytest.raises(ValueError, match="config_overrides='a=1'"):
-        train.build_model(train.ModelArguments(model_name_or_path="b", config_overrides="a=1"), tokenizer)
-    small = train.ModelArguments(
+        training.build_model(
+            training.ModelArguments(model_name_or_path="b", config_overrides="a=1"), tokenizer
+        )
+    small = training.ModelArguments(
         config=_preset(tmp_path), config_overrides="vocab_size=259,eos_token_id=none"
     )
     with pytest.raises(ValueError, match="vocab_size=259.*261"):
-        train.build_model(small, train_bpe_tokenizer(["a"], 261, show_progress=False))
+        training.build_model(small, train_bpe_tokenizer(["a"], 261, show_progress=False))
 
 
 def test_block_nll_is_of_the_next_token():
@@ -332,8 +343,8 @@ def test_block_nll_is_of_the_next_token():
     expected = [
         -sum(logits[b, t].log_softmax(-1)[labels[b, t + 1]] for t in range(4)).item() / 4 for b in range(2)
     ]
-    assert train.block_nll(logits, labels).tolist() == pytest.approx(expected, rel=1e-5)
-    assert torch.equal(train.block_nll((logits, None), labels), train.block_nll(logits, labels))
+    assert training.block_nll(logits, labels).tolist() == pytest.approx(expected, rel=1e-5)
+    assert torch.equal(training.block_nll((logits, None), labels), train.block_nll(logits, labels))
 
 
 def _train_argv(tmp_path, text_file, output, *more):
@@ -380,7 +391,7 @@ def test_train_resume_and_continue(tmp_path, text_file, capsys, monkeypatch):
 
     # Stopped after two steps and resumed, from whatever new weights, the run ends where it ended.
     with monkeypatch.context() as patch:
-        patch.setattr(train, "build_model", _other_weights(train.build_model))
+        patch.setattr(train, "build_model", _other_weights(training.build_model))
         again = train.main([*argv, "--resume_from_checkpoint", str(run / "checkpoint-2")])
     assert again["bits_per_byte"] == pytest.approx(metrics["bits_per_byte"], rel=1e-6)
     assert again["bits_per_byte_before"] is None and again["tokens"] == metrics["tokens"]
@@ -430,14 +441,14 @@ def test_how_often_is_logged(tmp_path, text_file):
     "steps, every", [(1, 1), (20, 1), (21, 2), (600, 30), (1000, 50), (1001, 50), (100_000, 50)]
 )
 def test_steps_between_log_entries(tmp_path, steps, every):
-    args = TrainingArguments(str(tmp_path), logging_steps=train.LOGGED_SHARE)
+    args = TrainingArguments(str(tmp_path), logging_steps=training.LOGGED_SHARE)
     state = TrainerState(max_steps=steps)
     state.compute_steps(args, steps)
-    train.LogEvenly().on_train_begin(args, state, TrainerControl())
+    training.LogEvenly().on_train_begin(args, state, TrainerControl())
     assert state.logging_steps == every
     args.logging_steps = 0.5
     state.compute_steps(args, steps)
-    train.LogEvenly().on_train_begin(args, state, TrainerControl())
+    training.LogEvenly().on_train_begin(args, state, TrainerControl())
     assert state.logging_steps == math.ceil(steps / 2)
 
 
@@ -451,11 +462,11 @@ def test_a_picture_never_ends_a_run(tmp_path, text_file, monkeypatch, fault):
         raise RuntimeError("no fonts")
 
     if fault == "draw":
-        monkeypatch.setattr("scripts.plot.draw_training", draw)
-        monkeypatch.setattr(logging.get_logger("scripts.report"), "warning", warnings.append)
+        monkeypatch.setattr("experiments.plot.draw_training", draw)
+        monkeypatch.setattr(logging.get_logger("experiments.report"), "warning", warnings.append)
     else:
-        monkeypatch.setitem(sys.modules, "scripts.plot", None)
-        monkeypatch.setattr(logging.get_logger("scripts.train"), "warning", warnings.append)
+        monkeypatch.setitem(sys.modules, "experiments.plot", None)
+        monkeypatch.setattr(logging.get_logger("experiments.training"), "warning", warnings.append)
     metrics = train.main(_short_run(tmp_path, text_file, "--max_steps", "2"))
     assert json.loads((tmp_path / "run" / "metrics.json").read_text()) == metrics
     assert not (tmp_path / "run" / "training.png").exists()
@@ -473,7 +484,7 @@ def test_the_model_is_saved_before_it_is_measured(tmp_path, text_file, monkeypat
             raise RuntimeError("no memory")
         return {"eval_bits_per_byte": 8.0}
 
-    monkeypatch.setattr(train.StackformerTrainer, "evaluate", evaluate_once)
+    monkeypatch.setattr(training.StackformerTrainer, "evaluate", evaluate_once)
     with pytest.raises(RuntimeError, match="no memory"):
         train.main(_short_run(tmp_path, text_file, "--max_steps", "1"))
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "run").config.use_cache
@@ -489,7 +500,7 @@ def test_the_model_is_saved_before_it_is_measured(tmp_path, text_file, monkeypat
 )
 def test_a_text_that_is_too_small_to_teach_is_told(tmp_path, monkeypatch, size, batch, message):
     warnings = []
-    monkeypatch.setattr(logging.get_logger("scripts.train"), "warning", warnings.append)
+    monkeypatch.setattr(logging.get_logger("experiments.training"), "warning", warnings.append)
     text = tmp_path / "text"
     text.write_bytes((TEXT * 4)[:size])
     argv = ["--max_steps", "1", "--eval_range", "108000:109000" if size > 110000 else "27000:28000"]

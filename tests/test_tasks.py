@@ -13,7 +13,7 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from benchmarks.tasks import IGNORED, TASKS, densities, heat_map, naive_sorting, run, seeded
 from benchmarks.tasks.word_problem import group_elements, multiplication_table
-from scripts.train import read_preset
+from experiments.presets import read_preset
 from tests.models import SHAPES, random_ids, tiny_model
 
 torch.set_num_threads(1)

@@ -14,7 +14,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from scripts.train import read_preset
+from experiments.presets import read_preset
 from stackformer.tokenization_stackformer import build_byte_tokenizer
 from stackformer.training.long_context_trainer import LongContextArguments, LongContextTrainer
 from stackformer.training.trainer import (

@@ -10,8 +10,8 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 
+from experiments.command_line import run_main
 from scripts import train
-from scripts.command_line import run_main
 
 
 def main() -> None:

@@ -18,10 +18,10 @@ from transformers import PreTrainedModel
 
 from benchmarks.tasks import IGNORED, Task, seeded
 from benchmarks.tasks.run import TEST, build_task
-from scripts.command_line import COUNT, Parser, check_picture_file, run_main
-from scripts.loading import load_model
-from scripts.report import save_figure
-from scripts.train import read_json
+from experiments.command_line import COUNT, Parser, check_picture_file, run_main
+from experiments.loading import load_model
+from experiments.presets import read_json
+from experiments.report import save_figure
 from stackformer.mixer_continuous import ContinuousAttention, gaussian
 
 

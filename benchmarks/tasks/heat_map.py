@@ -19,8 +19,8 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (the backend is chosen first)
 
-from scripts.command_line import Parser, check_output_file, run_main  # noqa: E402
-from scripts.report import save_figure  # noqa: E402
+from experiments.command_line import Parser, check_output_file, run_main  # noqa: E402
+from experiments.report import save_figure  # noqa: E402
 
 RESULTS = "results.jsonl"  # in the folder of each run
 MEASURES = ("accuracy", "final", "exact")

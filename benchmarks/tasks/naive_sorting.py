@@ -10,7 +10,7 @@ many as it sees without a memory.
 import torch
 from torch import Tensor
 
-from scripts.command_line import COUNT, NOT_NEGATIVE, Parser, run_main
+from experiments.command_line import COUNT, NOT_NEGATIVE, Parser, run_main
 
 from .sorting import Sorting, sorted_by_count, symbol_counts
 from .task import seeded

@@ -49,9 +49,10 @@ from transformers import (
 import stackformer  # also registers the Auto classes
 from benchmarks.tasks import IGNORED, TASKS, Task, seeded
 from benchmarks.tasks.heat_map import RESULTS, draw_heat_map, print_tables, read_rows
-from scripts.command_line import COUNT, NATURAL, THRESHOLD, DataclassParser, check_input_file, run_main
-from scripts.report import commit, draw_or_warn, machine_line, write_json, write_text
-from scripts.train import check_training, read_json, read_preset, save
+from experiments.command_line import COUNT, NATURAL, THRESHOLD, DataclassParser, check_input_file, run_main
+from experiments.presets import read_json, read_preset
+from experiments.report import commit, draw_or_warn, machine_line, write_json, write_text
+from experiments.training import check_training, save
 from stackformer.training.checkpoints import WholeCheckpoints, newest_checkpoint
 from stackformer.versions import CACHE_NAME
 

@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from scripts.report import draw_or_warn, save_figure
+from experiments.report import draw_or_warn, save_figure
 
 # The panels by title, each with what the name of a logged number must contain to be in it.
 PANELS = {

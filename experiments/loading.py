@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 import stackformer  # noqa: F401  (importing it registers the Auto classes)
-from scripts.command_line import HUB_NAME, one_line
+from experiments.command_line import HUB_NAME, one_line
 
 # Of any kind of tokenizer, one of these is there.
 TOKENIZER_FILES = ("*token*.json", "vocab*", "merges*", "*.model")

@@ -38,10 +38,11 @@ from transformers import (
     set_seed,
 )
 
-from scripts.command_line import COUNT, NATURAL, NOT_NEGATIVE, check_input_file
-from scripts.data import DataArguments, load_splits, load_tokenizer, parse_range
-from scripts.report import commit, machine_line, save_figure
-from scripts.train import build_config, build_trainer
+from experiments.command_line import COUNT, NATURAL, NOT_NEGATIVE, check_input_file
+from experiments.data import DataArguments, load_splits, load_tokenizer, parse_range
+from experiments.presets import build_config
+from experiments.report import commit, machine_line, save_figure
+from experiments.training import build_trainer
 from stackformer.files import write_file
 
 # The options that a run's result depends on.
