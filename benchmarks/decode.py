@@ -28,6 +28,7 @@ from transformers import PreTrainedModel
 from benchmarks import harness, models
 from experiments.command_line import COUNT, POSITIVE, run_main
 from experiments.report import draw_or_warn
+from experiments.rows import BANKS, LLAMA, MAMBA2, OURS, PLAIN, RWKV, STACK
 
 COMPILED = ", compiled"
 
@@ -73,7 +74,7 @@ def loops(length: int, batch: int, built: dict, states: dict, args) -> dict[str,
         if cache is None:
             continue
         result[name] = GreedyLoop(model, cache, batch, args.tokens)
-        if args.compile and name in (*models.OURS, models.LLAMA):
+        if args.compile and name in (*OURS, LLAMA):
             cache = context_cache(name, model, length, batch, states, args, static=True)
             step = torch.compile(model, fullgraph=True, dynamic=False)
             result[name + COMPILED] = GreedyLoop(model, cache, batch, args.tokens, step)
@@ -84,23 +85,23 @@ def context_cache(
     name: str, model: PreTrainedModel, length: int, batch: int, states: dict, args, static: bool
 ) -> Any:
     """A cache of `batch` rows after `length` tokens; `None` where it is not to be had, see above."""
-    if name == models.LLAMA:
+    if name == LLAMA:
         if batch * length * models.bytes_per_token(model) > args.max_cache_bytes:
             return None
         room = args.tokens * (args.repeats + 1) if static else None  # for the warm-up and all repeats
         return models.keys_and_values(model, batch, length, room)
-    if name in models.OURS:
+    if name in OURS:
         cache = states[name, length].clone()
         cache.batch_repeat_interleave(batch)
         return models.static_copy(cache, model.config) if static else cache
-    if name == models.RWKV and batch > 1:
+    if name == RWKV and batch > 1:
         return None
     return models.read(model, models.random_ids(batch, min(length, args.piece), model.device))[1]
 
 
 def check_compiled(sides: dict[str, GreedyLoop]) -> None:
     """Raise an error unless a compiled loop of ours gives the logits of the eager one."""
-    for name in models.OURS:
+    for name in OURS:
         if name + COMPILED in sides:
             expected, actual = sides[name](), sides[name + COMPILED]()
             tolerance = 1e-3 if expected.dtype == torch.float32 else 0.1
@@ -139,7 +140,7 @@ def measure_generate(built: dict[str, PreTrainedModel], args: argparse.Namespace
     sides = {
         name: lambda model=model: model.generate(ids, attention_mask=mask, **options)
         for name, model in built.items()
-        if name != models.RWKV
+        if name != RWKV
     }
     case = {"context": "via generate", "batch": 1, "tokens": args.tokens}
     return harness.measure(case, sides, args, base=args.models[0])
@@ -150,9 +151,7 @@ def main(argv: list[str] | None = None) -> dict:
     parser = harness.parser(__doc__)
     harness.add_timing(parser, repeats=9)
     harness.add_plot(parser)
-    models.add_arguments(
-        parser, (models.PLAIN, models.BANKS, models.STACK, models.LLAMA, models.MAMBA2, models.RWKV)
-    )
+    models.add_arguments(parser, (PLAIN, BANKS, STACK, LLAMA, MAMBA2, RWKV))
     parser.add_argument("--contexts", type=COUNT, nargs="+", default=[1024, 32768], help="tokens read before")
     parser.add_argument("--batch_size", type=COUNT, nargs="+", default=[1, 8], help="rows decoded together")
     parser.add_argument("--tokens", type=COUNT, default=32, help="tokens decoded in a timed call")
@@ -167,7 +166,7 @@ def main(argv: list[str] | None = None) -> dict:
     built = models.build_to_infer(args)
     lengths = sorted(args.contexts)
     states = {}
-    for name in set(built) & set(models.OURS):
+    for name in set(built) & set(OURS):
         for length, cache in zip(lengths, contexts(built[name], lengths, args.piece), strict=True):
             states[name, length] = cache.clone()
     rows = []
@@ -181,7 +180,7 @@ def main(argv: list[str] | None = None) -> dict:
         in_turn = [
             row
             for name, model in built.items()
-            if name in models.OURS
+            if name in OURS
             for row in measure_contexts(name, model, lengths, states, args)
         ]
         rows += in_turn

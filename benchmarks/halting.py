@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 from benchmarks import harness, models
 from benchmarks.training import training_step
 from experiments.command_line import COUNT, SHARE, run_main
+from experiments.rows import STACK
 from stackformer.processing_stack import POP
 
 FULL, ONE = "full depth", "one step"
@@ -129,7 +130,7 @@ def main(argv: list[str] | None = None) -> dict:
     """Measure as `argv` says (default: the command line)."""
     parser = harness.parser(__doc__)
     harness.add_timing(parser, repeats=7)
-    models.add_arguments(parser, (models.STACK,))
+    models.add_arguments(parser, (STACK,))
     parser.add_argument(
         "--shares", type=SHARE, nargs="+", default=[0.0, 0.25, 0.5, 0.75, 1.0],
         help="shares of the tokens that return at the first ponder step",

@@ -1,113 +1,31 @@
 # Copyright 2026 The Stackformer authors. Licensed under the Apache License, Version 2.0.
-"""The models that are compared: ours and transformers' own, of the same number of parameters.
+"""Builds the models of the speed benchmarks, ours and transformers' own, with the same number of parameters.
 
-Each family is a config for a width and one more size. The width is the one that comes nearest to the number
-of parameters with the usual size, and the size makes up for the rest, so that all agree within 2%. All have
-byte-sized vocabularies, untied embeddings and heads of 64 channels. Mamba-2, whose layers have no
-feed-forward, has twice as many of them; the stack, which runs each several times, half as many.
+experiments/rows.py lists them (`FAMILIES`). The width of a model is the one that comes nearest to the number
+of parameters with the usual size of its family, and the size makes up for the rest, so that all agree within
+2%.
 """
 
 import argparse
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     DynamicCache,
-    LlamaConfig,
-    Mamba2Config,
     PreTrainedConfig,
     PreTrainedModel,
-    Qwen3NextConfig,
-    RwkvConfig,
     StaticCache,
 )
 
 from experiments.command_line import COUNT
+from experiments.rows import FAMILIES, HEAD, Family
 from stackformer import StackformerCache, StackformerConfig, StackformerStaticCache
 from stackformer.versions import CACHE_NAME
 
-VOCABULARY = 261
-HEAD = 64
-TOLERANCE = 0.02
-SPECIAL = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
-
-
-class Family(NamedTuple):
-    """`config(width, size, layers)`, for widths in multiples of `step`, and the usual size for a width."""
-
-    config: Callable[[int, int, int], PreTrainedConfig]
-    usual: Callable[[int], int]
-    step: int = HEAD
-
-
-def _plain(width: int, size: int, layers: int) -> StackformerConfig:
-    return StackformerConfig(
-        hidden_size=width, bottleneck_size=None, intermediate_size=size, num_hidden_layers=layers,
-        num_attention_heads=width // HEAD, num_memory_banks=1, stack_depth=1, max_ponder_steps=1, **SPECIAL,
-    )  # fmt: skip
-
-
-def _banks(width: int, size: int, layers: int) -> StackformerConfig:
-    config = _plain(width, size, layers)
-    config.num_memory_banks = StackformerConfig.num_memory_banks
-    return config
-
-
-def _stack(width: int, size: int, layers: int) -> StackformerConfig:
-    return StackformerConfig(
-        hidden_size=2 * width, bottleneck_size=width, intermediate_size=size,
-        num_hidden_layers=max(1, layers // 2), num_attention_heads=width // HEAD, **SPECIAL,
-    )  # fmt: skip
-
-
-def _llama(width: int, size: int, layers: int) -> LlamaConfig:
-    return LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=width, intermediate_size=size, num_hidden_layers=layers,
-        num_attention_heads=width // HEAD, max_position_embeddings=2**21, **SPECIAL,
-    )  # fmt: skip
-
-
-def _mamba2(width: int, size: int, layers: int) -> Mamba2Config:
-    return Mamba2Config(
-        vocab_size=VOCABULARY, hidden_size=width, num_heads=2 * width // HEAD, head_dim=HEAD, n_groups=1,
-        state_size=size, num_hidden_layers=2 * layers, **SPECIAL,
-    )  # fmt: skip
-
-
-def _rwkv(width: int, size: int, layers: int) -> RwkvConfig:
-    return RwkvConfig(
-        vocab_size=VOCABULARY, hidden_size=width, intermediate_size=size, num_hidden_layers=max(2, layers),
-        **SPECIAL,
-    )  # fmt: skip
-
-
-def _qwen3_next(width: int, size: int, layers: int) -> Qwen3NextConfig:
-    heads = width // HEAD
-    kinds = ["full_attention" if (i + 1) % 4 == 0 else "linear_attention" for i in range(layers - 1)]
-    return Qwen3NextConfig(
-        vocab_size=VOCABULARY, hidden_size=width, intermediate_size=size, num_hidden_layers=layers,
-        num_attention_heads=heads, num_key_value_heads=heads, head_dim=HEAD, linear_num_key_heads=heads,
-        linear_num_value_heads=heads, linear_key_head_dim=HEAD, linear_value_head_dim=HEAD,
-        layer_types=[*kinds, "full_attention"], mlp_only_layers=list(range(layers)),
-        max_position_embeddings=2**21, **SPECIAL,
-    )  # fmt: skip
-
-
-PLAIN, BANKS, STACK = "plain core", "plain core, 4 banks", "stack"
-LLAMA, MAMBA2, RWKV, QWEN3_NEXT = "llama", "mamba2", "rwkv", "qwen3_next"
-OURS = (PLAIN, BANKS, STACK)
-FAMILIES = {
-    PLAIN: Family(_plain, lambda width: 3 * width),
-    BANKS: Family(_banks, lambda width: 3 * width),
-    STACK: Family(_stack, lambda width: 3 * width),
-    LLAMA: Family(_llama, lambda width: 8 * width // 3),
-    MAMBA2: Family(_mamba2, lambda width: 128, HEAD // 2),
-    RWKV: Family(_rwkv, lambda width: 4 * width),
-    QWEN3_NEXT: Family(_qwen3_next, lambda width: 8 * width // 3),
-}
+TOLERANCE = 0.02  # of the number of parameters
 
 
 def add_arguments(parser: argparse.ArgumentParser, models: Iterable[str]) -> None:

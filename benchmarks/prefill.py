@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from benchmarks import harness, models
 from experiments.command_line import COUNT, NATURAL, run_main
+from experiments.rows import BANKS, LLAMA, MAMBA2, PLAIN, QWEN3_NEXT, RWKV, STACK
 
 
 def measure(length: int, built: dict[str, PreTrainedModel], args) -> list[harness.Row]:
@@ -21,7 +22,7 @@ def measure(length: int, built: dict[str, PreTrainedModel], args) -> list[harnes
     sides = {
         name: torch.no_grad()(lambda model=model: models.read(model, ids))
         for name, model in built.items()
-        if name != models.RWKV or length <= args.max_rwkv
+        if name != RWKV or length <= args.max_rwkv
     }
     return harness.measure(
         {"T": length, "tokens": ids.numel()}, sides, args, base=args.models[0], memory=True
@@ -33,9 +34,7 @@ def main(argv: list[str] | None = None) -> dict:
     parser = harness.parser(__doc__)
     harness.add_timing(parser, repeats=7)
     harness.add_plot(parser)
-    models.add_arguments(
-        parser, (models.PLAIN, models.BANKS, models.STACK, models.LLAMA, models.MAMBA2, models.QWEN3_NEXT)
-    )
+    models.add_arguments(parser, (PLAIN, BANKS, STACK, LLAMA, MAMBA2, QWEN3_NEXT))
     parser.add_argument("--time", type=COUNT, nargs="+", default=[512, 2048, 8192, 16384], help="lengths T")
     parser.add_argument("--batch_size", type=COUNT, default=1, help="prompts read together")
     parser.add_argument(

@@ -34,10 +34,10 @@ from benchmarks.tasks import run as tasks
 from benchmarks.tasks.heat_map import read_rows
 from experiments import study
 from experiments.command_line import COUNT, NOT_NEGATIVE, Parser, check_output_folder, run_main
+from experiments.engine import CountSteps
 from experiments.report import commit, machine_line, write_text
+from experiments.rows import PRESETS
 
-CONFIGS = Path(__file__).parent.parent / "configs"
-PRESETS = {path.stem: str(path) for path in sorted(CONFIGS.glob("*-tiny.json"))}
 TEXT = "text"
 DECODED = 64  # tokens of the greedy loop
 
@@ -100,7 +100,7 @@ def measure_task(run: TaskRun, args: argparse.Namespace) -> dict[str, Any]:
         [task_run] = tasks.plan(options, systems, folder)
         started = time.process_time()
         with contextlib.redirect_stdout(nowhere):  # the Trainer prints between the lines of the progress bar
-            tasks.train(task_run, options, training, callbacks=[study.CountSteps()])
+            tasks.train(task_run, options, training, callbacks=[CountSteps()])
         seconds = time.process_time() - started
         tasks.measure(task_run, options, training)
         [result] = read_rows(folder)

@@ -16,6 +16,7 @@ from benchmarks import harness, models
 from benchmarks.decode import GreedyLoop
 from benchmarks.training import training_step
 from experiments.command_line import COUNT, run_main
+from experiments.rows import PLAIN, STACK
 
 
 def profiled(work: harness.Work, calls: int) -> list[harness.Row]:
@@ -59,7 +60,7 @@ def main(argv: list[str] | None = None) -> dict:
     """Measure as `argv` says (default: the command line)."""
     parser = harness.parser(__doc__)
     parser.add_argument("--repeats", type=COUNT, default=3, help="calls that the profile is the mean of")
-    models.add_arguments(parser, (models.PLAIN, models.STACK))
+    models.add_arguments(parser, (PLAIN, STACK))
     parser.add_argument(
         "--time", type=COUNT, default=2048, help="tokens T of a training step and of a prompt"
     )

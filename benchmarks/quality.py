@@ -12,7 +12,7 @@ import argparse
 import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,15 +22,8 @@ from experiments import study
 from experiments.command_line import Parser, check_output_file, check_picture_file, run_main
 from experiments.presets import read_preset
 from experiments.report import draw_or_warn, machine_line
+from experiments.rows import QUALITY
 from stackformer.processing_stack import NO_OP, POP
-
-
-class Row(NamedTuple):
-    """A model of the table."""
-
-    overrides: str  # of the preset, as in `scripts.train --config_overrides`
-    depth: float | None = None  # in place of learned halting: random, at this mean depth
-    depth_of: str | None = None  # the same at the mean depth that this row learned, same seed
 
 
 @dataclass(frozen=True)
@@ -38,25 +31,6 @@ class Run(study.Run):
     """With the mean depth of random halting, if halting is not learned."""
 
     depth: float | None = None
-
-
-PLAIN = "bottleneck_size=none,num_memory_banks=1,stack_depth=1,max_ponder_steps=1"
-ROWS = {
-    "stack, P = 1": Row("max_ponder_steps=1,stack_depth=1"),
-    "stack, P = 2": Row("max_ponder_steps=2"),
-    "stack, P = 4": Row("max_ponder_steps=4"),
-    "stack, P = 8": Row("max_ponder_steps=8"),
-    "untied, 4 x the layers, P = 1": Row("max_ponder_steps=1,stack_depth=1,num_hidden_layers=8"),
-    # As many layers with the parameters of the stack, and as many parameters with its layers.
-    "8 narrow layers, P = 1": Row("max_ponder_steps=1,stack_depth=1,num_hidden_layers=8,bottleneck_size=80"),
-    "2 wide layers, P = 1": Row("max_ponder_steps=1,stack_depth=1,bottleneck_size=320"),
-    "attention": Row(f'{PLAIN},hidden_size=192,intermediate_size=528,mixer_types=["attention","attention"]'),
-    "linear attention": Row(f"{PLAIN},hidden_size=176,intermediate_size=568,max_decay_rate=0"),
-    "no stack, no halting, P = 4": Row("max_ponder_steps=4,stack_depth=1", depth=4),
-    "random halting, P = 4": Row("max_ponder_steps=4", depth_of="stack, P = 4"),
-    "4 banks, P = 4": Row("max_ponder_steps=4,num_memory_banks=4"),
-    "1 bank of their size, P = 4": Row("max_ponder_steps=4,num_memory_banks=1,num_attention_heads=1"),
-}
 
 
 class RandomActions(nn.Module):
@@ -108,14 +82,14 @@ def run_all(args: argparse.Namespace) -> list[dict[str, Any]]:
     def lines_of(names: Iterable[str], learned: dict[tuple[str, int], float]) -> list[dict[str, Any]]:
         runs = []
         for seed, name in itertools.product(args.seeds, names):
-            row = ROWS[name]
+            row = QUALITY[name]
             depth = row.depth if row.depth_of is None else learned[row.depth_of, seed]
             runs.append(Run(name, args.preset, row.overrides, seed, depth))
         return study.run_all(runs, measure, args, args.json)
 
-    first = lines_of(dict.fromkeys(ROWS[name].depth_of or name for name in args.rows), {})
+    first = lines_of(dict.fromkeys(QUALITY[name].depth_of or name for name in args.rows), {})
     learned = {(line["row"], line["seed"]): line["ponder_steps"] for line in first}
-    return first + lines_of([name for name in args.rows if ROWS[name].depth_of], learned)
+    return first + lines_of([name for name in args.rows if QUALITY[name].depth_of], learned)
 
 
 def main(argv: list[str] | None = None) -> study.Rows:
@@ -125,7 +99,7 @@ def main(argv: list[str] | None = None) -> study.Rows:
     parser.set_defaults(train_range="0:3600000", eval_range="3600000:3800000", seeds=[1, 2, 3])
     parser.add_argument("--preset", default="configs/stackformer-tiny.json", help="rows change its fields")
     parser.add_argument(
-        "--rows", nargs="+", default=list(ROWS), choices=ROWS, metavar="ROW", help=", ".join(ROWS)
+        "--rows", nargs="+", default=list(QUALITY), choices=QUALITY, metavar="ROW", help=", ".join(QUALITY)
     )
     parser.add_argument("--json", default="outputs/quality.jsonl", help="file of finished runs, a line each")
     parser.add_argument("--plot", default="outputs/quality.png", help="picture to write")

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from benchmarks import harness, models
 from experiments.command_line import COUNT, NATURAL, run_main
+from experiments.rows import BANKS, LLAMA, MAMBA2, PLAIN, QWEN3_NEXT, RWKV, STACK
 
 
 def training_step(
@@ -49,7 +50,7 @@ def measure(length: int, built: dict[str, PreTrainedModel], args) -> list[harnes
     sides = {
         name: training_step(model, ids, dtype=args.dtype)
         for name, model in built.items()
-        if name != models.RWKV or length <= args.max_rwkv
+        if name != RWKV or length <= args.max_rwkv
     }
     return harness.measure(
         {"T": length, "tokens": ids.numel()}, sides, args, base=args.models[0], memory=True
@@ -61,9 +62,7 @@ def main(argv: list[str] | None = None) -> dict:
     parser = harness.parser(__doc__)
     harness.add_timing(parser, repeats=5)
     harness.add_plot(parser)
-    models.add_arguments(
-        parser, (models.PLAIN, models.BANKS, models.STACK, models.LLAMA, models.MAMBA2, models.QWEN3_NEXT)
-    )
+    models.add_arguments(parser, (PLAIN, BANKS, STACK, LLAMA, MAMBA2, QWEN3_NEXT))
     parser.add_argument("--time", type=COUNT, nargs="+", default=[512, 2048, 8192, 16384], help="contexts T")
     parser.add_argument("--tokens_per_step", type=COUNT, default=16384, help="tokens of a batch")
     parser.add_argument(

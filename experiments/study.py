@@ -6,22 +6,21 @@
     rows = summarize(lines, ["bits_per_byte", "tokens_per_second"])
     print(table(rows, {"bits per byte": lambda row: row["bits_per_byte"].text(".3f")}))
 
-Every run is a preset with other fields, trained as `scripts.train` does, in a process of its own. A run that
-is finished is a line of a file and is not repeated: a command that was stopped, or has more rows or seeds,
-goes on from there. `args` are those of `add_arguments`. A study that does something else with a model has a
-function of its own in place of `measure`, and, if that takes more than a preset and a seed, its own `Run`.
+Every run is a preset with other fields, trained as `scripts.train` does, in a process of its own. A finished
+run is a line of a file, and is skipped: a command that was stopped, or has more rows or seeds, continues from
+there. `args` are those of `add_arguments`. A study that does something else with a model passes its own
+function in place of `measure`, and its own `Run` if that takes more than a preset and a seed.
 """
 
 import argparse
 import json
-import multiprocessing
-import signal
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from contextlib import closing
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,17 +32,16 @@ from transformers import (
     PreTrainedTokenizerFast,
     PrinterCallback,
     Trainer,
-    TrainerCallback,
     TrainingArguments,
     set_seed,
 )
 
 from experiments.command_line import COUNT, NATURAL, NOT_NEGATIVE, check_input_file
 from experiments.data import DataArguments, load_splits, load_tokenizer, parse_range
+from experiments.engine import CountSteps, execute, read_lines
 from experiments.presets import build_config
 from experiments.report import commit, machine_line, save_figure
 from experiments.training import build_trainer
-from stackformer.files import write_file
 
 # The options that a run's result depends on.
 OPTIONS = (
@@ -180,23 +178,6 @@ def measure(run: Run, args: argparse.Namespace) -> dict[str, Any]:
     return measured | {"state_bytes": state_bytes(model, args.block_size)}
 
 
-class CountSteps(TrainerCallback):
-    """Adds this run's steps to those of the other processes."""
-
-    def on_step_end(self, args, state, control, **kwargs) -> None:
-        with _steps_done.get_lock():
-            _steps_done.value += 1
-
-
-def start_worker(steps_done: Any, threads: int) -> None:
-    """What a process keeps between its runs. Interrupted, it ends without a word: the main one says it."""
-    global _steps_done
-    if multiprocessing.parent_process() is not None:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-    _steps_done = steps_done
-    torch.set_num_threads(threads)
-
-
 def identify(run: Run, args: argparse.Namespace) -> dict[str, Any]:
     """All that a run's result depends on: two runs with the same are the same run."""
     preset = json.loads(Path(run.preset).read_text(encoding="utf-8"))
@@ -209,12 +190,12 @@ def run_all(
     args: argparse.Namespace,
     path: str | Path,
 ) -> list[dict[str, Any]]:
-    """The lines of `runs`: those that the file has, and what `measure` returns for the others.
+    """The lines of `runs`: from the file, and from `measure` for those that are missing.
 
     Args:
-        measure: called in another process, so a function of a module. A line is what `identify` says and
-            what it returns.
-        path: the file of finished runs, a line (JSON) each; it is added to.
+        measure: takes a run and `args`; a function of a module, since it is called in another process. A line
+            has the fields of `identify`, and those of its result.
+        path: the file of finished runs, a line (JSON) each; new lines are appended.
     """
     path, runs = Path(path), list(runs)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -224,50 +205,16 @@ def run_all(
         wanted = identify(run, args)
         return next((line for line in lines if wanted.items() <= line.items()), None)
 
-    waiting = [run for run in dict.fromkeys(runs) if find(run) is None]
-    context = multiprocessing.get_context("spawn")
-    steps_done = context.Value("q", 0)
-    with (
-        tqdm(total=len(waiting) * args.steps, unit="step", disable=not waiting) as bar,
-        ProcessPoolExecutor(args.jobs, context, start_worker, (steps_done, args.threads)) as pool,
-        path.open("a", encoding="utf-8") as file,
-    ):
-        running = {pool.submit(measure, run, args): run for run in waiting}
-        try:
-            while running:
-                for future in wait(running, timeout=1, return_when=FIRST_COMPLETED).done:
-                    run = running.pop(future)
-                    lines.append(identify(run, args) | future.result())
-                    file.write(json.dumps(lines[-1]) + "\n")
-                    file.flush()
-                    numbers = [f"{key} {x:.4g}" for key, x in future.result().items() if isinstance(x, float)]
-                    tqdm.write(f"{run.row}, seed {run.seed}: {', '.join(numbers)}")
-                bar.update(steps_done.value - bar.n)
-        except BaseException:
-            for child in multiprocessing.active_children():
-                child.terminate()  # else the pool would wait for its runs to end
-            raise
+    missing = [run for run in dict.fromkeys(runs) if find(run) is None]
+    results = execute(missing, partial(measure, args=args), args.steps, args.jobs, args.threads)
+    with path.open("a", encoding="utf-8") as file, closing(results):
+        for run, measured in results:
+            lines.append(identify(run, args) | measured)
+            file.write(json.dumps(lines[-1]) + "\n")
+            file.flush()
+            numbers = [f"{key} {x:.4g}" for key, x in measured.items() if isinstance(x, float)]
+            tqdm.write(f"{run.row}, seed {run.seed}: {', '.join(numbers)}")
     return [line for run in runs if (line := find(run)) is not None]
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The finished runs of a file; one that a killed process was about to write is removed from it.
-
-    Raises:
-        ValueError: for a line that is no JSON object.
-    """
-    if not path.exists():
-        return []
-    content = path.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if whole != content:
-        write_file(path, whole)
-    try:
-        return [json.loads(line) for line in whole.splitlines()]
-    except ValueError as error:
-        raise ValueError(
-            f"{path}: expected the file of finished runs, a JSON object a line: {error}."
-        ) from error
 
 
 def summarize(lines: Iterable[dict[str, Any]], keys: Sequence[str]) -> Rows:

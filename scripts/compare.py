@@ -16,7 +16,7 @@ was seen to give the logits that ours gives: scores differ by rounding then, and
 
 import argparse
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ from experiments import study
 from experiments.command_line import Parser, check_output_folder, run_main
 from experiments.presets import read_preset
 from experiments.report import draw_or_warn, machine_line, write_text
+from experiments.rows import COMPARED, FAST_TRANSFORMERS, Row
 from scripts.text8 import is_dump, write_text8
 from stackformer.configuration_stackformer import StackformerConfig
 from stackformer.core_stackformer import MIXERS
@@ -40,49 +41,7 @@ except ImportError:
     CausalLinearAttention = None
 
 
-class Row(NamedTuple):
-    """A model of the table."""
-
-    preset: str  # in configs/
-    overrides: str | None  # of the preset, as in `scripts.train --config_overrides`
-    note: str  # for the report
-
-
-# Instead of positions, what is linear has a short convolution: without either, it has no word order.
-LINEAR = "conv_kernel_size=4,intermediate_size=568"
-FAST_TRANSFORMERS = "linear attention (fast-transformers)"
-ROWS = {
-    "softmax decoder": Row(
-        "softmax-tiny",
-        None,
-        "Al-Rfou et al. 2018 in small: 2 layers, with rotary positions instead of embeddings of positions in "
-        "every layer. Left out: auxiliary losses (of layers in between, of the second next character), SGD "
-        "with momentum, dropout.",
-    ),
-    "linear attention": Row(
-        "linear-tiny", LINEAR, "Katharopoulos et al. 2020, with a convolution over 4 bytes."
-    ),
-    FAST_TRANSFORMERS: Row(
-        "linear-tiny",
-        f'{LINEAR},mixer_types=["fast_transformers","fast_transformers"]',
-        "the same with the operator of pytorch-fast-transformers, which agreed on the same weights.",
-    ),
-    "fast weights": Row("fast-weights-tiny", None, "decayed sums of outer products, Ba et al. 2016."),
-    "delta rule": Row("delta-tiny", None, "Schlag et al. 2021, Yang et al. 2024; without decay."),
-    "RWKV": Row("rwkv-tiny", None, "RWKV-4, Peng et al. 2023."),
-    "memory bank": Row(
-        "plain-tiny",
-        "hidden_size=176,intermediate_size=552,num_memory_banks=4",
-        "linear attention to 4 banks per head that decay where they are written to; no stack.",
-    ),
-    "Stackformer": Row(
-        "stackformer-tiny",
-        "num_memory_banks=4,bottleneck_intermediate_size=52",
-        "4 banks per head and stack level, 3 levels, up to 3 ponder steps, in a bottleneck.",
-    ),
-    "Stackformer, one bank": Row("stackformer-tiny", None, "the same with one memory per head and level."),
-}
-DEFAULT_ROWS = [name for name in ROWS if name != FAST_TRANSFORMERS or CausalLinearAttention is not None]
+DEFAULT_ROWS = [name for name in COMPARED if name != FAST_TRANSFORMERS or CausalLinearAttention is not None]
 TOLERANCE = 1e-4
 
 
@@ -119,12 +78,7 @@ MIXERS["fast_transformers"] = FastTransformersAttention
 
 def config_of(row: Row, **given: Any) -> StackformerConfig:
     """The config of a row, with the fields that are `given`."""
-    return read_preset(preset_path(row), row.overrides, **given)
-
-
-def preset_path(row: Row) -> str:
-    """Where its preset is."""
-    return str(Path(__file__).parent.parent / "configs" / f"{row.preset}.json")
+    return read_preset(row.path, row.overrides, **given)
 
 
 @torch.no_grad()
@@ -135,7 +89,7 @@ def check_agreement(length: int) -> PreTrainedModel:
         ValueError: if they differ by more than 1e-4.
     """
     ours, theirs = (
-        AutoModelForCausalLM.from_config(config_of(ROWS[name]))
+        AutoModelForCausalLM.from_config(config_of(COMPARED[name]))
         for name in ("linear attention", FAST_TRANSFORMERS)
     )
     generator = torch.Generator().manual_seed(0)
@@ -168,7 +122,7 @@ def report(rows: study.Rows, args: argparse.Namespace) -> str:
         "training, tokens/s": lambda row: row["tokens_per_second"].text(",.0f"),
         f"state after {args.block_size} tokens": lambda row: f"{row['state_bytes'].median / 1000:,.0f} kB",
     }
-    notes = "\n".join(f"- {name}: {ROWS[name].note}" for name in rows)
+    notes = "\n".join(f"- {name}: {COMPARED[name].note}" for name in rows)
     seeds = ", ".join(map(str, args.seeds))
     return f"""# Language models of equal size on {args.dataset}
 
@@ -193,7 +147,12 @@ def main(argv: list[str] | None = None) -> study.Rows:
     parser.set_defaults(steps=300, learning_rate=3e-3)
     parser.add_argument("--dataset", choices=["enwik8", "text8"], default="enwik8", help="what the file is")
     parser.add_argument(
-        "--rows", nargs="+", default=DEFAULT_ROWS, choices=DEFAULT_ROWS, metavar="ROW", help=", ".join(ROWS)
+        "--rows",
+        nargs="+",
+        default=DEFAULT_ROWS,
+        choices=DEFAULT_ROWS,
+        metavar="ROW",
+        help=", ".join(COMPARED),
     )
     parser.add_argument("--output_dir", default="outputs/compare", help="folder of the report")
     args = parser.parse_args(argv)
@@ -210,7 +169,7 @@ def main(argv: list[str] | None = None) -> study.Rows:
     args.eval_range = args.eval_range or f"{size * 95 // 100}:{size}"
 
     runs = [
-        study.Run(name, preset_path(ROWS[name]), ROWS[name].overrides, seed)
+        study.Run(name, COMPARED[name].path, COMPARED[name].overrides, seed)
         for seed in args.seeds
         for name in args.rows
     ]

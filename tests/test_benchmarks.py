@@ -21,6 +21,7 @@ from benchmarks import (
     training,
 )
 from benchmarks.tasks.recall import DistantRecall
+from experiments.rows import FAMILIES, PLAIN, STACK
 from stackformer.training.long_context_trainer import DocumentStreams
 
 SMALL = ["--parameters", "300000", "--layers", "2", "--threads", "1"]
@@ -93,12 +94,12 @@ def test_sizes(count, text):
     assert harness.size(count) == text
 
 
-@pytest.mark.parametrize("name", models.FAMILIES)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_models_have_the_same_number_of_parameters(name):
-    config = models.matched_config(models.FAMILIES[name], 10_000_000, 8)
+    config = models.matched_config(FAMILIES[name], 10_000_000, 8)
     assert models.num_parameters(config) == pytest.approx(10_000_000, rel=models.TOLERANCE)
     with pytest.raises(ValueError, match="`parameters` must be possible with 8 layers"):
-        models.matched_config(models.FAMILIES[name], 1000, 8)
+        models.matched_config(FAMILIES[name], 1000, 8)
 
 
 def run(main, arguments, tmp_path, capsys) -> tuple[list[dict], str]:
@@ -141,32 +142,32 @@ def test_memory_bank(tmp_path, capsys):
 
 
 def test_training(tmp_path, capsys):
-    chosen = ["--models", models.PLAIN, "llama"]
+    chosen = ["--models", PLAIN, "llama"]
     sizes = ["--time", "32", "64", "--tokens_per_step", "64"]
     rows, text = run(training.main, [*SMALL, *BRIEF, *chosen, *sizes], tmp_path, capsys)
     assert [(row["T"], row["side"]) for row in rows] == [(t, side) for t in (32, 64) for side in chosen[1:]]
     assert all(row["tokens"] == 64 and row["peak_bytes"] > 4 * 300_000 for row in rows)  # the gradients
-    assert_ratios(rows, ("T",), models.PLAIN)
+    assert_ratios(rows, ("T",), PLAIN)
     assert harness.tokens_per_second(rows[1]) in text
 
 
 def test_prefill(tmp_path, capsys):
-    chosen = ["--models", models.STACK, "llama", "qwen3_next", "rwkv"]
+    chosen = ["--models", STACK, "llama", "qwen3_next", "rwkv"]
     rows, text = run(
         prefill.main, [*SMALL, *BRIEF, *chosen, "--time", "16", "32", "--max_rwkv", "16"], tmp_path, capsys
     )
-    assert [row["side"] for row in rows if row["T"] == 32] == [models.STACK, "llama", "qwen3_next"]
-    assert_ratios(rows, ("T",), models.STACK)
+    assert [row["side"] for row in rows if row["T"] == 32] == [STACK, "llama", "qwen3_next"]
+    assert_ratios(rows, ("T",), STACK)
     assert harness.tokens_per_second(rows[1]) in text
 
 
 def test_decode(tmp_path, capsys):
-    chosen = ["--models", models.STACK, "llama", "mamba2", "rwkv", "--no-compile"]
+    chosen = ["--models", STACK, "llama", "mamba2", "rwkv", "--no-compile"]
     sizes = ["--contexts", "32", "96", "--batch_size", "1", "2", "--tokens", "2", "--piece", "40"]
     sizes += ["--max_cache_bytes", "300000"]
     rows, text = run(decode.main, [*SMALL, *BRIEF, *chosen, *sizes], tmp_path, capsys)
     size = {(row["context"], row["batch"], row["side"]): row.get("state_bytes") for row in rows}
-    for side in (models.STACK, "mamba2"):
+    for side in (STACK, "mamba2"):
         assert size[32, 1, side] == size[96, 1, side] == size[96, 2, side] / 2 > 0
     assert size[96, 1, "llama"] > 2 * size[32, 1, "llama"]
     assert (96, 2, "llama") not in size and (32, 2, "rwkv") not in size
@@ -174,12 +175,12 @@ def test_decode(tmp_path, capsys):
     in_turn = [row for row in rows if str(row["context"]).endswith("in turn")]
     assert [row["side"] for row in in_turn] == ["32", "96"]
     assert_ratios(in_turn, ("context",), "32")
-    assert_ratios([row for row in rows if row not in in_turn], ("context", "batch"), models.STACK)
+    assert_ratios([row for row in rows if row not in in_turn], ("context", "batch"), STACK)
     assert harness.tokens_per_second(rows[1]) in text
 
 
 def test_a_context_is_really_read():
-    model = models.build(models.matched_config(models.FAMILIES[models.PLAIN], 300_000, 1))
+    model = models.build(models.matched_config(FAMILIES[PLAIN], 300_000, 1))
     caches = decode.contexts(model, [50, 20], piece=16)
     for length in (20, 50):
         cache = next(caches)
@@ -208,7 +209,7 @@ def test_halting(tmp_path, capsys):
 
 
 def test_profile(tmp_path, capsys):
-    arguments = [*SMALL, "--models", models.STACK, "--time", "32", "--repeats", "1", "--rows", "3"]
+    arguments = [*SMALL, "--models", STACK, "--time", "32", "--repeats", "1", "--rows", "3"]
     rows, text = run(profile_model.main, arguments, tmp_path, capsys)
     for use in ("decode step", "prefill", "training step"):
         shares = [row["share"] for row in rows if row["use"] == use]

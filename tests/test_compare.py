@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from experiments import study
 from experiments.data import DataArguments, load_splits
+from experiments.rows import COMPARED
 from experiments.study import Spread
 from scripts import compare, text8
 
@@ -32,7 +33,7 @@ needs_fast_transformers = pytest.mark.skipif(
 
 def test_models_have_equal_parameters():
     sizes = {}
-    for name, row in compare.ROWS.items():
+    for name, row in COMPARED.items():
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(compare.config_of(row))
         sizes[name] = model.num_parameters()

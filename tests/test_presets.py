@@ -7,15 +7,16 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from benchmarks import presets
-from experiments import study
+from experiments import engine
 from experiments.presets import read_preset
+from experiments.rows import PRESETS
 
 
 def test_cells_are_filled_one_by_one(tmp_path, capsys, monkeypatch):
     def in_this_process(jobs, context, start, arguments):  # others would import everything again
         return ThreadPoolExecutor(jobs, initializer=start, initargs=arguments)
 
-    monkeypatch.setattr(study, "ProcessPoolExecutor", in_this_process)
+    monkeypatch.setattr(engine, "ProcessPoolExecutor", in_this_process)
     (tmp_path / "text").write_bytes(bytes(range(256)) * 8)
     command = f"--data_path {tmp_path / 'text'} --output_dir {tmp_path / 'new'} --num_test 4 --block_size 16"
     command += " --train_range 0:1500 --eval_range 1500:2000 --steps 1 --task_steps 1 --batch_size 2"
@@ -40,12 +41,10 @@ def test_cells_are_filled_one_by_one(tmp_path, capsys, monkeypatch):
     assert report in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", presets.PRESETS)
+@pytest.mark.parametrize("name", PRESETS)
 def test_small_presets_are_as_wide_as_each_other(name):
-    config, given = (
-        read_preset(presets.PRESETS[name], x) for x in (presets.small(presets.PRESETS[name]), None)
-    )
+    config, given = (read_preset(PRESETS[name], x) for x in (presets.small(PRESETS[name]), None))
     assert config.hidden_size == 64 and config.mixer_types == given.mixer_types
     assert (config.bottleneck_size is None) == (given.bottleneck_size is None)
     assert config.sliding_window == (None if given.sliding_window is None else 8)
-    assert json.loads(presets.small(presets.PRESETS[name])).keys() <= config.to_dict().keys()
+    assert json.loads(presets.small(PRESETS[name])).keys() <= config.to_dict().keys()

@@ -9,6 +9,7 @@ import torch
 
 from benchmarks import quality
 from experiments.presets import build_config
+from experiments.rows import QUALITY
 from stackformer import build_byte_tokenizer
 from tests.models import SHAPES, tiny_config, tiny_model
 
@@ -56,10 +57,10 @@ def test_runs_once_and_goes_on(tmp_path, capsys):
     assert all(f"| {row} |" in printed for row in rows)
 
 
-@pytest.mark.parametrize("name", quality.ROWS)
+@pytest.mark.parametrize("name", QUALITY)
 def test_rows_are_models(name):
     """Every row's fields fit its preset."""
-    tokenizer, overrides = build_byte_tokenizer(), quality.ROWS[name].overrides
+    tokenizer, overrides = build_byte_tokenizer(), QUALITY[name].overrides
     config = build_config("configs/stackformer-tiny.json", overrides, tokenizer)
     assert f"P = {config.max_ponder_steps}" in name or config.max_ponder_steps == 1
 

@@ -344,7 +344,7 @@ def test_block_nll_is_of_the_next_token():
         -sum(logits[b, t].log_softmax(-1)[labels[b, t + 1]] for t in range(4)).item() / 4 for b in range(2)
     ]
     assert training.block_nll(logits, labels).tolist() == pytest.approx(expected, rel=1e-5)
-    assert torch.equal(training.block_nll((logits, None), labels), train.block_nll(logits, labels))
+    assert torch.equal(training.block_nll((logits, None), labels), training.block_nll(logits, labels))
 
 
 def _train_argv(tmp_path, text_file, output, *more):

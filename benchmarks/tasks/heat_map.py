@@ -8,7 +8,6 @@ they differ), its columns lengths, a line after those of the training. A cell is
 the figures in the tables.
 """
 
-import json
 import statistics
 from collections import defaultdict
 from pathlib import Path
@@ -20,6 +19,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (the backend is chosen first)
 
 from experiments.command_line import Parser, check_output_file, run_main  # noqa: E402
+from experiments.engine import read_lines  # noqa: E402
 from experiments.report import save_figure  # noqa: E402
 
 RESULTS = "results.jsonl"  # in the folder of each run
@@ -31,7 +31,7 @@ def read_rows(path: str | Path) -> Rows:
     """The rows of a file of results, or of all of them under a folder; none if there is none."""
     path = Path(path)
     files = sorted(path.rglob(RESULTS)) if path.is_dir() else [path] if path.exists() else []
-    return [json.loads(line) for file in files for line in file.read_text(encoding="utf-8").splitlines()]
+    return [row for file in files for row in read_lines(file)]
 
 
 def panels(rows: Rows, measure: str = "accuracy") -> dict[tuple[str, str], dict[str, dict[int, float]]]:

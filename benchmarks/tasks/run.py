@@ -29,6 +29,7 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,7 @@ import stackformer  # also registers the Auto classes
 from benchmarks.tasks import IGNORED, TASKS, Task, seeded
 from benchmarks.tasks.heat_map import RESULTS, draw_heat_map, print_tables, read_rows
 from experiments.command_line import COUNT, NATURAL, THRESHOLD, DataclassParser, check_input_file, run_main
+from experiments.engine import CountSteps, execute
 from experiments.presets import read_json, read_preset
 from experiments.report import commit, draw_or_warn, machine_line, write_json, write_text
 from experiments.training import check_training, save
@@ -102,13 +104,18 @@ class TaskArguments:
         default=None,
         metadata={"help": "Test in chunks of so many tokens, the state carried over; 1 is token by token."},
     )
+    jobs: int | None = field(
+        default=None,
+        metadata={"help": "Runs at the same time, a process each; one in this process if not given."},
+    )
+    threads: int = field(default=1, metadata={"help": "Threads of each process of --jobs."})
     grid: str | None = field(default=None, metadata={"help": "JSON file with these options, and systems."})
 
     def __post_init__(self) -> None:
         for name, expected in (
             ("depths", COUNT), ("seeds", NATURAL), ("train_length", COUNT), ("curriculum_steps", NATURAL),
             ("test_lengths", COUNT), ("test_depths", COUNT), ("test_halting_threshold", THRESHOLD),
-            ("num_test", COUNT), ("chunk_length", COUNT),
+            ("num_test", COUNT), ("chunk_length", COUNT), ("jobs", COUNT), ("threads", COUNT),
         ):  # fmt: skip
             value = getattr(self, name)
             for one in value if isinstance(value, list) else [value]:
@@ -300,6 +307,12 @@ def evaluate(
     }
 
 
+def train_and_measure(run: Run, args: TaskArguments, training: TrainingArguments) -> None:
+    """Do what is missing of a run."""
+    train(run, args, training, callbacks=[CountSteps()])
+    measure(run, args, training)
+
+
 def measure(run: Run, args: TaskArguments, training: TrainingArguments) -> None:
     """Add the results that are missing in the run's folder: lengths x depths."""
     results = run.folder / RESULTS
@@ -375,9 +388,10 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     args, systems, training = parse(argv)
     check_training(training)
     output_dir = Path(training.output_dir)
-    for run in tqdm(plan(args, systems, training.output_dir), desc="runs", disable=training.disable_tqdm):
-        train(run, args, training)
-        measure(run, args, training)
+    work = partial(train_and_measure, args=args, training=training)
+    runs = plan(args, systems, training.output_dir)
+    for _ in execute(runs, work, training.max_steps, args.jobs, args.threads, training.disable_tqdm):
+        pass  # each run records itself, in its folder
     rows = read_rows(output_dir)
     print(machine_line())
     print_tables(rows)

@@ -1,0 +1,206 @@
+# Copyright 2026 The Stackformer authors. Licensed under the Apache License, Version 2.0.
+"""The rows of all tables: which models are compared. To add a row, add it here.
+
+`COMPARED`   systems of equal size on text: scripts/compare.py
+`QUALITY`    depth, stack, banks and halting, each on its own: benchmarks/quality.py
+`PRESETS`    all presets: benchmarks/presets.py
+`FAMILIES`   models of any size, for speed and memory: benchmarks/models.py
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from transformers import LlamaConfig, Mamba2Config, PreTrainedConfig, Qwen3NextConfig, RwkvConfig
+
+from stackformer import StackformerConfig
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+
+
+class Row(NamedTuple):
+    """A model of a table.
+
+    Args:
+        preset: the name of a file in configs/.
+        overrides: other fields than the preset's, as in `scripts.train --config_overrides`.
+        note: what the report says about it.
+        depth: tokens halt at random, at this mean depth, instead of when they have learned to.
+        depth_of: as `depth`, at the mean depth that this row learned with the same seed.
+    """
+
+    preset: str
+    overrides: str | None = None
+    note: str = ""
+    depth: float | None = None
+    depth_of: str | None = None
+
+    @property
+    def path(self) -> str:
+        """The file of the preset."""
+        return str(CONFIGS / f"{self.preset}.json")
+
+
+# Instead of positions, what is linear has a short convolution: without either, it has no word order.
+LINEAR = "conv_kernel_size=4,intermediate_size=568"
+FAST_TRANSFORMERS = "linear attention (fast-transformers)"
+COMPARED = {
+    "softmax decoder": Row(
+        "softmax-tiny",
+        None,
+        "Al-Rfou et al. 2018 in small: 2 layers, with rotary positions instead of embeddings of positions in "
+        "every layer. Left out: auxiliary losses (of layers in between, of the second next character), SGD "
+        "with momentum, dropout.",
+    ),
+    "linear attention": Row(
+        "linear-tiny", LINEAR, "Katharopoulos et al. 2020, with a convolution over 4 bytes."
+    ),
+    FAST_TRANSFORMERS: Row(
+        "linear-tiny",
+        f'{LINEAR},mixer_types=["fast_transformers","fast_transformers"]',
+        "the same with the operator of pytorch-fast-transformers, which agreed on the same weights.",
+    ),
+    "fast weights": Row("fast-weights-tiny", None, "decayed sums of outer products, Ba et al. 2016."),
+    "delta rule": Row("delta-tiny", None, "Schlag et al. 2021, Yang et al. 2024; without decay."),
+    "RWKV": Row("rwkv-tiny", None, "RWKV-4, Peng et al. 2023."),
+    "memory bank": Row(
+        "plain-tiny",
+        "hidden_size=176,intermediate_size=552,num_memory_banks=4",
+        "linear attention to 4 banks per head that decay where they are written to; no stack.",
+    ),
+    "Stackformer": Row(
+        "stackformer-tiny",
+        "num_memory_banks=4,bottleneck_intermediate_size=52",
+        "4 banks per head and stack level, 3 levels, up to 3 ponder steps, in a bottleneck.",
+    ),
+    "Stackformer, one bank": Row("stackformer-tiny", None, "the same with one memory per head and level."),
+}
+
+_PLAIN = "bottleneck_size=none,num_memory_banks=1,stack_depth=1,max_ponder_steps=1"
+_TINY = "stackformer-tiny"
+QUALITY = {
+    "stack, P = 1": Row(_TINY, "max_ponder_steps=1,stack_depth=1"),
+    "stack, P = 2": Row(_TINY, "max_ponder_steps=2"),
+    "stack, P = 4": Row(_TINY, "max_ponder_steps=4"),
+    "stack, P = 8": Row(_TINY, "max_ponder_steps=8"),
+    "untied, 4 x the layers, P = 1": Row(_TINY, "max_ponder_steps=1,stack_depth=1,num_hidden_layers=8"),
+    # As many layers with the parameters of the stack, and as many parameters with its layers.
+    "8 narrow layers, P = 1": Row(
+        _TINY, "max_ponder_steps=1,stack_depth=1,num_hidden_layers=8,bottleneck_size=80"
+    ),
+    "2 wide layers, P = 1": Row(_TINY, "max_ponder_steps=1,stack_depth=1,bottleneck_size=320"),
+    "attention": Row(
+        _TINY, f'{_PLAIN},hidden_size=192,intermediate_size=528,mixer_types=["attention","attention"]'
+    ),
+    "linear attention": Row(_TINY, f"{_PLAIN},hidden_size=176,intermediate_size=568,max_decay_rate=0"),
+    "no stack, no halting, P = 4": Row(_TINY, "max_ponder_steps=4,stack_depth=1", depth=4),
+    "random halting, P = 4": Row(_TINY, "max_ponder_steps=4", depth_of="stack, P = 4"),
+    "4 banks, P = 4": Row(_TINY, "max_ponder_steps=4,num_memory_banks=4"),
+    "1 bank of their size, P = 4": Row(_TINY, "max_ponder_steps=4,num_memory_banks=1,num_attention_heads=1"),
+}
+
+PRESETS = {path.stem: str(path) for path in sorted(CONFIGS.glob("*-tiny.json"))}
+
+VOCABULARY = 261
+HEAD = 64
+SPECIAL = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
+
+
+class Family(NamedTuple):
+    """Models of one kind and any size: `config(width, size, layers)`, for widths in multiples of `step`, and
+    the usual size for a width.
+
+    All have byte-sized vocabularies, untied embeddings and heads of 64 channels. Mamba-2, whose layers have
+    no feed-forward, has twice as many of them; the stack, which runs each several times, half as many.
+    """
+
+    config: Callable[[int, int, int], PreTrainedConfig]
+    usual: Callable[[int], int]
+    step: int = HEAD
+
+
+def _plain(width: int, size: int, layers: int) -> StackformerConfig:
+    return StackformerConfig(
+        hidden_size=width, bottleneck_size=None, intermediate_size=size, num_hidden_layers=layers,
+        num_attention_heads=width // HEAD, num_memory_banks=1, stack_depth=1, max_ponder_steps=1, **SPECIAL,
+    )  # fmt: skip
+
+
+def _banks(width: int, size: int, layers: int) -> StackformerConfig:
+    config = _plain(width, size, layers)
+    config.num_memory_banks = StackformerConfig.num_memory_banks
+    return config
+
+
+def _stack(width: int, size: int, layers: int) -> StackformerConfig:
+    return StackformerConfig(
+        hidden_size=2 * width, bottleneck_size=width, intermediate_size=size,
+        num_hidden_layers=max(1, layers // 2), num_attention_heads=width // HEAD, **SPECIAL,
+    )  # fmt: skip
+
+
+def _llama(width: int, size: int, layers: int) -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=width, intermediate_size=size, num_hidden_layers=layers,
+        num_attention_heads=width // HEAD, max_position_embeddings=2**21, **SPECIAL,
+    )  # fmt: skip
+
+
+def _mamba2(width: int, size: int, layers: int) -> Mamba2Config:
+    return Mamba2Config(
+        vocab_size=VOCABULARY, hidden_size=width, num_heads=2 * width // HEAD, head_dim=HEAD, n_groups=1,
+        state_size=size, num_hidden_layers=2 * layers, **SPECIAL,
+    )  # fmt: skip
+
+
+def _rwkv(width: int, size: int, layers: int) -> RwkvConfig:
+    return RwkvConfig(
+        vocab_size=VOCABULARY, hidden_size=width, intermediate_size=size, num_hidden_layers=max(2, layers),
+        **SPECIAL,
+    )  # fmt: skip
+
+
+def _qwen3_next(width: int, size: int, layers: int) -> Qwen3NextConfig:
+    heads = width // HEAD
+    kinds = ["full_attention" if (i + 1) % 4 == 0 else "linear_attention" for i in range(layers - 1)]
+    return Qwen3NextConfig(
+        vocab_size=VOCABULARY, hidden_size=width, intermediate_size=size, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=heads, head_dim=HEAD, linear_num_key_heads=heads,
+        linear_num_value_heads=heads, linear_key_head_dim=HEAD, linear_value_head_dim=HEAD,
+        layer_types=[*kinds, "full_attention"], mlp_only_layers=list(range(layers)),
+        max_position_embeddings=2**21, **SPECIAL,
+    )  # fmt: skip
+
+
+PLAIN, BANKS, STACK = "plain core", "plain core, 4 banks", "stack"
+LLAMA, MAMBA2, RWKV, QWEN3_NEXT = "llama", "mamba2", "rwkv", "qwen3_next"
+OURS = (PLAIN, BANKS, STACK)
+FAMILIES = {
+    PLAIN: Family(_plain, lambda width: 3 * width),
+    BANKS: Family(_banks, lambda width: 3 * width),
+    STACK: Family(_stack, lambda width: 3 * width),
+    LLAMA: Family(_llama, lambda width: 8 * width // 3),
+    MAMBA2: Family(_mamba2, lambda width: 128, HEAD // 2),
+    RWKV: Family(_rwkv, lambda width: 4 * width),
+    QWEN3_NEXT: Family(_qwen3_next, lambda width: 8 * width // 3),
+}
+
+
+__all__ = [
+    "BANKS",
+    "COMPARED",
+    "FAMILIES",
+    "FAST_TRANSFORMERS",
+    "HEAD",
+    "LLAMA",
+    "MAMBA2",
+    "OURS",
+    "PLAIN",
+    "PRESETS",
+    "QUALITY",
+    "QWEN3_NEXT",
+    "RWKV",
+    "STACK",
+    "Family",
+    "Row",
+]
