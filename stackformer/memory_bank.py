@@ -16,24 +16,31 @@ before it in its chunk, as the exponents of a chunk are centred; a NaN there cha
 
 Letters: B batch, T time, H heads, K key size, V value size, R memories per head, C chunk length.
 Plain tensors in, plain tensors out: nothing here knows of a configuration or a cache.
+
+The table `IMPLEMENTATIONS` says which implementations there are, when each of them can run, and what runs it.
 """
 
 import math
+import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from importlib.util import find_spec
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from .dtypes import at_least_float32
-from .memory_bank_cpu import attend, check_inputs, check_tensors, is_available, is_plain
+from .memory_bank_cpu import DTYPES, attend, is_available, mix_once
 
-IMPLEMENTATIONS = ("recurrent", "chunk", "cpp", "triton")
+# Names the implementation for calls that name none. It is read once, so that no call waits for it.
+ENVIRONMENT_VARIABLE = "STACKFORMER_IMPLEMENTATION"
+_FROM_ENVIRONMENT = os.environ.get(ENVIRONMENT_VARIABLE) or None
+_HAS_LIBRARY = is_available()
 _HAS_TRITON = find_spec("triton") is not None
 
 # The centred exponents of a chunk stay within +-_MAX_EXPONENT: exp(80) squared still is no float32 infinity
@@ -77,8 +84,10 @@ def banked_linear_attention(
             memories on, since one state per chunk is kept for the backward pass.
         implementation: "recurrent" (the definition, one token after another), "chunk" (a few large matrix
             products per chunk, with a backward pass of its own), "cpp" (the same in C++, for CPUs, where it
-            was built) or "triton" (the same as kernels for a GPU). `None` takes the fastest: "cpp" if it can,
-            else "recurrent" for one token, and "triton" if it can or "chunk" for more.
+            was built) or "triton" (the same as kernels for a GPU). `None` takes the one that the environment
+            variable STACKFORMER_IMPLEMENTATION names, and without it the fastest: "cpp" if it can run, else
+            "recurrent" for one token, and "triton" if it can run or "chunk" for more.
+            `which_implementation` says which one that is.
         max_decay: a bound on `-log_decay` of all tokens, if the caller knows one. Chunks are shortened as far
             as the bound demands, so that no exponential overflows; infinity stands for no bound and shortens
             them to a few tokens. `None` measures what each chunk decays by, so that a few tokens that wipe
@@ -92,10 +101,10 @@ def banked_linear_attention(
 
     Raises:
         ValueError: if shapes, dtypes or devices do not go together, for numbers out of range, or for an
-            `implementation` that is unknown or not possible here.
+            `implementation` that is unknown or cannot run here, STACKFORMER_IMPLEMENTATION included.
     """
     keys, gates = {"query": query, "key": key}, {"read": read, "write": write, "log_decay": log_decay}
-    check_inputs(keys, value, gates, _named_state("initial_state", initial_state))
+    _check_inputs(keys, value, gates, _named_state("initial_state", initial_state))
     if chunk_size is None:
         chunk_size = 64 if read.shape[-1] < 4 else 128
     _check_chunk_size(chunk_size)
@@ -103,31 +112,175 @@ def banked_linear_attention(
     _check_eps(eps)
     if max_decay is not None and not max_decay >= 0:
         raise ValueError(f"`max_decay` must be at least 0, got {max_decay}")
-    implementation = _choose_implementation(implementation, query, key, value, read)
+    implementation = which_implementation(query, key, value, read, implementation)
 
-    dtype = at_least_float32(query)
     if initial_state is None:
-        initial_state = init_memory_bank(query, value, read)
-    memory, normalizer = (tensor.to(dtype) for tensor in initial_state)
-
+        memory, normalizer = init_memory_bank(query, value, read)
+    else:
+        dtype = at_least_float32(query)
+        memory, normalizer = (tensor.to(dtype) for tensor in initial_state)
+    tensors = (query, key, value, read, write, log_decay, memory, normalizer)
     with _without_autocast(query.device):
-        if implementation == "recurrent":
-            tokens = [tensor.to(dtype) for tensor in (query, key, value, read, write, log_decay)]
-            output, new_state = _recurrent(tokens, (memory, normalizer), eps)
-            return output.to(value.dtype), new_state
-        if implementation == "triton":
-            from .memory_bank_triton import chunk_length, chunked_attention
+        output, memory, normalizer = IMPLEMENTATIONS[implementation].run(tensors, chunk_size, max_decay, eps)
+    return output, (memory, normalizer)
 
-            chunk_size = chunk_length(chunk_size)
-        length = _safe_chunk_length(chunk_size, max_decay, log_decay, dtype)
-        tensors = (query, key, value, read, write, log_decay, memory, normalizer)
-        if implementation == "cpp":
-            output, memory, normalizer = attend(*tensors, length, eps)
-        elif implementation == "triton":
-            output, memory, normalizer = chunked_attention(*tensors, length, eps)
-        else:
-            output, memory, normalizer = _ChunkedAttention.apply(*tensors, length, eps)
-        return output, (memory, normalizer)
+
+# The table of implementations.
+
+# Query, key, value, read, write, log decay, memory and normalizer.
+Tensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+Results = tuple[Tensor, Tensor, Tensor]  # output, memory, normalizer
+
+
+class Implementation(NamedTuple):
+    """A row of the table: one way to run the operator, or to decode a token.
+
+    Attributes:
+        obstacle: says why it cannot run for some tensors; `None` if it can. In `IMPLEMENTATIONS`, it takes
+            query, key, value and read, and whether the caller asks for this implementation. If the caller
+            asks for none, it is an obstacle, too, that an implementation further down is faster.
+        run: runs it. In `IMPLEMENTATIONS`, it takes the eight tensors, `chunk_size`, `max_decay` and `eps`.
+    """
+
+    obstacle: Callable[..., str | None]
+    run: Callable[..., Any]
+
+
+def _library_obstacle(tensor: Tensor, *_: Any) -> str | None:
+    if not _HAS_LIBRARY:
+        return "the C++ library was not built (it is with the package, if there is a compiler)"
+    if tensor.device.type != "cpu":
+        return f"tensors must be on the CPU, not on {tensor.device}"
+    return None
+
+
+def _run_cpp(tensors: Tensors, chunk_size: int, max_decay: float | None, eps: float) -> Results:
+    return attend(*tensors, _safe_chunk_length(chunk_size, max_decay, tensors), eps)
+
+
+def _recurrent_obstacle(query: Tensor, key: Tensor, value: Tensor, read: Tensor, asked: bool) -> str | None:
+    return None if asked or query.shape[1] == 1 else "it is slow for several tokens"
+
+
+def _run_recurrent(tensors: Tensors, chunk_size: int, max_decay: float | None, eps: float) -> Results:
+    """Computes the definition, token by token; autograd differentiates it."""
+    *inputs, memory, normalizer = tensors
+    state, outputs = (memory, normalizer), []
+    tokens = (tensor.to(memory.dtype).unbind(1) for tensor in inputs)
+    for query, key, value, read, write, log_decay in zip(*tokens, strict=True):
+        output, state = _step(query, key, value, read, write, log_decay, state, eps)
+        outputs.append(output)
+    return torch.stack(outputs, dim=1).to(inputs[2].dtype), *state
+
+
+def _triton_obstacle(query: Tensor, key: Tensor, value: Tensor, read: Tensor, asked: bool) -> str | None:
+    if not _HAS_TRITON:
+        return "Triton is not installed"
+    if not asked and not query.is_cuda:
+        return "it is slow in Triton's interpreter"
+    from .memory_bank_triton import obstacle
+
+    found = obstacle(query, key, value, read)
+    if found is None and not asked and not _triton_works(query.device):
+        return f"its kernels do not work on {query.device}"
+    return found
+
+
+@torch.compiler.assume_constant_result
+@cache
+def _triton_works(device: torch.device) -> bool:
+    """Returns whether the kernels compile on a device and agree there with the definition.
+
+    They are tried once per device, on a small example.
+    """
+    generator = torch.Generator().manual_seed(0)
+    tensors = [torch.rand(1, 40, 2, size, generator=generator) + 0.1 for size in (16, 16, 16, 2, 2, 2)]
+    query, key, value, read, write, decay = (tensor.to(device).requires_grad_() for tensor in tensors)
+    try:
+        with torch.enable_grad():
+            results = []
+            for implementation in ("recurrent", "triton"):
+                output, _ = banked_linear_attention(
+                    query, key, value, read, write, -decay, implementation=implementation, max_decay=2.0
+                )
+                inputs = (query, key, value, read, write, decay)
+                results.append([output, *torch.autograd.grad(output.square().sum(), inputs)])
+        torch.testing.assert_close(*results, rtol=1e-2, atol=1e-2)
+    except Exception as error:  # whatever a compiler or a driver may raise
+        warnings.warn(f"Triton's kernels do not work on {device}, torch's are used: {error}", stacklevel=2)
+        return False
+    return True
+
+
+def _run_triton(tensors: Tensors, chunk_size: int, max_decay: float | None, eps: float) -> Results:
+    from .memory_bank_triton import chunk_length, chunked_attention
+
+    return chunked_attention(*tensors, _safe_chunk_length(chunk_length(chunk_size), max_decay, tensors), eps)
+
+
+def _run_chunk(tensors: Tensors, chunk_size: int, max_decay: float | None, eps: float) -> Results:
+    return _ChunkedAttention.apply(*tensors, _safe_chunk_length(chunk_size, max_decay, tensors), eps)
+
+
+# A call that asks for none takes the first one without an obstacle.
+IMPLEMENTATIONS = {
+    "cpp": Implementation(_library_obstacle, _run_cpp),
+    "recurrent": Implementation(_recurrent_obstacle, _run_recurrent),
+    "triton": Implementation(_triton_obstacle, _run_triton),
+    "chunk": Implementation(lambda *_: None, _run_chunk),
+}
+
+
+def _mix_once_obstacle(hidden: Tensor) -> str | None:
+    if torch.is_grad_enabled():
+        return "gradients are on"
+    if _FROM_ENVIRONMENT not in (None, "cpp"):
+        return f"{ENVIRONMENT_VARIABLE} is {_FROM_ENVIRONMENT!r}"
+    if not can_look_at(hidden):
+        return "the elements of the hidden states are not in memory, or operators of torch are recorded"
+    return _library_obstacle(hidden)
+
+
+# One token of all of `BankedLinearAttention` between its projections, in the C++ library.
+DECODING = Implementation(_mix_once_obstacle, mix_once)
+
+
+def which_implementation(
+    query: Tensor, key: Tensor, value: Tensor, read: Tensor, implementation: str | None = None
+) -> str:
+    """Returns the name of the implementation that `banked_linear_attention` runs for these inputs.
+
+    Args:
+        query, key: [B, T, H, K]; value: [B, T, H, V]; read: [B, T, H, R].
+        implementation: as in `banked_linear_attention`.
+
+    Raises:
+        ValueError: for an `implementation` that is unknown or cannot run here, and for such a value of the
+            environment variable STACKFORMER_IMPLEMENTATION, which is taken if `implementation` is `None`.
+    """
+    source, otherwise = "`implementation`", "None"
+    if implementation is None:
+        implementation, source, otherwise = _FROM_ENVIRONMENT, f"`{ENVIRONMENT_VARIABLE}`", "not set"
+    if implementation is None:
+        for name, row in IMPLEMENTATIONS.items():
+            if row.obstacle(query, key, value, read, False) is None:
+                return name
+    if implementation not in IMPLEMENTATIONS:
+        names = tuple(IMPLEMENTATIONS)
+        raise ValueError(f"{source} must be one of {names} or {otherwise}, got {implementation!r}")
+    obstacle = IMPLEMENTATIONS[implementation].obstacle(query, key, value, read, True)
+    if obstacle is not None:
+        raise ValueError(f"{source} must be another than {implementation!r} here: {obstacle}")
+    return implementation
+
+
+def can_mix_once(hidden: Tensor) -> bool:
+    """Returns whether `mix_once` can run for tokens with these hidden states, as far as tensors decide it.
+
+    `mix_once` runs in the C++ library, on plain tensors on the CPU, without gradients and outside of
+    torch.compile, unless STACKFORMER_IMPLEMENTATION names an implementation other than "cpp".
+    """
+    return DECODING.obstacle(hidden) is None
 
 
 def banked_linear_attention_step(
@@ -153,7 +306,7 @@ def banked_linear_attention_step(
         ValueError: if shapes, dtypes or devices do not go together.
     """
     keys, gates = {"query": query, "key": key}, {"read": read, "write": write, "log_decay": log_decay}
-    check_inputs(keys, value, gates, _named_state("state", state), dimensions=3)
+    _check_inputs(keys, value, gates, _named_state("state", state), dimensions=3)
     _check_eps(eps)
     return _step(query, key, value, read, write, log_decay, state, eps)
 
@@ -206,7 +359,7 @@ def reverse_banked_linear_attention(
         ValueError: if shapes, dtypes or devices do not go together, or `chunk_size` is not positive.
     """
     state = _named_state("final_state", final_state)
-    check_inputs({"key": key}, value, {"write": write, "log_decay": log_decay}, state)
+    _check_inputs({"key": key}, value, {"write": write, "log_decay": log_decay}, state)
     _check_chunk_size(chunk_size)
     memory, normalizer = final_state
     dtype = memory.dtype
@@ -247,7 +400,7 @@ def combine_spans(log_decay: Tensor, memory: Tensor, normalizer: Tensor) -> Stat
         )
     bank = (*log_decay.shape, *memory.shape[4:6])
     expected = (("log_decay", log_decay, bank[:4]), ("memory", memory, bank))
-    check_tensors("log_decay", log_decay.device, (*expected, ("normalizer", normalizer, bank[:5])))
+    _check_tensors("log_decay", log_decay.device, (*expected, ("normalizer", normalizer, bank[:5])))
     later = torch.cat([log_decay[1:], torch.zeros_like(log_decay[:1])]).flip(0).cumsum(0).flip(0)
     kept = later.exp().unsqueeze(-1)
     return (kept.unsqueeze(-1) * memory).sum(0), (kept * normalizer).sum(0)
@@ -264,12 +417,17 @@ def init_memory_bank(query: Tensor, value: Tensor, read: Tensor) -> State:
 
 
 def can_look_at(tensor: Tensor) -> bool:
-    """Whether the operators that run may depend on the elements of a tensor. On a GPU these would have to be
-    waited for; where operators are recorded, or run for many tensors at once, there is no one answer."""
+    """Returns whether the operators that run may depend on the elements of a tensor.
+
+    On a GPU they would have to be waited for. Where operators are recorded, or run for many tensors at once,
+    and in tensors of a subclass or with a tangent, there is no one answer.
+    """
     if tensor.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
+    if type(tensor) is not Tensor or forward_ad._current_level >= 0:
+        return False
     watched = torch._C._len_torch_dispatch_stack() > 0
-    return is_plain(tensor) and not watched and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    return not watched and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
 def _named_state(name: str, state: State | None) -> dict[str, Tensor]:
@@ -278,6 +436,63 @@ def _named_state(name: str, state: State | None) -> dict[str, Tensor]:
     if len(state) != 2:
         raise ValueError(f"`{name}` must be a memory and a normalizer, got {len(state)} tensors")
     return {f"{name}[0]": state[0], f"{name}[1]": state[1]}
+
+
+def _check_inputs(
+    keys: Mapping[str, Tensor],
+    value: Tensor,
+    gates: Mapping[str, Tensor],
+    state: Mapping[str, Tensor],
+    dimensions: int = 4,
+) -> None:
+    """Raises a ValueError that names the first wrong input of the operator, if there is one.
+
+    Args:
+        keys: query and key, or key alone: [B, T, H, K], or [B, H, K] for three `dimensions`.
+        value: [B, T, H, V], or [B, H, V].
+        gates: read, write and log decay, or some of them: [B, T, H, R], or [B, H, R].
+        state: a memory [B, H, R, K, V] and a normalizer [B, H, R, K], or neither.
+        dimensions: 4 for inputs with a time dimension, 3 for one token.
+    """
+    of, like = next(iter(keys.items()))
+    if like.dim() != dimensions:
+        letters = "[batch, time, heads, key size]" if dimensions == 4 else "[batch, heads, key size]"
+        raise ValueError(f"`{of}` must have shape {letters}, got {tuple(like.shape)}")
+    gate, one_gate = next(iter(gates.items()))
+    for name, tensor in ((of, like), ("value", value), (gate, one_gate)):
+        if 0 in tensor.shape[1:]:
+            raise ValueError(
+                f"`{name}` must have at least one token, head and feature, got shape {tuple(tensor.shape)}"
+            )
+    tokens, key_size = tuple(like.shape[:-1]), like.shape[-1]
+    value_size, memories = (x.shape[-1] if x.dim() > 0 else 0 for x in (value, one_gate))
+    expected = [(name, tensor, (*tokens, key_size)) for name, tensor in keys.items()]
+    expected.append(("value", value, (*tokens, value_size)))
+    expected += [(name, tensor, (*tokens, memories)) for name, tensor in gates.items()]
+    bank = (tokens[0], tokens[-1], memories, key_size)
+    expected += zip(state, state.values(), ((*bank, value_size), bank), strict=False)
+    _check_tensors(of, like.device, expected)
+
+
+def _check_tensors(
+    of: str, device: torch.device, expected: Iterable[tuple[str, Tensor, tuple[int, ...]]]
+) -> None:
+    """Raises a ValueError that names the first tensor that does not go with the others.
+
+    Args:
+        of: the name of the tensor that the others have to go with.
+        device: the device of that tensor.
+        expected: name, tensor and shape of each tensor.
+    """
+    for name, tensor, shape in expected:
+        if tensor.shape != shape:
+            raise ValueError(
+                f"`{name}` must have shape {tuple(shape)} to go with `{of}`, got {tuple(tensor.shape)}"
+            )
+        if tensor.dtype not in DTYPES:
+            raise ValueError(f"`{name}` must be one of {DTYPES}, got {tensor.dtype}")
+        if tensor.device != device:
+            raise ValueError(f"`{name}` must be on {device} as `{of}` is, got a tensor on {tensor.device}")
 
 
 def _without_autocast(device: torch.device) -> AbstractContextManager:
@@ -294,81 +509,13 @@ def _check_eps(eps: float) -> None:
         raise ValueError(f"`eps` must be at least 0 and finite, got {eps}")
 
 
-def _choose_implementation(
-    implementation: str | None, query: Tensor, key: Tensor, value: Tensor, read: Tensor
-) -> str:
-    """The implementation to take for `query` [B, T, H, K] and the others, as asked for or the fastest."""
-    compiled = is_available() and query.device.type == "cpu"
-    if implementation is None:
-        if compiled:
-            return "cpp"
-        if query.shape[1] == 1:
-            return "recurrent"
-        possible = query.is_cuda and _triton_obstacle(query, key, value, read) is None
-        return "triton" if possible and _triton_works(query.device) else "chunk"
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"`implementation` must be one of {IMPLEMENTATIONS} or None, got {implementation!r}")
-    if implementation == "cpp" and not compiled:
-        raise ValueError(
-            "`implementation` must be another than 'cpp' where the C++ library was not built (it is with "
-            f"the package, if there is a compiler) or for tensors on {query.device.type!r}"
-        )
-    if implementation == "triton":
-        obstacle = _triton_obstacle(query, key, value, read)
-        if obstacle is not None:
-            raise ValueError(f"`implementation` must be another than 'triton' here: {obstacle}")
-    return implementation
-
-
-def _triton_obstacle(query: Tensor, key: Tensor, value: Tensor, read: Tensor) -> str | None:
-    """Why the Triton kernels cannot take these inputs; `None` if they can."""
-    if not _HAS_TRITON:
-        return "Triton is not installed"
-    from .memory_bank_triton import unsupported
-
-    return unsupported(query, key, value, read)
-
-
-@torch.compiler.assume_constant_result
-@cache
-def _triton_works(device: torch.device) -> bool:
-    """Whether the kernels compile on a device and agree there with the definition; tried once, on little."""
-    generator = torch.Generator().manual_seed(0)
-    tensors = [torch.rand(1, 40, 2, size, generator=generator) + 0.1 for size in (16, 16, 16, 2, 2, 2)]
-    query, key, value, read, write, decay = (tensor.to(device).requires_grad_() for tensor in tensors)
-    try:
-        with torch.enable_grad():
-            results = []
-            for implementation in ("recurrent", "triton"):
-                output, _ = banked_linear_attention(
-                    query, key, value, read, write, -decay, implementation=implementation, max_decay=2.0
-                )
-                inputs = (query, key, value, read, write, decay)
-                results.append([output, *torch.autograd.grad(output.square().sum(), inputs)])
-        torch.testing.assert_close(*results, rtol=1e-2, atol=1e-2)
-    except Exception as error:  # whatever a compiler or a driver may raise
-        warnings.warn(f"Triton's kernels do not work on {device}, torch's are used: {error}", stacklevel=2)
-        return False
-    return True
-
-
-def _recurrent(tokens: list[Tensor], state: State, eps: float) -> tuple[Tensor, State]:
-    """The definition, token by token; autograd differentiates it. `tokens`: query, key, ... [B, T, ...]."""
-    outputs = []
-    for query, key, value, read, write, log_decay in zip(*(x.unbind(1) for x in tokens), strict=True):
-        output, state = _step(query, key, value, read, write, log_decay, state, eps)
-        outputs.append(output)
-    return torch.stack(outputs, dim=1), state
-
-
-def _safe_chunk_length(
-    chunk_size: int, max_decay: float | None, log_decay: Tensor, dtype: torch.dtype
-) -> int:
-    """The longest chunk, halving from `chunk_size`, whose centred exponents stay inside the dtype.
+def _safe_chunk_length(chunk_size: int, max_decay: float | None, tensors: Tensors) -> int:
+    """Returns the longest chunk, halving from `chunk_size`, whose centred exponents stay inside the dtype.
 
     Args:
-        max_decay: the bound on all decays; `None` if there is none but `log_decay` [B, T, H, R] itself.
+        max_decay: the bound on all decays; `None` if there is none but the log decay in `tensors` itself.
     """
+    log_decay, dtype = tensors[5], tensors[6].dtype
     nothing, most = -_NOTHING[dtype], 2 * _MAX_EXPONENT[dtype]
     if max_decay is not None:
         decay = min(max_decay, nothing)

@@ -1,16 +1,17 @@
 # Copyright 2026 The Stackformer authors. Licensed under the Apache License, Version 2.0.
 """The chunk form of `banked_linear_attention` for CPUs in C++: csrc/memory_bank.cpp, if it was built.
 
-setup.py builds it where it finds a compiler. It is loaded with ctypes and knows nothing of torch, so that one
-build does for every version. Nothing depends on it: without it, memory_bank.py does the same in torch.
+setup.py builds the library where it finds a compiler. The library is loaded with ctypes and knows nothing of
+torch, so that one build serves every version of torch. Nothing depends on the library: without it,
+memory_bank.py computes the same in torch.
 
-The library reads and writes wherever a pointer leads. So what becomes a pointer here is checked before:
-`check_inputs`, which every implementation of the operator shares, and `_pointer`.
+The library reads and writes wherever a pointer leads, so every tensor is checked before it becomes a pointer:
+`check_tensors` checks its shape, dtype and device, and `_pointer` that it has elements in memory.
 """
 
 import ctypes
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 _CPU = torch.device("cpu")
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _INPUTS = ("query", "key", "value", "read", "write", "log_decay")
 # `Precision` of csrc/memory_bank.cpp, by the dtype of queries, keys, values and output.
 _PRECISIONS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
@@ -104,58 +105,43 @@ def is_available() -> bool:
     return _LIBRARY is not None
 
 
-def check_tensors(
-    of: str, device: torch.device, expected: Iterable[tuple[str, Tensor, tuple[int, ...]]]
-) -> None:
-    """Raise a ValueError that names the first tensor that does not go with the others.
+def check_tensors(device: torch.device, expected: Iterable[tuple[str, Tensor, tuple[int, ...]]]) -> None:
+    """Raises a ValueError that names the first tensor whose elements are not what a pointer to them says.
 
     Args:
-        of: the name of the one that the others have to go with.
-        device: of that one.
-        expected: name, tensor and shape of each. A token of decoding has a dozen: three comparisons each.
+        device: where all tensors must be.
+        expected: name, tensor and shape of each.
     """
     for name, tensor, shape in expected:
-        if tensor.shape != shape:
+        if tensor.shape != shape or tensor.dtype not in DTYPES or tensor.device != device:
             raise ValueError(
-                f"`{name}` must have shape {tuple(shape)} to go with `{of}`, got {tuple(tensor.shape)}"
+                f"`{name}` must have shape {tuple(shape)}, be one of {DTYPES} and on {device}, got "
+                f"{tuple(tensor.shape)}, {tensor.dtype} and {tensor.device}"
             )
-        if tensor.dtype not in _DTYPES:
-            raise ValueError(f"`{name}` must be one of {_DTYPES}, got {tensor.dtype}")
-        if tensor.device != device:
-            raise ValueError(f"`{name}` must be on {device} as `{of}` is, got a tensor on {tensor.device}")
 
 
-def check_inputs(
-    keys: Mapping[str, Tensor],
-    value: Tensor,
-    gates: Mapping[str, Tensor],
-    state: Mapping[str, Tensor],
-    dimensions: int = 4,
-) -> None:
-    """Raise a ValueError that names what is wrong with the inputs of the operator, if anything is.
+def check_call(inputs: Sequence[Tensor], state: Sequence[Tensor], prefix: str = "") -> None:
+    """Raises a ValueError unless the tensors of an operator go together, and are all where the first one is.
 
     Args:
-        keys: [B, T, H, K] or [B, H, K], as many `dimensions` as these have; value: [..., V]; gates: [..., R].
-        state: a memory [B, H, R, K, V] and a normalizer [B, H, R, K], or neither.
+        inputs: query to log decay, as in `banked_linear_attention`.
+        state: memory [B, H, R, K, V] and normalizer [B, H, R, K], or their gradients.
+        prefix: of the names of these two.
     """
-    of, like = next(iter(keys.items()))
-    if like.dim() != dimensions:
-        letters = "[batch, time, heads, key size]" if dimensions == 4 else "[batch, heads, key size]"
-        raise ValueError(f"`{of}` must have shape {letters}, got {tuple(like.shape)}")
-    gate, one_gate = next(iter(gates.items()))
-    for name, tensor in ((of, like), ("value", value), (gate, one_gate)):
-        if 0 in tensor.shape[1:]:
-            raise ValueError(
-                f"`{name}` must have at least one token, head and feature, got shape {tuple(tensor.shape)}"
-            )
-    tokens, key_size = tuple(like.shape[:-1]), like.shape[-1]
-    value_size, memories = (x.shape[-1] if x.dim() > 0 else 0 for x in (value, one_gate))
-    expected = [(name, tensor, (*tokens, key_size)) for name, tensor in keys.items()]
-    expected.append(("value", value, (*tokens, value_size)))
-    expected += [(name, tensor, (*tokens, memories)) for name, tensor in gates.items()]
-    bank = (tokens[0], tokens[-1], memories, key_size)
-    expected += zip(state, state.values(), ((*bank, value_size), bank), strict=False)
-    check_tensors(of, like.device, expected)
+    if len(inputs) != len(_INPUTS):
+        raise ValueError(f"`inputs` must be the {len(_INPUTS)} tensors {_INPUTS}, got {len(inputs)}")
+    query, _, value, read, _, _ = inputs
+    if any(tensor.dim() != 4 or 0 in tensor.shape[1:] for tensor in (query, value, read)):
+        raise ValueError(
+            "`query`, `value` and `read` must have at least one token, head and feature, got shapes "
+            f"{[tuple(tensor.shape) for tensor in (query, value, read)]}"
+        )
+    batch, time, heads, key_size = query.shape
+    values, gates = (batch, time, heads, value.shape[3]), (batch, time, heads, read.shape[3])
+    bank = (batch, heads, read.shape[3], key_size, value.shape[3])
+    shapes = (query.shape, query.shape, values, gates, gates, gates, bank, bank[:4])
+    names = (*_INPUTS, f"{prefix}memory", f"{prefix}normalizer")
+    check_tensors(query.device, zip(names, (*inputs, *state), shapes, strict=True))
 
 
 def _pointer(tensor: Tensor) -> int:
@@ -257,21 +243,16 @@ def _fake_forward(inputs, memory, normalizer, length, eps, keep_states) -> list[
 
 
 def _check_forward(inputs: Sequence[Tensor], memory: Tensor, normalizer: Tensor, length: int) -> None:
-    _check_call(inputs, {"memory": memory, "normalizer": normalizer}, length)
+    check_call(inputs, (memory, normalizer))
+    _check_length(length)
     _check_precision("memory", memory)
     if normalizer.dtype != memory.dtype:
         raise ValueError(f"`normalizer` must be {memory.dtype} as `memory` is, got {normalizer.dtype}")
 
 
-def _check_call(inputs: Sequence[Tensor], state: Mapping[str, Tensor], length: int) -> None:
-    """Raise a ValueError unless the tensors go together, and so are all where the first one is."""
-    if len(inputs) != len(_INPUTS):
-        raise ValueError(f"`inputs` must be the {len(_INPUTS)} tensors {_INPUTS}, got {len(inputs)}")
+def _check_length(length: int) -> None:
     if length < 1:
         raise ValueError(f"`length` must be at least 1, got {length}")
-    named = dict(zip(_INPUTS, inputs, strict=True))
-    keys, value = {name: named.pop(name) for name in ("query", "key")}, named.pop("value")
-    check_inputs(keys, value, named, state)
 
 
 def _check_precision(name: str, tensor: Tensor) -> None:
@@ -331,11 +312,11 @@ def _check_backward(
     inputs, output, denominator, start_memory, start_normalizer, grad_output, grad_memory, grad_normalizer,
     length,
 ) -> None:  # fmt: skip
-    _check_call(inputs, {"grad_memory": grad_memory, "grad_normalizer": grad_normalizer}, length)
+    check_call(inputs, (grad_memory, grad_normalizer), prefix="grad_")
+    _check_length(length)
     (batch, time, heads, _), value = inputs[0].shape, inputs[2]
     chunks, bank = -(-time // min(length, time)), grad_memory.shape[2:]
     check_tensors(
-        "query",
         value.device,
         (
             ("output", output, value.shape),
@@ -418,17 +399,19 @@ def attend(
     state."""
     tensors = (query, key, value, read, write, log_decay, memory, normalizer)
     keep_states = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    if keep_states or torch.compiler.is_compiling() or not all(map(is_plain, tensors)):
+    if keep_states or torch.compiler.is_compiling() or not is_plain(*tensors):
         return CompiledAttention.apply(*tensors, length, eps, keep_states)
     # Without a graph, and without the ways through torch, which take longer than a token.
     results = _forward(tensors[:6], memory, normalizer, length, eps, False)
     return results[0].to(value.dtype), results[2], results[3]
 
 
-def is_plain(tensor: Tensor) -> bool:
-    """Whether a tensor is the elements in its memory and no more: of no type that does something of its own,
-    such as a fake one, and without a tangent of forward-mode differentiation."""
-    return type(tensor) is Tensor and forward_ad._current_level < 0
+def is_plain(*tensors: Tensor) -> bool:
+    """Returns whether every tensor is no more than the elements in its memory.
+
+    Tensors of a subclass, such as fake ones, and tangents of forward-mode differentiation are more than that.
+    """
+    return forward_ad._current_level < 0 and all(type(tensor) is Tensor for tensor in tensors)
 
 
 def _check_step(
@@ -469,7 +452,6 @@ def _check_step(
     gates, width = (batch, heads, banks), heads * size
     bank = (count, heads, levels * banks, size)
     check_tensors(
-        "projected",
         _CPU,
         (
             ("projected", projected, (batch, 3 * width)),

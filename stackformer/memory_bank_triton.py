@@ -38,7 +38,7 @@ try:
 except ImportError:  # memory_bank.py does not import this module then
     raise
 
-from .memory_bank_cpu import check_inputs, check_tensors
+from .memory_bank_cpu import check_call, check_tensors
 
 # With TRITON_INTERPRET=1 kernels run on the CPU, in NumPy.
 INTERPRETED = triton.knobs.runtime.interpret
@@ -52,8 +52,8 @@ _NOTHING = tl.constexpr(-104.0)
 _MAX_EXPONENT = tl.constexpr(80.0)
 
 
-def unsupported(query: Tensor, key: Tensor, value: Tensor, read: Tensor) -> str | None:
-    """Why these inputs of `banked_linear_attention` are none for the kernels; `None` if they are."""
+def obstacle(query: Tensor, key: Tensor, value: Tensor, read: Tensor) -> str | None:
+    """Returns why the kernels cannot take these inputs of `banked_linear_attention`; `None` if they can."""
     if not (query.is_cuda or INTERPRETED):
         return f"tensors must be on a CUDA device, not on {query.device}"
     for name, tensor in (("query", query), ("key", key), ("value", value)):
@@ -512,12 +512,10 @@ def _check(query, key, value, read, write, log_decay, memory, normalizer, *other
     Args:
         others: of the backward pass: output, denominator, and gradients of the output and of the final state.
     """
-    gates = {"read": read, "write": write, "log_decay": log_decay}
-    state = {"memory": memory, "normalizer": normalizer}
-    check_inputs({"query": query, "key": key}, value, gates, state)
+    check_call((query, key, value, read, write, log_decay), (memory, normalizer))
     names = ("output", "denominator", "grad_output", "grad_memory", "grad_normalizer")
     shapes = (value.shape, query.shape[:-1], value.shape, memory.shape, normalizer.shape)
-    check_tensors("query", query.device, zip(names, others, shapes, strict=False))
+    check_tensors(query.device, zip(names, others, shapes, strict=False))
 
 
 # Operators of torch, so that torch.compile takes them as they are and torch knows their gradients. Named
@@ -652,7 +650,7 @@ def chunked_attention(
     chunk_size: int,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`banked_linear_attention` for inputs that are not `unsupported`, in chunks of at most `chunk_size`.
+    """Computes `banked_linear_attention` for inputs without an `obstacle`, in chunks of at most `chunk_size`.
 
     Args:
         query, key: [B, T, H, K]; value: [B, T, H, V]; read, write, log_decay: [B, T, H, R].

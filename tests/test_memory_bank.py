@@ -1,6 +1,10 @@
 """The operator against its definition: outputs, states, every gradient, at odd sizes and with extreme
 gates."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -9,9 +13,11 @@ from stackformer.memory_bank import (
     FEATURE_MAPS,
     banked_linear_attention,
     banked_linear_attention_step,
+    can_mix_once,
     combine_spans,
     init_memory_bank,
     reverse_banked_linear_attention,
+    which_implementation,
 )
 from stackformer.memory_bank_cpu import is_available
 
@@ -631,6 +637,71 @@ def test_bad_input_is_named(change, message):
     inputs = {name: tensor for name, tensor in make_inputs(time=5).items() if name not in NAMES[-2:]}
     with pytest.raises(ValueError, match=message):
         banked_linear_attention(**(inputs | change))
+
+
+@pytest.mark.parametrize("library", [False, pytest.param(True, marks=CHUNKED[1].marks)])
+def test_the_first_implementation_that_can_run_is_taken(monkeypatch, library):
+    monkeypatch.setattr(memory_bank, "_HAS_LIBRARY", library)
+    for time, expected in ((1, "recurrent"), (5, "chunk")):
+        *tokens, _, _ = make_inputs(time=time).values()
+        assert which_implementation(*tokens[:4]) == ("cpp" if library else expected)
+        assert which_implementation(*(x.to("meta") for x in tokens[:4])) == expected
+        assert which_implementation(*tokens[:4], implementation="recurrent") == "recurrent"
+
+
+@pytest.mark.parametrize("name", ["recurrent", *CHUNKED])
+def test_the_environment_names_an_implementation(monkeypatch, name):
+    """Calls that name none take it; it also switches decoding in one call off, unless it is "cpp"."""
+    inputs = {key: x.detach() for key, x in make_inputs(time=5).items()}
+    tokens = [inputs[key] for key in NAMES[:4]]
+    ran, row = [], memory_bank.IMPLEMENTATIONS[name]
+    watched = row._replace(run=lambda *args: ran.append(name) or row.run(*args))
+    monkeypatch.setitem(memory_bank.IMPLEMENTATIONS, name, watched)
+    monkeypatch.setattr(memory_bank, "_FROM_ENVIRONMENT", name)
+    assert which_implementation(*tokens) == name
+    assert which_implementation(*tokens, implementation="chunk") == "chunk"
+    run(inputs, None)
+    assert ran == [name]
+    with torch.no_grad():
+        assert can_mix_once(inputs["query"]) == (name == "cpp")
+
+
+def test_what_the_environment_may_not_name(monkeypatch):
+    inputs = make_inputs(time=5)
+    monkeypatch.setattr(memory_bank, "_FROM_ENVIRONMENT", "fast")
+    message = r"`STACKFORMER_IMPLEMENTATION` must be one of \('cpp', .*\) or not set, got 'fast'"
+    with pytest.raises(ValueError, match=message):
+        run(inputs, None)
+    run(inputs, "chunk")
+    monkeypatch.setattr(memory_bank, "_HAS_LIBRARY", False)
+    monkeypatch.setattr(memory_bank, "_HAS_TRITON", False)
+    for name, reason in (("cpp", "the C.. library was not built"), ("triton", "Triton is not installed")):
+        monkeypatch.setattr(memory_bank, "_FROM_ENVIRONMENT", name)
+        with pytest.raises(ValueError, match=f"`STACKFORMER_IMPLEMENTATION` .*than '{name}' here: {reason}"):
+            run(inputs, None)
+        with pytest.raises(ValueError, match=f"`implementation` must .* than '{name}' here: {reason}"):
+            run(inputs, name)
+
+
+def test_the_environment_is_read():
+    script = (
+        "import torch; from stackformer.memory_bank import which_implementation\n"
+        "print(which_implementation(*torch.rand(4, 1, 9, 1, 4)))"
+    )
+    for value, expected in (("recurrent", "recurrent"), ("", "cpp" if is_available() else "chunk")):
+        environment = os.environ | {"STACKFORMER_IMPLEMENTATION": value}
+        command = [sys.executable, "-c", script]
+        result = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert result.stdout == expected + "\n", result.stderr
+
+
+def test_decoding_in_one_call_is_for_plain_tensors_without_gradients():
+    hidden = torch.rand(2, 4)
+    assert not can_mix_once(hidden)
+    with torch.no_grad():
+        assert can_mix_once(hidden) == is_available()
+        assert not can_mix_once(hidden.to("meta"))
+        assert not can_mix_once(torch.nn.Parameter(hidden))
 
 
 def test_bad_numbers_of_steps_and_ways_back_are_named():
