@@ -226,7 +226,7 @@ class StackformerCacheLayer(CacheLayerMixin):
         return layer
 
     def __getstate__(self) -> dict:
-        """Copies and pickles hold the state, but not the recorded calls, which refer to the model's layers."""
+        """Copies and pickles hold the state without the recorded calls, which refer to the model's layers."""
         recording = self.recording and Recording(self.slices, self.rollback_window)
         return {**self.__dict__, "slices": dict(self.slices), "recording": recording}
 
