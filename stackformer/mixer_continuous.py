@@ -25,7 +25,7 @@ from .layers_stackformer import ResidualProjection, apply_linear
 from .mixer import Mixed, Mixer
 from .mixer_attention import Attention, AttentionState
 from .state import State, StateSpec, TensorSpec
-from .token_layout import BlockGrid, TokenLayout
+from .token_layout import ChunkGrid, TokenLayout
 
 # Part of the sticky samples that is uniform whatever tokens looked at. It bounds how far a sample moves when
 # the histogram changes by a rounding error (20 times that), which the splits of a text differ in.
@@ -108,9 +108,9 @@ class ContinuousAttention(Mixer):
         past = None if state is None else AttentionState(state.key, state.value, state.seen)
         short, recent, _ = self.short_term(hidden, pointer, layout, past)
         seen = torch.zeros_like(recent[2]) if state is None else state.seen
-        grid = BlockGrid.of(seen, layout, self.block, fresh=state is None)
+        grid = ChunkGrid.of(seen, layout, self.block, fresh=state is None)
         # Shapes of a compiled graph depend on no values; elsewhere, most calls need not update anything.
-        updates = grid.num_blocks if torch.compiler.is_compiling() else int(grid.ended.max()) // self.block
+        updates = grid.num_chunks if torch.compiler.is_compiling() else int(grid.ended.max()) // self.block
 
         dtype = at_least_float32(hidden)
         rows = layout.to_rows(hidden).to(dtype)
@@ -122,10 +122,10 @@ class ContinuousAttention(Mixer):
         if looked is None:
             looked = rows.new_zeros(len(rows), self.num_basis)
         tokens = grid.place(rows, pending)
-        query = grid.to_blocks(layout.to_rows(self.q_proj(hidden)))  # [B', blocks, width, d]
+        query = grid.to_chunks(layout.to_rows(self.q_proj(hidden)))  # [B', blocks, width, d]
 
         read = []
-        for number in range(grid.num_blocks):
+        for number in range(grid.num_chunks):
             mixed, mean, variance = self._look(query[:, number], memory)
             read.append(mixed)
             if self.sticky:

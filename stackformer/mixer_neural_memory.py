@@ -46,7 +46,7 @@ from .memory_bank import can_look_at
 from .mixer import Mixer
 from .mixer_attention import Attention, AttentionState, attend_to_numbers, rotary_embedding, rotary_head_size
 from .state import StateSpec, TensorSpec
-from .token_layout import BlockGrid, TokenLayout
+from .token_layout import ChunkGrid, TokenLayout
 
 # Logit of the share that is forgotten with every token at first, 1 %: at 50 % nothing is ever learned.
 _INITIAL_FORGETTING = -4.6
@@ -263,15 +263,15 @@ class NeuralMemory(nn.Module):
         """
         memory, past, chunks = self.begin(hidden, layout, state)
         qkv, gates, past = self.project(hidden, layout, past)
-        qkv, gates, answers = chunks.to_blocks(qkv), chunks.to_blocks(gates), []
-        for number in range(chunks.num_blocks):
+        qkv, gates, answers = chunks.to_chunks(qkv), chunks.to_chunks(gates), []
+        for number in range(chunks.num_chunks):
             answer, memory = self.advance(qkv[:, number], gates[:, number], memory, chunks, number)
             answers.append(answer)
         return self.collect(answers, hidden, layout, chunks), self.end(memory, past, chunks)
 
     def begin(
         self, hidden: Tensor, layout: TokenLayout, state: NeuralMemoryState | None
-    ) -> tuple[Memory, Tensor, BlockGrid]:
+    ) -> tuple[Memory, Tensor, ChunkGrid]:
         """What a call finds: the memory, the convolution's past, and the chunks that its tokens are in."""
         initial = self.initial_memory.to(at_least_float32(hidden))
         if state is None:
@@ -282,9 +282,9 @@ class NeuralMemory(nn.Module):
         else:
             anchor, weights, momentum, position, past = state
             memory = Memory(anchor + initial, weights + initial, momentum)
-        return memory, past, BlockGrid.of(position, layout, self.chunk_size, fresh=state is None)
+        return memory, past, ChunkGrid.of(position, layout, self.chunk_size, fresh=state is None)
 
-    def end(self, memory: Memory, past: Tensor, chunks: BlockGrid) -> NeuralMemoryState:
+    def end(self, memory: Memory, past: Tensor, chunks: ChunkGrid) -> NeuralMemoryState:
         """The state after a call."""
         initial = self.initial_memory.to(memory.weights.dtype)
         position = chunks.ended % self.chunk_size
@@ -309,7 +309,7 @@ class NeuralMemory(nn.Module):
         return qkv, layout.to_rows(gates), past
 
     def advance(
-        self, qkv: Tensor, gates: Tensor, memory: Memory, chunks: BlockGrid, number: int
+        self, qkv: Tensor, gates: Tensor, memory: Memory, chunks: ChunkGrid, number: int
     ) -> tuple[Tensor, Memory]:
         """Write the tokens of a chunk, [B', C, ...] of `project`'s, and read after each: [B', C, H, K]."""
         query, key, value = qkv.movedim(1, 3).unbind(1)  # [B', H, C, K]
@@ -323,7 +323,7 @@ class NeuralMemory(nn.Module):
         return read.transpose(1, 2), memory._replace(anchor=anchor)
 
     def collect(
-        self, answers: list[Tensor], hidden: Tensor, layout: TokenLayout, chunks: BlockGrid
+        self, answers: list[Tensor], hidden: Tensor, layout: TokenLayout, chunks: ChunkGrid
     ) -> Tensor:
         """What was read in all chunks [B', C, H, K], normalised per head, as tokens [n, d]."""
         read = layout.to_tokens(chunks.to_rows(torch.stack(answers, dim=1)))
@@ -465,10 +465,10 @@ class MemoryAsContext(Mixer):
         """See [`Mixer.forward`]; the pointer is not used."""
         past, remembered = (None, None) if state is None else (state.context, _memory_state(state))
         memory, convolved, segments = self.memory.begin(hidden, layout, remembered)
-        tokens = segments.to_blocks(layout.to_rows(hidden))
-        queries = segments.to_blocks(layout.to_rows(self.q_proj(hidden)))
+        tokens = segments.to_chunks(layout.to_rows(hidden))
+        queries = segments.to_chunks(layout.to_rows(self.q_proj(hidden)))
         contexts, attended, answers = [], [], []
-        for number in range(segments.num_blocks):
+        for number in range(segments.num_chunks):
             question, query = queries[:, number].chunk(2, dim=-1)
             context = torch.stack([self.memory.recall(question, memory), tokens[:, number]], dim=2)
             begun = segments.begun if number == 0 else torch.zeros_like(segments.begun)
