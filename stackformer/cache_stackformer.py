@@ -1,5 +1,13 @@
 # Copyright 2026 The Stackformer authors. Licensed under the Apache License, Version 2.0.
-"""The recurrent state of a Stackformer as a transformers `Cache`: constant in size, whatever was read."""
+"""The recurrent state of a Stackformer as a transformers `Cache`. Its size does not depend on the text read.
+
+A cache has one layer per core layer. A cache layer holds slices of state, one per ponder step, or a single
+one with feedback. There are three kinds of cache layer:
+
+- `StackformerCacheLayer` replaces tensors: gradients flow through it, and it can roll back.
+- `StackformerBufferLayer` writes into buffers: calls without gradients use it.
+- `StackformerStaticCacheLayer` writes into buffers that never move: compiled decoding uses it.
+"""
 
 import copy
 import os
@@ -25,16 +33,15 @@ from .rollback import Recording
 from .state import Start, State, StateSpec, find_mismatch, put_rows, take_rows
 from .token_layout import TokenLayout
 
-# Tokens that can be rolled back by default: far more than assisted decoding drafts at once.
+# The default number of tokens that can be rolled back: many more than assisted decoding drafts at once.
 ROLLBACK_WINDOW = 256
 
 
 class Slot:
-    """A slice of a layer's state in one call: how a core layer finds its state, and how the new one is
-    written.
+    """Reads and writes one slice of a layer's state during one call.
 
-    It is bound to the state when it is made: a checkpointed layer that runs again in the backward pass, after
-    the write, finds what it found before.
+    The slot keeps the state that it found when it was made. So a checkpointed layer that runs again in the
+    backward pass, after the write, starts from the same state as before.
     """
 
     def __init__(self, layer: "StackformerCacheLayer", index: int, layout: TokenLayout):
@@ -42,23 +49,23 @@ class Slot:
         self._state = take_rows(layer.slices.get(index), layout.rows)
 
     def start(self, mixer: Mixer, hidden: Tensor, pointer: Tensor, layout: TokenLayout) -> Start:
-        """What the layer goes on from, to mix `hidden` [n, d], `pointer` [n, S] and `layout`."""
+        """Returns the state from which `mixer` continues, to mix `hidden` [n, d] with `pointer` [n, S]."""
         return Start(self._state)
 
     def write(self, state: State) -> None:
-        """Put the new state of the rows in place of the old one."""
+        """Replaces the state of the rows in the cache by their new state."""
         self._layer.write(self._index, state, self._layout)
 
 
 class BufferSlot(Slot):
-    """A slot of a [`StackformerBufferLayer`]: a mixer that can writes into the buffers itself."""
+    """A slot of a [`StackformerBufferLayer`]. A mixer that can write in place writes into the buffers."""
 
     def __init__(self, layer: "StackformerBufferLayer", index: int, layout: TokenLayout):
         self._layer: StackformerBufferLayer
         self._layer, self._index, self._layout, self._is_written = layer, index, layout, False
 
     def start(self, mixer: Mixer, hidden: Tensor, pointer: Tensor, layout: TokenLayout) -> Start:
-        """As in the base class; all rows [B, ...], where the mixer writes in place."""
+        """See the base class. If the mixer writes in place, the state has all batch rows [B, ...]."""
         state = self._layer.slices.get(self._index)
         if state is not None and mixer.writes_in_place(hidden, layout, state):
             self._layer.is_overwritten = self._is_written = True
@@ -66,26 +73,26 @@ class BufferSlot(Slot):
         return Start(take_rows(state, layout.rows))
 
     def write(self, state: State) -> None:
-        """As in the base class, unless the mixer wrote in place."""
+        """See the base class. Does nothing if the mixer wrote in place."""
         if not self._is_written:
             super().write(state)
 
 
 class StackformerCacheLayer(CacheLayerMixin):
-    """The state of one core layer: a tuple of tensors, batch first, for every slice. There is one slice for
-    each ponder step, or a single one with feedback.
+    """The state of one core layer: a tuple of tensors, batch first, for every slice.
 
-    Tensors are replaced, never written to, so gradients flow through the cache, and a state that is kept for
-    a rollback costs no copy. Without gradients, a [`StackformerBufferLayer`] takes its place (`for_call`).
-
-    While it records the past, `crop` computes older states again (rollback.py).
+    There is one slice per ponder step, or a single one with feedback. Tensors are replaced, never written to.
+    So gradients flow through the cache, and a state that is kept for a rollback costs no copy. Calls without
+    gradients use a [`StackformerBufferLayer`] instead (`for_call`). While the layer records the past, `crop`
+    can compute older states again (rollback.py).
     """
 
     is_sliding = False
     is_compileable = False
     supports_early_init = False
-    is_shared = False  # by processes that all have to read and write each slice
-    is_of_stackformer = True  # where types are not: the package and a copy of it from a checkpoint may meet
+    is_shared = False  # whether several processes hold the state and must all read and write each slice
+    # Identifies the layer where its type cannot: a checkpoint's copy of this package has types of its own.
+    is_of_stackformer = True
 
     def __init__(self, rollback_window: int = ROLLBACK_WINDOW, **kwargs):
         super().__init__()
@@ -95,23 +102,24 @@ class StackformerCacheLayer(CacheLayerMixin):
         self.seen_tokens = 0
         self.rollback_window = rollback_window
         self.recording: Recording | None = None
-        self._is_broken = False  # by a call that failed halfway
+        self._is_broken = False  # whether a failed call left the state incomplete
 
     def for_call(self) -> "StackformerCacheLayer":
-        """The layer to use in the next call of the model: this one, or one of the other kind with its state.
+        """Returns the layer for the next call of the model: this one, or a buffer layer with its state.
 
-        Calls without gradients write into buffers: otherwise, decoding copies the rows of tokens that have
-        halted at every step, and allocates large states anew at every token.
+        Calls without gradients write into buffers. Otherwise, decoding would copy the rows of halted tokens
+        at every ponder step, and allocate large states again for every token.
         """
         if torch.is_grad_enabled() or self.recording is not None or torch.compiler.is_compiling():
             return self
         return StackformerBufferLayer.of(self)
 
     def check(self, spec: StateSpec, num_slices: int, batch_size: int) -> str | None:
-        """Says what keeps this layer's state from being read for a batch; `None` if nothing does.
+        """Returns the reason why this layer's state does not fit a batch; `None` if it fits.
 
         Args:
-            spec: of the state of the model's core layer; num_slices: how many of them there are.
+            spec: the state's specification in the model's core layer.
+            num_slices: the number of slices in the model.
             batch_size: rows of the input.
         """
         if self._is_broken:
@@ -129,7 +137,7 @@ class StackformerCacheLayer(CacheLayerMixin):
         return None
 
     def begin_call(self, length: int) -> Callable[[], None]:
-        """Returns a function that undoes what a call of the model, on `length` tokens, does to this layer."""
+        """Returns a function that undoes the effects of the next call, on `length` tokens, on this layer."""
         slices, seen_tokens, is_initialized = dict(self.slices), self.seen_tokens, self.is_initialized
         recording = None if self.recording is None else self.recording.copy()
 
@@ -140,18 +148,22 @@ class StackformerCacheLayer(CacheLayerMixin):
         return undo
 
     def open(self, index: int, layer: Module, hidden: Tensor, pointer: Tensor, layout: TokenLayout) -> Slot:
-        """The slot of slice `index` for a core layer that is about to read `hidden` [n, d]."""
+        """Returns a slot for slice `index`, from which the core layer `layer` takes its state in this call.
+
+        Args:
+            hidden: [n, d], the layer's input; pointer: [n, S], the stack pointers; layout: of these tokens.
+        """
         if self.recording is not None:
             self.recording.add(index, layer.advance, hidden, pointer, layout)  # type: ignore[arg-type]
         return Slot(self, index, layout)
 
     def write(self, index: int, state: State, layout: TokenLayout) -> None:
-        """Replace the state of slice `index` for the rows of `layout`."""
+        """Replaces the state of slice `index` for the rows of `layout`."""
         self.slices[index] = put_rows(self.slices.get(index), state, layout)
         self.is_initialized = True
 
     def advance(self, tokens: int) -> None:
-        """Count `tokens` more positions as seen; what fell out of the window can no longer be rolled back."""
+        """Counts `tokens` more positions as seen. Tokens before the rollback window become final."""
         self.seen_tokens += tokens
         if self.recording is not None:
             self.recording.count(tokens)
@@ -162,20 +174,20 @@ class StackformerCacheLayer(CacheLayerMixin):
         return self.recording is not None
 
     def activate_past_recording(self) -> None:
-        """From now on, record what `crop` needs."""
+        """Starts to record the tokens that `crop` may have to compute again."""
         if self.recording is None:
             self.recording = Recording(self.slices, self.rollback_window)
 
     @property
     def is_croppable(self) -> bool:
-        """Whether `crop` can put this layer back as it was."""
+        """Whether `crop` can restore an earlier state of this layer."""
         return self.record_past
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last `-tokens_to_remove` tokens: the state is what it would be without them.
+        """Restores the state before the last `-tokens_to_remove` tokens.
 
         Raises:
-            ValueError: for a positive number, and for more tokens than were recorded.
+            ValueError: for a positive number, or for more tokens than were recorded.
         """
         if tokens_to_remove > 0:
             raise ValueError(f"`tokens_to_remove` must be 0 or negative, got {tokens_to_remove}")
@@ -192,28 +204,29 @@ class StackformerCacheLayer(CacheLayerMixin):
         self._restart_recording()
 
     def _restart_recording(self) -> None:
+        """Makes the present state the earliest that `crop` can restore, while the layer records."""
         if self.recording is not None:
             self.recording.restart(self.slices)
 
     def load(self, slices: dict[int, State], seen_tokens: int, device: torch.device) -> None:
-        """Take over a state that was saved."""
+        """Takes over a saved state and moves it to `device`."""
         self.slices, self.seen_tokens, self.is_initialized = slices, seen_tokens, True
         self._is_broken = False
         self.map_(lambda tensor: tensor.to(device))
 
     def map_(self, function: Callable[[Tensor], Tensor]) -> None:
-        """Replace every tensor of the state by what `function` returns for it."""
+        """Replaces every tensor of the state by the result of `function` for it."""
         self.slices = {index: tuple(map(function, state)) for index, state in self.slices.items()}
         self._restart_recording()
 
     def mapped(self, function: Callable[[Tensor], Tensor]) -> "StackformerCacheLayer":
-        """A copy of the layer with what `function` returns for every tensor of the state."""
+        """Returns a copy of the layer whose tensors are the results of `function`."""
         layer = copy.copy(self)
         StackformerCacheLayer.map_(layer, function)
         return layer
 
     def __getstate__(self) -> dict:
-        """Copies and pickles hold the state, not the layers that computed it."""
+        """Copies and pickles hold the state without the recorded calls, which refer to the model's layers."""
         recording = self.recording and Recording(self.slices, self.rollback_window)
         return {**self.__dict__, "slices": dict(self.slices), "recording": recording}
 
@@ -227,15 +240,15 @@ class StackformerCacheLayer(CacheLayerMixin):
         return self.seen_tokens
 
     def get_max_length(self) -> int:
-        """-1: there is no maximum."""
+        """Returns -1: there is no maximum."""
         return -1
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Length and offset of a full attention mask."""
+        """Returns the length and the offset of a full attention mask."""
         return self.seen_tokens + query_length, 0
 
     def reset(self) -> None:
-        """Forget everything."""
+        """Empties the layer, which may then serve any model."""
         self.slices = {}
         self.mark = None
         self.seen_tokens = 0
@@ -243,24 +256,26 @@ class StackformerCacheLayer(CacheLayerMixin):
         self._restart_recording()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Row i becomes what row `beam_idx[i]` was."""
+        """Replaces row i by row `beam_idx[i]`, for beam search."""
         self._check_rows("beam_idx", beam_idx)
         self.map_(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every row `repeats` times."""
+        """Repeats every row `repeats` times."""
         if repeats < 1:
             raise ValueError(f"`repeats` must be at least 1, got {repeats}")
         self.map_(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the rows `indices` (integers or a boolean mask)."""
+        """Keeps only the rows `indices` (integers or a boolean mask)."""
         self._check_rows("indices", indices)
         self.map_(lambda tensor: tensor[indices.to(tensor.device)])
 
     def _check_rows(self, name: str, indices: Tensor) -> None:
-        """Raises a ValueError for indices that are no rows. Those on a GPU are not looked at: it would wait
-        for them."""
+        """Raises a ValueError for indices that are no rows of the batch.
+
+        The values of indices on a GPU are not checked, because reading them would wait for the GPU.
+        """
         rows = self.batch_size
         if rows < 0:
             return
@@ -272,13 +287,13 @@ class StackformerCacheLayer(CacheLayerMixin):
             raise ValueError(f"`{name}` must be rows of the {rows} in the cache, got {indices.tolist()}")
 
     def offload(self) -> None:
-        """Move the state to the CPU; `prefetch` moves it back."""
+        """Moves the state to the CPU. `prefetch` moves it back."""
         if self.slices:
             self.device = next(iter(self.slices.values()))[0].device
             self.map_(lambda tensor: tensor.to("cpu", non_blocking=True))
 
     def prefetch(self) -> None:
-        """Move an offloaded state back to its device."""
+        """Moves an offloaded state back to its device."""
         if self.slices:
             self.map_(lambda tensor: tensor.to(self.device, non_blocking=True))
 
@@ -290,26 +305,30 @@ class StackformerCacheLayer(CacheLayerMixin):
 
 
 class StackformerBufferLayer(StackformerCacheLayer):
-    """The state of one core layer in buffers of its own, which calls without gradients write to.
+    """The state of one core layer in buffers, which calls without gradients write into.
 
-    Whoever wants to keep a state takes a `clone` of the cache. The buffers of states that grow are replaced:
-    the keys and values of softmax attention without a window.
+    A call overwrites the old state, so keep a `clone` of the cache to return to it. States that grow, which
+    are the keys and values of softmax attention without a window, get new buffers at each call.
     """
 
     def __init__(self, rollback_window: int = ROLLBACK_WINDOW, **kwargs):
         super().__init__(rollback_window)
-        self.is_overwritten = False  # by the call that is under way
+        self.is_overwritten = False  # whether the present call has written into the buffers
 
     @classmethod
     def of(cls, layer: StackformerCacheLayer) -> "StackformerBufferLayer":
-        """A layer with a copy of the state of another one."""
+        """Returns a buffer layer with a copy of another layer's state."""
         buffers = cls(layer.rollback_window)
         buffers.__dict__.update(layer.__dict__)
         buffers.slices = {index: _copies(state) for index, state in layer.slices.items()}
         return buffers
 
     def for_call(self) -> StackformerCacheLayer:
-        """See the base class."""
+        """Returns this layer, or a [`StackformerCacheLayer`] for calls with gradients or a recording.
+
+        Buffers that were made in inference mode are copied for calls outside of it, which cannot write to
+        them.
+        """
         if torch.is_grad_enabled() or self.recording is not None:
             functional = StackformerCacheLayer(self.rollback_window)
             functional.__dict__.update(self.__dict__)
@@ -318,8 +337,11 @@ class StackformerBufferLayer(StackformerCacheLayer):
         return type(self).of(self) if are_read_only and not torch.is_inference_mode_enabled() else self
 
     def begin_call(self, length: int) -> Callable[[], None]:
-        """See the base class. A longer call gets buffers of its own, so that it can be undone. A call of one
-        token that wrote to the buffers and failed leaves a layer that refuses to be read."""
+        """See the base class.
+
+        A call of several tokens writes into copies of the buffers, so that it can be undone. A call of one
+        token writes into the buffers themselves. If it fails after a write, the layer refuses further calls.
+        """
         self.is_overwritten = False
         restore = super().begin_call(length)
         is_undoable = length > 1 and not self.is_compileable
@@ -337,8 +359,10 @@ class StackformerBufferLayer(StackformerCacheLayer):
         return BufferSlot(self, index, layout)
 
     def write(self, index: int, state: State, layout: TokenLayout) -> None:
-        """Copy the new state of the rows of `layout` into the buffers of slice `index`. Those of a state that
-        grows are replaced."""
+        """Copies the new state of the rows of `layout` into the buffers of slice `index`.
+
+        A state that has grown replaces its buffers.
+        """
         old = self.slices.get(index)
         if old is None:
             self.slices[index], self.is_initialized = _copies(put_rows(None, state, layout)), True
@@ -354,24 +378,24 @@ class StackformerBufferLayer(StackformerCacheLayer):
 
 
 class StackformerStaticCacheLayer(StackformerBufferLayer):
-    """Buffers for compiled decoding and CUDA graphs: addresses and shapes never change.
+    """The state of one core layer in buffers whose addresses and shapes never change.
 
-    For inference: no gradient flows through it, and it records no past.
+    It serves compiled decoding and CUDA graphs. No gradient flows through it, and it records no past.
     """
 
     is_compileable = True
 
     def __init__(self, **kwargs):
         super().__init__()
-        self._num_slices = 1  # known when the cache meets its model
-        self._seen: Tensor | None = None  # a tensor, since a counter in Python would recompile every step
+        self._num_slices = 1  # `check` sets it, when the cache is first used with a model
+        self._seen: Tensor | None = None  # a tensor, because a Python integer would recompile every step
 
     def for_call(self) -> StackformerCacheLayer:
-        """See the base class: always this layer."""
+        """Returns this layer."""
         return self
 
     def check(self, spec: StateSpec, num_slices: int, batch_size: int) -> str | None:
-        """As for a layer that is not static; a state that grows does not fit, either."""
+        """See the base class. A state that grows does not fit a static layer."""
         self._num_slices = num_slices
         if growing := [tensor.name for tensor in spec if None in tensor.shape]:
             return (
@@ -381,11 +405,11 @@ class StackformerStaticCacheLayer(StackformerBufferLayer):
         return super().check(spec, num_slices, batch_size)
 
     def open(self, index: int, layer: Module, hidden: Tensor, pointer: Tensor, layout: TokenLayout) -> Slot:
-        """See the base class. The layer itself writes, by `write`: with gradients on, too."""
+        """See the base class. Mixers never write in place here: `write` copies, with gradients on, too."""
         return Slot(self, index, layout)
 
     def write(self, index: int, state: State, layout: TokenLayout) -> None:
-        """Copy the new state of slice `index` into its buffers; the first call allocates all slices."""
+        """Copies the new state of slice `index` into its buffers. The first write allocates all slices."""
         self.is_overwritten = True
         if not self.slices:
             for number in range(self._num_slices):
@@ -399,7 +423,7 @@ class StackformerStaticCacheLayer(StackformerBufferLayer):
         _overwrite(self.slices[index], tuple(tensor.detach() for tensor in state), layout)
 
     def advance(self, tokens: int) -> None:
-        """Count `tokens` more positions as seen."""
+        """Counts `tokens` more positions as seen."""
         if self._seen is None:
             self._seen = torch.zeros((), dtype=torch.long, device=self.slices[0][0].device)
             if not torch.compiler.is_compiling():
@@ -407,7 +431,7 @@ class StackformerStaticCacheLayer(StackformerBufferLayer):
         self._seen.add_(tokens)
 
     def get_seq_length(self) -> int:
-        """Positions seen so far, padding included. Reading it is a synchronisation on a GPU."""
+        """Positions seen so far, padding included. On a GPU, the call waits for the device."""
         return 0 if self._seen is None else int(self._seen)
 
     def activate_past_recording(self) -> None:
@@ -416,12 +440,12 @@ class StackformerStaticCacheLayer(StackformerBufferLayer):
         )
 
     def load(self, slices: dict[int, State], seen_tokens: int, device: torch.device) -> None:
-        """Take over a state that was saved."""
+        """Takes over a saved state and moves it to `device`."""
         super().load(slices, 0, device)
         self._seen = torch.tensor(seen_tokens, device=device)
 
     def map_(self, function: Callable[[Tensor], Tensor]) -> None:
-        """Write what `function` returns for the state into the buffers; replace those whose shape changes."""
+        """Writes the results of `function` into the buffers. Results of another shape replace the buffers."""
         for index, state in self.slices.items():
             results = tuple(map(function, state))
             if all(new.shape == old.shape for new, old in zip(results, state, strict=True)):
@@ -431,13 +455,13 @@ class StackformerStaticCacheLayer(StackformerBufferLayer):
                 self.slices[index] = results
 
     def mapped(self, function: Callable[[Tensor], Tensor]) -> StackformerCacheLayer:
-        """A copy of the layer with buffers of its own."""
+        """See the base class. The copy has buffers of its own."""
         layer = super().mapped(function)
         layer._seen = None if self._seen is None else self._seen.clone()  # type: ignore[attr-defined]
         return layer
 
     def reset(self) -> None:
-        """Forget everything, and keep the buffers."""
+        """Fills the buffers with zeros, and keeps them. The layer may then serve any model."""
         self._is_broken, self.mark = False, None
         for state in self.slices.values():
             for buffer in state:
@@ -447,7 +471,7 @@ class StackformerStaticCacheLayer(StackformerBufferLayer):
 
 
 def _overwrite(buffers: State, state: State, layout: TokenLayout) -> None:
-    """Copy a state of the rows of `layout` into buffers of all rows."""
+    """Copies the state of the rows of `layout` [B', ...] into buffers of all rows [B, ...]."""
     for buffer, tensor in zip(buffers, state, strict=True):
         if layout.rows is None:
             buffer.copy_(tensor)
@@ -456,11 +480,12 @@ def _overwrite(buffers: State, state: State, layout: TokenLayout) -> None:
 
 
 def _copies(state: State) -> State:
+    """Copies every tensor of a state, contiguously."""
     return tuple(torch.clone(tensor, memory_format=torch.contiguous_format) for tensor in state)
 
 
 def _apart(tensor: Tensor, original: Tensor) -> Tensor:
-    """`tensor`, in memory of its own."""
+    """Returns `tensor`, as a copy if it shares memory with `original`."""
     same = tensor.untyped_storage().data_ptr() == original.untyped_storage().data_ptr()
     return tensor.clone() if same else tensor
 
@@ -473,6 +498,7 @@ def _upload(
     revision: str | None = None,
     **kwargs,
 ) -> str:
+    """Uploads a folder's memory file to the Hub. Returns the URL of the commit."""
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     if revision is not None and not revision.startswith("refs/pr"):
@@ -491,17 +517,17 @@ AnyMemory = TypeVar("AnyMemory", bound="_Memory")
 
 
 class _Memory(Cache):
-    """What both kinds of cache can do: be saved, copied, and told which model they belong to."""
+    """The methods of both kinds of cache: saving, loading, copying, and binding to a model."""
 
     layers: list[StackformerCacheLayer]
 
     @property
     def mark(self) -> Mark | None:
-        """Whose memory this is; `None` before the first call."""
+        """The mark of the model that filled this memory; `None` before the first call."""
         return self.layers[0].mark
 
     def bind(self: "AnyMemory", mark: Mark) -> "AnyMemory":
-        """Declare whose memory this is. Returns itself."""
+        """Declares this memory to belong to the model of `mark`. Returns the cache itself."""
         for layer in self.layers:
             layer.mark = mark
         return self
@@ -513,12 +539,12 @@ class _Memory(Cache):
         push_to_hub: bool = False,
         **kwargs,
     ) -> None:
-        """Write the memory to a folder: one file, `memory.safetensors`, which says whose memory it is.
+        """Writes the memory to a folder, as the file `memory.safetensors`, which identifies the model.
 
-        The file appears whole, or the one that was there before stays.
+        The file is replaced as a whole: a write that fails leaves the previous file.
 
         Args:
-            model: whose memory it is; known already for a cache that the model or `generate` made.
+            model: the model that filled the memory. Not needed for a cache that the model or `generate` made.
             push_to_hub: whether to upload the folder afterwards.
             kwargs: for [`~StackformerCache.push_to_hub`]; `repo_id` is the folder's name if not given.
 
@@ -550,10 +576,11 @@ class _Memory(Cache):
             _upload(save_directory, repo_id, **kwargs)
 
     def push_to_hub(self, repo_id: str, model: PreTrainedModel | None = None, **kwargs) -> str:
-        """Upload the memory to the Hub, into a model repository (the model's own, or one for memories).
+        """Uploads the memory to a model repository on the Hub (the model's own, or one for memories).
 
         Args:
-            repo_id: the repository, created if need be.
+            repo_id: the repository. It is created if it does not exist.
+            model: see `save_pretrained`.
             kwargs: `private`, `token`, `revision`, `commit_message` and `path_in_repo`, as in
                 huggingface_hub.
 
@@ -571,11 +598,11 @@ class _Memory(Cache):
         model: PreTrainedModel,
         **kwargs,
     ) -> "AnyMemory":
-        """Load a memory from a folder or from the Hub, for the model that wrote it.
+        """Loads a memory from a folder or from the Hub, for the model that filled it.
 
         Args:
             pretrained_model_name_or_path: a folder written by `save_pretrained`, or a repository on the Hub.
-            model: the model, with the same adapters active, if there are any; the memory goes to its device.
+            model: the model, with the same adapters active. The memory is loaded to its device.
             kwargs: `subfolder`, `revision`, `token`, `cache_dir`, ... as in other `from_pretrained` methods.
 
         Raises:
@@ -584,7 +611,7 @@ class _Memory(Cache):
         """
         model = unwrap(model)
         path = cached_file(pretrained_model_name_or_path, MEMORY_FILE, **kwargs)
-        if not has_description(path):  # written by a version that had a file for each
+        if not has_description(path):  # an older version wrote the description to a second file
             json_path = cached_file(pretrained_model_name_or_path, JSON_FILE, **kwargs)
         else:
             json_path = None
@@ -601,37 +628,41 @@ class _Memory(Cache):
         return self.layers[0].batch_size
 
     def clone(self: "AnyMemory") -> "AnyMemory":
-        """An independent copy. Gradients flow through it to this one."""
+        """Returns an independent copy. Gradients flow from the copy to this cache."""
         return self._mapped(torch.clone)
 
     def detach(self: "AnyMemory") -> "AnyMemory":
-        """The same state, cut off from its graph: for truncated backpropagation through time."""
+        """Returns the same state without its graph, for truncated backpropagation through time."""
         return self._mapped(Tensor.detach)
 
     @property
     def num_bytes(self) -> int:
-        """Size of the state in bytes. It depends on the number of tokens seen only where a mixer's state
-        grows: softmax attention without a window."""
+        """Size of the state in bytes.
+
+        It grows with the number of tokens only for softmax attention without a window.
+        """
         states = (state for layer in self.layers for state in layer.slices.values())
         return sum(tensor.nbytes for state in states for tensor in state)
 
     def _mapped(self: "AnyMemory", function: Callable[[Tensor], Tensor]) -> "AnyMemory":
+        """Returns a copy of the cache whose tensors are the results of `function`."""
         mapped = copy.copy(self)
         mapped.layers = [layer.mapped(function) for layer in self.layers]
         return mapped
 
 
 class StackformerCache(_Memory, DynamicCache):
-    """The memory of a Stackformer: what it kept of everything it has read.
+    """The memory of a Stackformer: its recurrent state after all tokens that it has read.
 
-    `forward` and `generate` return it, and take it back. It has one layer per core layer, each with one slice
-    of state per ponder step, or a single one with `config.feedback`. States are float32 (float64 in a float64
-    model, and in coupled cells), keys and values of softmax attention as they were computed.
+    `forward` and `generate` return a cache and accept it in the next call. A cache has one layer per core
+    layer, each with one slice of state per ponder step, or a single slice with `config.feedback`. States are
+    float32 (float64 in a float64 model, and in coupled cells). Keys and values of softmax attention keep the
+    dtype in which they were computed.
 
     Args:
-        config ([`StackformerConfig`]): of the model that it is for.
-        rollback_window (`int`, defaults to 256): Tokens that `crop` can take back, once
-            `activate_past_recording` was called. It bounds what is recorded.
+        config ([`StackformerConfig`]): the configuration of the model.
+        rollback_window (`int`, defaults to 256): Number of tokens that `crop` can take back, once
+            `activate_past_recording` was called. At most twice as many tokens are recorded.
 
     Example:
 
@@ -650,11 +681,12 @@ class StackformerCache(_Memory, DynamicCache):
 
 
 class StackformerStaticCache(_Memory, StaticCache):
-    """A memory that is written in place, for compiled decoding and CUDA graphs: addresses and shapes never
-    change. For inference: no gradient flows through it, and it records no past.
+    """A memory for compiled decoding and CUDA graphs, in buffers whose addresses and shapes never change.
+
+    No gradient flows through it, and it records no past.
 
     Args:
-        config ([`StackformerConfig`]): of the model that it is for. Its state must not grow: softmax
+        config ([`StackformerConfig`]): the configuration of the model. Its state must not grow: softmax
             attention needs a `sliding_window`.
     """
 
@@ -664,14 +696,14 @@ class StackformerStaticCache(_Memory, StaticCache):
 
 
 def check_cache(cache: Any, model: PreTrainedModel, batch_size: int) -> None:
-    """Checks that a cache is one that a model can go on from, and makes it the model's own if it is nobody's.
+    """Checks that a model can continue from a cache, and binds a cache without an owner to the model.
 
     Args:
-        cache: what was given as a cache; model: the base model; batch_size: rows of the input.
+        cache: the argument to check; model: the base model; batch_size: rows of the input.
 
     Raises:
-        ValueError: for anything that is no cache of a Stackformer; for a cache of another model, of another
-            number of rows, or that a failed call left incomplete.
+        ValueError: for an argument that is no cache of a Stackformer, and for a cache of another model, of
+            another number of rows, or left incomplete by a failed call.
     """
     check_kind(cache, model)
     for number, (layer, core_layer) in enumerate(zip(cache.layers, model.layers, strict=True)):
@@ -686,8 +718,11 @@ def check_cache(cache: Any, model: PreTrainedModel, batch_size: int) -> None:
 
 @contextmanager
 def call_of_model(cache: Cache, length: int) -> Iterator[None]:
-    """Surrounds a call of a model on `length` tokens, which gets the kind of layers that it needs. If it
-    fails, or is interrupted, the cache is left as it was, or marked as unusable."""
+    """Prepares a cache for one call of a model on `length` tokens, and restores it if the call fails.
+
+    The cache gets the kind of layers that the call needs. A call that fails or is interrupted leaves the
+    cache as it was, or, if it wrote in place, marked as unusable.
+    """
     cache.layers = [layer.for_call() for layer in cache.layers]
     undo = [layer.begin_call(length) for layer in cache.layers]
     try:
@@ -699,8 +734,8 @@ def call_of_model(cache: Cache, length: int) -> Iterator[None]:
 
 
 def check_kind(cache: Any, model: PreTrainedModel) -> None:
-    """Raises a ValueError for anything that is no cache of a Stackformer with as many layers as `model`."""
-    # Not every Cache has layers, and some have them later.
+    """Raises a ValueError unless `cache` is a cache of a Stackformer with as many layers as `model`."""
+    # Some caches of transformers have no layers, or get them only in the first call.
     layers = getattr(cache, "layers", []) if isinstance(cache, Cache) else []
     ours = all(getattr(layer, "is_of_stackformer", False) for layer in layers)
     if len(layers) != len(model.layers) or not ours:
@@ -713,6 +748,7 @@ def check_kind(cache: Any, model: PreTrainedModel) -> None:
 
 @torch.compiler.disable
 def _check_owner(mark: Mark, model: PreTrainedModel) -> None:
+    """Raises a ValueError if the model of `mark` differs from `model`."""
     difference = mark.difference(model)
     if difference is not None:
         raise ValueError(f"`cache` is the memory of another model: {difference}")

@@ -1,7 +1,7 @@
 # Copyright 2026 The Stackformer authors. Licensed under the Apache License, Version 2.0.
 """The recurrent core: its layers, the bottleneck around them, and the gates of a ponder step.
 
-`think` applies the core once. It goes down to the core width, through the layers, and up again:
+`think` applies the core once. It projects down to the core width, runs the layers, and projects up again:
 
     superposition [n, D] -> down_proj -> layers [n, d] -> bottleneck -> step_gate -> thought [n, D]
 
@@ -62,9 +62,8 @@ class StackformerCoreLayer(GradientCheckpointingLayer):
         self.mixer = MIXERS[mixer_type](config)
         self.mixer_spec: StateSpec = self.mixer.state_spec()
         self.post_attention_layernorm = norm(size, eps=config.rms_norm_eps)
-        # RWKV's feed-forward has a past: it is the last tensor of the layer's state.
+        # The layer's state is the tensors of the mixer, then the past of RWKV's feed-forward if it has one.
         self.mlp_has_past = config.feed_forward_type == "rwkv_channel_mix"
-        # The tensors of the layer's state: the mixer's, then the feed-forward's.
         self.state_spec: StateSpec = self.mixer_spec
         if self.mlp_has_past:
             channel_mix = ChannelMix(config)
@@ -76,12 +75,17 @@ class StackformerCoreLayer(GradientCheckpointingLayer):
     def forward(
         self, hidden: Tensor, pointer: Tensor, layout: TokenLayout, slot: Any = None
     ) -> tuple[Tensor, BankWeights, State]:
-        """Active tokens [n, d], with their stack pointer [n, S], to active tokens [n, d], bank weights, and
-        the new state of the layer.
+        """Applies the layer to active tokens.
 
         Args:
-            slot: holds the state before these tokens (`Slot` of cache_stackformer.py), and gives a
-                checkpointed layer that runs again the same state; `None` at the beginning.
+            hidden: [n, d].
+            pointer: [n, S], the mass on each level of the tokens' stacks.
+            layout: of the n tokens.
+            slot: gives the state before these tokens (`Slot` of cache_stackformer.py), the same again when a
+                checkpoint runs the layer a second time. `None` at the beginning of the sequences.
+
+        Returns:
+            The tokens [n, d], the weights of the mixer's banks, and the new state of the layer.
         """
         normed = self.input_layernorm(hidden)
         start = Start() if slot is None else slot.start(self.mixer, normed, pointer, layout)
@@ -96,14 +100,14 @@ class StackformerCoreLayer(GradientCheckpointingLayer):
         return hidden + fed, bank_weights, _join(state, past_of_mlp)
 
     def advance(self, hidden: Tensor, pointer: Tensor, layout: TokenLayout, state: State | None) -> State:
-        """The layer's new state alone: for rolling back."""
+        """Returns only the new state of the layer. Rolling back uses it (rollback.py)."""
         if self.mlp_has_past:
             return self.forward(hidden, pointer, layout, _Given(state))[2]
         past, _ = self._split(state)
         return _join(self.mixer(self.input_layernorm(hidden), pointer, layout, past)[1], None)
 
     def _split(self, state: State | None) -> tuple[Any, Tensor | None]:
-        """The mixer's state, and the feed-forward's past, of a layer's state."""
+        """Splits a layer's state into the mixer's state and the feed-forward's past."""
         if state is None:
             return None, None
         count = len(self.mixer_spec)
@@ -111,7 +115,7 @@ class StackformerCoreLayer(GradientCheckpointingLayer):
 
 
 class _Given:
-    """A slot that holds a state."""
+    """A slot that gives a known state, without a cache."""
 
     def __init__(self, state: State | None):
         self._state = state
@@ -121,12 +125,12 @@ class _Given:
 
 
 def _join(state: State, past_of_mlp: Tensor | None) -> State:
-    """A layer's state: the tensors of the mixer's, and the feed-forward's past, where there are such."""
+    """Joins the mixer's state and the feed-forward's past, if any, to a layer's state."""
     return tuple(tensor for tensor in (*state, past_of_mlp) if tensor is not None)
 
 
 class StackformerBottleneck(nn.Module):
-    """Joins the core's thoughts [n, d] with the superposition [n, D] that they are about."""
+    """Joins the core's result [n, d] with its input, the superposition [n, D], to thoughts [n, D]."""
 
     def __init__(self, config: StackformerConfig):
         super().__init__()
@@ -139,15 +143,16 @@ class StackformerBottleneck(nn.Module):
         self.norm = NORMS[config.norm_type](config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(self, core: Tensor, superposition: Tensor) -> Tensor:
-        joint = self.mlp_norm(torch.cat([core, superposition], dim=-1))
+        joint = self.mlp_norm(torch.cat([core, superposition], dim=-1))  # [n, d + D]
         return self.norm(superposition + self.up_proj(core) + self.mlp(joint))
 
 
 class StepGate(nn.Module):
-    """Sets how far a ponder step after the first moves each channel towards the new thought [n, D].
+    """Interpolates from the superposition to the new thought [n, D] at ponder steps after the first.
 
-    The core is the same at every step. Because later steps start small, a deep model first learns what a
-    single step learns, and then uses depth where it helps (docs/experiments.md).
+    Each channel has a learned weight, at first `INITIAL`, which all these steps share. Because later steps
+    start small, a deep model first learns what a single step learns, and then uses depth where it helps
+    (docs/experiments.md).
     """
 
     INITIAL = 0.1
@@ -161,17 +166,18 @@ class StepGate(nn.Module):
 
 
 class ActionProjection(nn.Linear):
-    """Logits of push, no-op and pop [n, 3] from thoughts [n, D].
+    """Projects thoughts [n, D] to logits of push, no-op and pop [n, 3].
 
-    It starts at full depth and the same for every token, and learns slowly: otherwise every token learns
-    within a hundred steps to pop at once, before depth can help (docs/experiments.md).
+    At initialisation all tokens have the same actions, and a pop is unlikely, so that tokens ponder deeply.
+    `think` scales its input so that it learns slowly. Otherwise every token learns within a hundred training
+    steps to pop at once, before depth can help (docs/experiments.md).
     """
 
     def __init__(self, hidden_size: int):
         super().__init__(hidden_size, 3)
 
     def initial_bias(self) -> Tensor:
-        """A pop starts unlikely."""
+        """Returns the initial bias [3], which makes a pop unlikely."""
         bias = torch.zeros(3)
         bias[POP] = -3
         return bias
@@ -180,14 +186,17 @@ class ActionProjection(nn.Linear):
 def think(
     model: Any, stack: Stack, layout: TokenLayout, step: int, cache: Cache | None
 ) -> tuple[Tensor, Tensor, list[BankWeights]]:
-    """Apply the core of a `StackformerModel` to tokens at a ponder step, the first being 1.
+    """Applies the core of a `StackformerModel` once to the active tokens.
 
     Args:
-        stack: of the n active tokens; layout: of these.
-        cache: holds a slice of each layer's state per ponder step, or a single one with feedback.
+        stack: the stacks of the n active tokens.
+        layout: of the n tokens.
+        step: the number of the ponder step, from 1.
+        cache: holds one slice of each layer's state per ponder step, or a single one with feedback. The core
+            reads the slice of this step and writes it.
 
     Returns:
-        Thoughts [n, D]; probabilities of push, no-op and pop [n, 3]; and the bank weights of each layer.
+        Thoughts [n, D], probabilities of push, no-op and pop [n, 3], and the bank weights of each layer.
     """
     index = 0 if model.config.feedback else step - 1
     superposition = read_stack(stack)
@@ -208,11 +217,11 @@ def think(
 
 
 def _actions(model: Any, thought: Tensor, dtype: torch.dtype) -> Tensor:
-    """Probabilities of push, no-op and pop [n, 3] after thoughts [n, D]. A model of one step always pops."""
+    """Returns for thoughts [n, D] the probabilities of push, no-op and pop [n, 3]. One step always pops."""
     if model.action_proj is None:
         pop = torch.arange(3, device=thought.device) == POP
         return pop.to(dtype).expand(len(thought), 3)
-    # Small changes of all weights add up over the D normalised channels: scaled, actions learn slowly.
+    # Small changes of the weights add up over the D normalised channels. So the scale slows learning.
     logits = model.action_proj(thought * thought.shape[-1] ** -0.5)
     return logits.to(dtype).softmax(-1)
 

@@ -1,5 +1,5 @@
 # Copyright 2026 The Stackformer authors. Licensed under the Apache License, Version 2.0.
-"""The feed-forward networks of core layers and of the bottleneck: they look along channels."""
+"""The feed-forward networks of core layers and of the bottleneck. They work along channels."""
 
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
@@ -28,8 +28,10 @@ class GatedMLP(nn.Module):
 
 
 class ChannelMix(nn.Module):
-    """RWKV's gated feed-forward on a token and the one before it (Peng et al. 2023, "RWKV: Reinventing RNNs
-    for the Transformer Era", equations 16 to 18)."""
+    """RWKV's gated feed-forward on a token and the one before it.
+
+    Peng et al. 2023, "RWKV: Reinventing RNNs for the Transformer Era", equations 16 to 18.
+    """
 
     def __init__(self, config: StackformerConfig):
         super().__init__()
@@ -40,11 +42,11 @@ class ChannelMix(nn.Module):
         self.down_proj = ResidualProjection(config.intermediate_size, size)
 
     def state_spec(self) -> StateSpec:
-        """The last token."""
+        """Specifies the last token, the past of the next call."""
         return (TensorSpec("last_token_of_channel_mix", (1, self.shift.weight.shape[1])),)
 
     def forward(self, hidden: Tensor, layout: TokenLayout, past: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Active tokens [n, d] that follow `past` [B', 1, d]: the output [n, d] and the new past."""
+        """Maps active tokens [n, d], whose rows follow `past` [B', 1, d], to the output and the new past."""
         (key, receptance), past = self.shift(hidden, layout, past)
         output = self.down_proj(self.up_proj(key).relu().square())
         return self.receptance_proj(receptance).sigmoid() * output, past

@@ -1,8 +1,8 @@
 # Copyright 2026 The Stackformer authors. Licensed under the Apache License, Version 2.0.
-"""The contract of token mixers: the part of a core layer that looks along time.
+"""The interface of token mixers. A mixer is the part of a core layer that works along time.
 
-A mixer has a state of constant or growing size, a tuple of named tensors. It reads active tokens [n, d],
-whose `TokenLayout` says which rows they belong to. docs/adding_a_mixer.md shows how to add one.
+A mixer has a state of constant or growing size, which is a tuple of named tensors. It mixes active tokens
+[n, d]. Their `TokenLayout` says which rows they belong to. docs/adding_a_mixer.md shows how to add a mixer.
 """
 
 from collections.abc import Callable
@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from .state import State, StateSpec
 from .token_layout import TokenLayout
 
-# What a mixer returns: the mixed tokens [n, d], its new state, and what it read, wrote and decayed its banks
-# by (read, write and log decay, [n, H, N] each), or None if it has no banks.
+# The result of a mixer: the mixed tokens [n, d], the new state, and the weights of its banks (read, write and
+# log decay, [n, H, N] each), or None if it has no banks.
 Mixed = tuple[Tensor, State, tuple[Tensor, Tensor, Tensor] | None]
 
 
@@ -22,12 +22,12 @@ class Mixer(nn.Module):
     """Mixes tokens along time.
 
     A subclass names its state (`state_type`, a NamedTuple whose fields are the names of `state_spec`) and
-    implements `state_spec`, `project` and `mix`. All other methods are abilities, which it may have:
+    implements `state_spec`, and either `project` and `mix` or `forward`. The other methods are optional:
 
-    - Run backwards (`num_reversible` above 0, `total_decay`, `reverse`): training on long contexts computes
+    - Reversing (`num_reversible` above 0, `total_decay`, `reverse`): training on long contexts reconstructs
       states instead of storing them.
-    - Write in place (`writes_in_place`, and `forward` with `in_place`): decoding needs no new memory.
-    - Be split over processes (`is_splittable`, `carry`): each process reads a part of a sequence.
+    - Writing in place (`writes_in_place`, and `forward` with `in_place`): decoding allocates no new state.
+    - Splitting over processes (`is_splittable`, `carry`): each process reads one part of a sequence.
 
     Letters: n active tokens, d core width, S stack levels, B batch rows, B' rows that have active tokens, H
     heads, N memory banks.
@@ -35,16 +35,17 @@ class Mixer(nn.Module):
 
     state_type: ClassVar[Callable[..., Any]]
 
-    # The first `num_reversible` tensors of the state can be computed from what they became; the others are
-    # small, and are stored. 0: the mixer cannot be run backwards.
+    # `reverse` computes the first `num_reversible` tensors of an earlier state from those of a later one. The
+    # other tensors are small, and are stored. 0: the mixer cannot be reversed.
     num_reversible: int = 0
-    # Whether `reverse` returns the state to the last bit. Otherwise the rounding errors of a state that
-    # decayed by a nats come back amplified by exp(a).
+    # Whether `reverse` is exact to the last bit. Otherwise it amplifies the rounding errors of a state that
+    # decayed by `a` nats by exp(a).
     reverses_exactly: bool = False
+    # Whether `carry` is implemented.
     is_splittable: bool = False
 
     def state_spec(self) -> StateSpec:
-        """The tensors of the state, in their order."""
+        """Specifies the tensors of the state, in their order."""
         raise NotImplementedError(f"{type(self).__name__} must specify its state: `state_spec`")
 
     def forward(
@@ -56,15 +57,15 @@ class Mixer(nn.Module):
         inputs: Any = None,
         in_place: bool = False,
     ) -> Mixed:
-        """Mix the active tokens along time.
+        """Mixes the active tokens along time.
 
         Args:
             hidden: [n, d], normalised; pointer: [n, S], the mass on each level of the tokens' stacks.
             layout: of the n tokens.
             state: of the rows of `layout`; `None` at the beginning of the sequences.
-            inputs: what `project` returns for these tokens, if it is known already.
-            in_place: whether to write the new state into `state`, which is that of all batch rows then; only
-                where `writes_in_place` says so.
+            inputs: the result of `project` for these tokens, if it is known already.
+            in_place: whether to write the new state into `state`, which then has all batch rows [B, ...].
+                Allowed only if `writes_in_place` returns True.
 
         Returns:
             The mixed tokens [n, d], the new state, and the bank weights or `None`.
@@ -76,38 +77,53 @@ class Mixer(nn.Module):
         return self.mix(hidden, inputs, layout, state)
 
     def project(self, hidden: Tensor, pointer: Tensor, layout: TokenLayout, state: Any) -> Any:
-        """The inputs of the recurrence for some tokens. Of `state`, it reads the tensors that are not
-        reversible; the others may be `None`."""
+        """Computes the inputs of the recurrence from the tokens.
+
+        Of `state`, it reads only the tensors that are not reversible. The others may be `None`. Arguments are
+        those of `forward`.
+        """
         raise NotImplementedError(f"{type(self).__name__} must feed its recurrence: `project`")
 
     def mix(self, hidden: Tensor, inputs: Any, layout: TokenLayout, state: Any) -> Mixed:
-        """The recurrence itself, from `inputs` of `project`. Arguments and results are those of `forward`."""
+        """Runs the recurrence on `inputs` from `project`. Arguments and results are those of `forward`."""
         raise NotImplementedError(f"{type(self).__name__} must have a recurrence: `mix`")
 
     def total_decay(self, inputs: Any) -> Tensor:
-        """The nats by which each memory decays over the tokens: [B', ...], the leading dimensions of the
-        reversible tensors."""
+        """Returns the decay of each memory over all tokens, in nats.
+
+        Its shape [B', ...] is the leading dimensions of the reversible tensors.
+        """
         raise NotImplementedError(f"{type(self).__name__} cannot be run backwards: it has no `total_decay`")
 
     def reverse(self, inputs: Any, state: State) -> State:
-        """The reversible tensors before the tokens, from what they are after them."""
+        """Computes the reversible tensors before the tokens from those after them.
+
+        Args:
+            inputs: the result of `project` for the tokens.
+            state: after the tokens.
+        """
         raise NotImplementedError(f"{type(self).__name__} cannot be run backwards: it has no `reverse`")
 
     def writes_in_place(self, hidden: Tensor, layout: TokenLayout, state: State) -> bool:
-        """Whether `forward` can read these tokens with `in_place`, given the state of all batch rows
-        [B, ...]. It is called without gradients."""
+        """Whether `forward` can mix these tokens with `in_place`. It is called without gradients.
+
+        Args:
+            state: of all batch rows [B, ...].
+        """
         return False
 
     def carry(
         self, hidden: Tensor, pointer: Tensor, layout: TokenLayout, gather: Callable[..., list[Tensor]]
     ) -> tuple[State, Any]:
-        """The state [B, ...] before these tokens, where the tokens before them are with other processes, and
-        what `project` returns for them.
+        """Computes the state before these tokens if other processes hold the earlier tokens of the rows.
 
         Args:
-            gather: takes tensors [B', ...] and returns, for each, what every process gave [P, B, ...], in the
-                order of their tokens: zeros for rows without active tokens, for this process and for those
-                after it. All P processes call it equally often.
+            gather: takes tensors [B', ...] of this process. Returns for each the tensors of all P processes
+                [P, B, ...] in the order of their tokens, with zeros for this process, for later processes,
+                and for rows without active tokens. All processes must call it equally often.
+
+        Returns:
+            The state [B, ...], and the result of `project` for the tokens.
         """
         raise NotImplementedError(f"{type(self).__name__} cannot be split over processes: it has no `carry`")
 

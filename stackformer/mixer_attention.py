@@ -1,14 +1,15 @@
 # Copyright 2026 The Stackformer authors. Licensed under the Apache License, Version 2.0.
-"""Softmax attention as a token mixer: decoders and hybrid stacks as configurations of the same model.
+"""Softmax attention as a token mixer, for decoders and hybrid models.
 
 Vaswani et al. 2017, "Attention Is All You Need", equation 1, with rotary positions (Su et al. 2021,
-"RoFormer", equation 34), through transformers' attention interface: `attn_implementation` picks the kernel.
-A stack pointer means nothing to
-keys and values, so it is ignored: what a token writes is there in full as long as the token is active.
+"RoFormer", equation 34). It uses transformers' attention interface: `attn_implementation` chooses the kernel.
+The stack pointer is not used: an active token has its full weight at every ponder step.
 
-The keys and values of a row lie side by side without gaps, those of the past in front, right-aligned, and
-those of this call behind, left-aligned: distances between slots are distances between active tokens of the
-row, and padding moves nothing.
+The keys and values of a row have no gaps between them. Those of the past come first, right-aligned, and those
+of this call follow, left-aligned. So distances between slots are distances between active tokens of the row,
+and padding changes no position.
+
+Letters: n active tokens, B' rows, T tokens of the past, T' tokens of the call, H heads, K head size.
 """
 
 import math
@@ -35,9 +36,9 @@ from .token_layout import TokenLayout
 
 
 class AttentionState(NamedTuple):
-    """The state of [`Attention`]. T is the longest past, or always `sliding_window` - 1."""
+    """The state of [`Attention`]. T is the longest past, or with a window always `sliding_window` - 1."""
 
-    key: Tensor  # [B', T, H, K], rotated, the newest last, zeros in front of rows that have fewer
+    key: Tensor  # [B', T, H, K], rotated, the newest last; zeros in front in rows that have fewer tokens
     value: Tensor  # [B', T, H, K]
     seen: Tensor  # [B'], the number of tokens seen, int64
 
@@ -71,7 +72,7 @@ class Attention(Mixer):
         self.o_proj = ResidualProjection(size, size)
 
     def state_spec(self) -> StateSpec:
-        """Rotated keys and values of the past, and the number of tokens seen."""
+        """Specifies rotated keys and values of the past, and the number of tokens seen."""
         window = self.config.sliding_window
         slots = (None if window is None else window - 1, self.num_heads, self.head_dim)
         return TensorSpec("key", slots), TensorSpec("value", slots), TensorSpec("seen", (), integer=True)
@@ -79,7 +80,8 @@ class Attention(Mixer):
     def project(
         self, hidden: Tensor, pointer: Tensor, layout: TokenLayout, state: AttentionState | None
     ) -> AttentionInputs:
-        """Queries, keys and values of the tokens; the pointer is not used."""
+        """Computes queries, keys and values of the tokens. The pointer is not used."""
+        # [n, 3 d] -> [B', T', 3 d] -> [B', T', 3, H, K]
         rows = layout.to_rows(self.qkv_proj(hidden)).unflatten(-1, (3, self.num_heads, self.head_dim))
         query, key, value = rows.unbind(2)  # [B', T', H, K] each
         seen = rows.new_zeros(len(rows), dtype=torch.long) if state is None else state.seen
@@ -91,7 +93,7 @@ class Attention(Mixer):
     def mix(
         self, hidden: Tensor, inputs: AttentionInputs, layout: TokenLayout, state: AttentionState | None
     ) -> tuple[Tensor, AttentionState, None]:
-        """Attend to the past and to these tokens."""
+        """Attends to the past and to these tokens."""
         query, key, value, seen = inputs
         if state is not None:
             key = torch.cat([state.key.to(key.dtype), key], dim=1)
@@ -109,12 +111,19 @@ class Attention(Mixer):
         return self.o_proj(layout.to_tokens(mixed).flatten(1)), state, None
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, seen: Tensor) -> Tensor:
-        """Queries [B', T', H, K] to keys and values [B', T + T', H, K] whose past has `seen` [B'] tokens."""
+        """Attends from queries [B', T', H, K] to keys and values [B', T + T', H, K].
+
+        Args:
+            seen: [B'], the number of tokens in the past. Earlier slots of the past are empty.
+
+        Returns:
+            [B', T', H, K].
+        """
         name, window = self.config._attn_implementation, self.config.sliding_window
         (batch_size, length), total = query.shape[:2], key.shape[1]
         past, mask_function, real = total - length, causal_mask_function, None
         if window is not None and total <= window:
-            window = None  # nothing is out of sight
+            window = None  # all tokens are inside the window
         if window is not None:
             mask_function = sliding_window_causal_mask_function(window)
         if past > 0:
@@ -141,14 +150,14 @@ class Attention(Mixer):
         interface = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
 
         def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+            query, key, value = (x.transpose(1, 2) for x in (query, key, value))  # [B', H, ., K]
             options = {"scaling": self.head_dim**-0.5, "dropout": 0.0, "sliding_window": window}
             return interface(self, query, key, value, mask, **options)[0]
 
         return attend_to_numbers(attend, query, key, value)
 
     def _with_persistent(self, tokens: nn.Module, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values [B', T + T', H, K] with those of the persistent tokens in front, at position 0."""
+        """Puts keys and values of persistent tokens, at position 0, in front of those [B', T + T', H, K]."""
         if self.config.sliding_window is not None and "flash" in str(self.config._attn_implementation):
             raise ValueError(
                 "`attn_implementation` must be able to see `num_persistent_tokens` outside of a "
@@ -163,14 +172,15 @@ class Attention(Mixer):
 def attend_to_numbers(
     attend: Callable[[Tensor, Tensor, Tensor], Tensor], query: Tensor, key: Tensor, value: Tensor
 ) -> Tensor:
-    """`attend` to keys and values that may be no numbers: [B', T', H, K], NaN for the tokens that see one.
+    """Calls `attend`, and keeps a NaN in a key or value from reaching the tokens before it.
 
-    The kernels of softmax attention multiply what a token must not see with 0, and 0 * NaN is NaN. Where this
-    shows, such keys and values are left out, and the tokens that see them are found by attending to marks.
-    On a GPU and in compiled graphs nobody looks: there, NaN may spread to tokens before it.
+    The kernels of softmax attention multiply masked values by 0, and 0 * NaN is NaN. If the result is not
+    finite, this function attends again without the keys and values that are not finite, and sets the tokens
+    that see them to NaN. It finds these tokens by attending to marks. On a GPU and in compiled graphs the
+    result is not checked: there, NaN may spread to earlier tokens.
 
     Args:
-        attend: queries [B', T', H, K], keys and values [B', T + T', H, K] to what is read [B', T', H, K].
+        attend: maps queries [B', T', H, K] and keys and values [B', T + T', H, K] to [B', T', H, K].
     """
     mixed = attend(query, key, value)
     if query.shape[1] == 1 or not can_look_at(mixed) or math.isfinite(mixed.detach().sum()):
@@ -183,7 +193,7 @@ def attend_to_numbers(
 
 
 def rotary_head_size(config: StackformerConfig) -> int:
-    """The size of a head; a ValueError if it is odd, and so cannot be rotated."""
+    """Returns the size of a head. Raises a ValueError if it is odd, because it cannot be rotated then."""
     size = config.core_size // config.num_attention_heads
     if size % 2:
         raise ValueError(
@@ -194,9 +204,9 @@ def rotary_head_size(config: StackformerConfig) -> int:
 
 
 def rotary_embedding(positions: Tensor, size: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [..., size] of the rotations at `positions` [...], float32.
+    """Returns cosines and sines [..., size] of the rotations at `positions` [...], float32.
 
-    Computed anew rather than kept: a buffer would be rounded together with the weights.
+    They are not kept in a buffer, because a buffer would be rounded together with the weights.
     """
     exponents = torch.arange(0, size, 2, device=positions.device, dtype=torch.float32) / size
     angles = positions.unsqueeze(-1) * theta**-exponents
@@ -205,7 +215,10 @@ def rotary_embedding(positions: Tensor, size: int, theta: float) -> tuple[Tensor
 
 
 def _last_of_rows(slots: Tensor, count: int, layout: TokenLayout) -> Tensor:
-    """The last `count` tokens of each row of `slots` [B', T + T', H, K], zeros in front of fewer."""
+    """Returns the last `count` tokens [B', count, H, K] of each row of `slots` [B', T + T', H, K].
+
+    A row that has fewer tokens gets zeros in front.
+    """
     missing = count - slots.shape[1]
     if missing > 0:
         slots = nn.functional.pad(slots, (0, 0, 0, 0, missing, 0))

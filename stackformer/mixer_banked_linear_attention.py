@@ -1,5 +1,9 @@
 # Copyright 2026 The Stackformer authors. Licensed under the Apache License, Version 2.0.
-"""The token mixer that Stackformer is built around: gated linear attention to a bank of decaying memories."""
+"""Gated linear attention to a bank of decaying memories: the default token mixer of Stackformer.
+
+Letters: n active tokens, B' rows, T' tokens of a row, d core width, H heads, K = V head size, S stack levels,
+N memory banks, R = S * N memories of a head.
+"""
 
 from collections.abc import Callable
 from typing import NamedTuple, cast
@@ -37,11 +41,11 @@ class BankInputs(NamedTuple):
     # From query to log decay, [B', T', H, ...] each: the first arguments of `banked_linear_attention`.
     operands: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
     bank_weights: tuple[Tensor, Tensor, Tensor]  # read, write, log decay times write, [n, H, N] each
-    past: Tensor  # of the convolution, after these tokens
+    past: Tensor  # [B', kernel - 1, 3 d], of the convolution, after these tokens
 
 
 class BankedLinearAttention(Mixer):
-    """Linear attention to S*N memories per head, picked from by stack pointer and softmax over banks."""
+    """Linear attention to S*N memories per head. The stack pointer and a softmax over banks weight them."""
 
     state_type = BankState
     num_reversible = 2  # memory and normalizer; the past of the convolution is stored
@@ -71,7 +75,7 @@ class BankedLinearAttention(Mixer):
         self.o_proj = ResidualProjection(size, size)
 
     def state_spec(self) -> StateSpec:
-        """Memories, their key sums, and the last inputs of the convolution."""
+        """Specifies the memories, their key sums, and the last inputs of the convolution."""
         memories = (self.num_heads, self.num_memories, self.head_dim)
         return (
             TensorSpec("memory", (*memories, self.head_dim)),
@@ -88,7 +92,7 @@ class BankedLinearAttention(Mixer):
         inputs: BankInputs | None = None,
         in_place: bool = False,
     ) -> Mixed:
-        """See [`Mixer.forward`]. One token of each row takes a short way, where it can."""
+        """See [`Mixer.forward`]. A single token of each row is mixed by `_mix_once` where possible."""
         if not in_place and state is not None and inputs is None and self._can_mix_once(hidden, layout):
             return self._mix_once(hidden, pointer, None, state)
         if in_place:
@@ -100,9 +104,9 @@ class BankedLinearAttention(Mixer):
     def project(
         self, hidden: Tensor, pointer: Tensor, layout: TokenLayout, state: BankState | None
     ) -> BankInputs:
-        """The inputs of the recurrence for some tokens; of `state`, only `past` is read."""
+        """Computes the inputs of the recurrence. Of `state`, only `past` is read."""
         weights = self._gates(hidden, pointer.dtype)
-        addressed = (address_memories(pointer, weight) for weight in weights)
+        addressed = (address_memories(pointer, weight) for weight in weights)  # [n, H, R] each
         rows, read, write, log_decay = layout.to_rows(self.qkv_proj(hidden), *addressed)
         rows, past = convolve(
             self.conv, self.kernel_size, rows, None if state is None else state.past, layout
@@ -110,14 +114,14 @@ class BankedLinearAttention(Mixer):
         # [B', T', 3 d] -> [B', T', H, K] three times
         query, key, value = rows.unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(2)
         query, key = self.feature_map(query), self.feature_map(key)
-        if torch.is_grad_enabled():  # a view would keep all three until the backward pass
+        if torch.is_grad_enabled():  # a view would keep the memory of all three until the backward pass
             value = value.contiguous()
         return BankInputs((query, key, value, read, write, log_decay), weights, past)
 
     def mix(
         self, hidden: Tensor, inputs: BankInputs, layout: TokenLayout, state: BankState | None
     ) -> tuple[Tensor, BankState, tuple[Tensor, Tensor, Tensor]]:
-        """Write the tokens to the memories and read these, token by token."""
+        """Writes each token to the memories and then reads them, in the order of the tokens."""
         mixed, (memory, normalizer) = banked_linear_attention(
             *inputs.operands,
             initial_state=None if state is None else (state.memory, state.normalizer),
@@ -131,7 +135,7 @@ class BankedLinearAttention(Mixer):
     def _mix_once(
         self, hidden: Tensor, pointer: Tensor, layout: TokenLayout | None, state: BankState
     ) -> Mixed:
-        """One token of each row in one call of the C++ library; in place, if there is a `layout`."""
+        """Mixes one token of each row in one call of the C++ library. With a `layout`, it writes in place."""
         weights = self._gates(hidden, pointer.dtype)
         projected, gate = self.qkv_proj(hidden), self.gate_proj(hidden)
         mixed, new = mix_once(
@@ -149,8 +153,11 @@ class BankedLinearAttention(Mixer):
         return self.o_proj(mixed), BankState(*new) if layout is None else state, weights
 
     def _can_mix_once(self, hidden: Tensor, layout: TokenLayout) -> bool:
-        """Whether `_mix_once` computes these tokens as `project` and `mix` do: one of each row, on a CPU,
-        without gradients, by modules that no adapter or hook has changed."""
+        """Whether `_mix_once` gives the same result as `project` and `mix`.
+
+        This holds for one token of each row, on a CPU, without gradients, and with modules that no adapter or
+        hook has changed.
+        """
         if layout.row_length != 1 or layout.thinking is not None or hidden.device.type != "cpu":
             return False
         if not is_plain(hidden):
@@ -173,7 +180,7 @@ class BankedLinearAttention(Mixer):
         return -inputs.operands[-1].sum(1)
 
     def reverse(self, inputs: BankInputs, state: State) -> State:
-        """Memory and normalizer before the tokens, from those after them."""
+        """See [`Mixer.reverse`]: memory and normalizer."""
         _, key, value, _, write, log_decay = inputs.operands
         return reverse_banked_linear_attention(key, value, write, log_decay, (state[0], state[1]))
 
@@ -197,7 +204,7 @@ class BankedLinearAttention(Mixer):
         return BankState(memory, normalizer, past), inputs
 
     def _gates(self, hidden: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        """Read weights, write weights and log decay times write, [n, H, N] each, in the pointer's dtype."""
+        """Returns read weights, write weights and log decay times write, [n, H, N] each, in `dtype`."""
 
         def logits(projection: nn.Linear) -> Tensor:
             return projection(hidden).to(dtype).unflatten(-1, (self.num_heads, self.num_banks))
@@ -211,10 +218,10 @@ class BankedLinearAttention(Mixer):
 
 
 def address_memories(pointer: Tensor, bank_weights: Tensor) -> Tensor:
-    """Weights of each head's S*N memories: the pointer picks a row of banks, the bank weights a bank in it.
+    """Computes the weights of each head's S*N memories: pointer times bank weights, for each level and bank.
 
-    Because writes carry the mass that is still in the stack, what ends up in memory is the accumulation of
-    the memories after each step, weighted by the mass dropped at that step (exactly so without decay).
+    Writes are weighted by the mass that is still on the stack. So the final memory is the sum of the memories
+    after each step, weighted by the mass dropped at that step (exactly so without decay).
 
     Args:
         pointer: [n, S]; bank_weights: [n, H, N].
@@ -222,27 +229,32 @@ def address_memories(pointer: Tensor, bank_weights: Tensor) -> Tensor:
     Returns:
         [n, H, S*N], level by level.
     """
+    # [n, 1, S, 1] * [n, H, 1, N] -> [n, H, S, N] -> [n, H, S*N]
     return (pointer[:, None, :, None] * bank_weights.unsqueeze(-2)).flatten(-2)
 
 
 def _is_untouched(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether calling a module does what its class says and nothing else: it may have been replaced, as by an
-    adapter, have another `forward`, as accelerate gives to modules whose weights it moves, hooks, or a weight
-    of a type of its own, such as a quantised one."""
+    """Whether a module is exactly of type `kind`, with a plain weight, its own `forward`, and no hooks.
+
+    Adapters replace modules, accelerate replaces the `forward` of modules whose weights it moves, and
+    quantised weights have types of their own.
+    """
     if type(module) is not kind or type(module.weight) not in (Tensor, nn.Parameter):
         return False
     return "forward" not in vars(module) and not module._forward_hooks and not module._forward_pre_hooks
 
 
 def _last_of_parts(latest: Tensor, counts: Tensor) -> Tensor:
-    """The last c entries [B, c, ...] of P parts of a sequence, one after another.
+    """Returns the last c entries [B, c, F] of a sequence that is split into P consecutive parts.
 
     Args:
-        latest: [P, B, c, F], the last c of each part, right-aligned, zeros in front of fewer.
-        counts: [P, B], the entries that each has; more than c count as c.
+        latest: [P, B, c, F], the last c entries of each part, right-aligned. A part that has fewer than c has
+            zeros in front of them.
+        counts: [P, B], the number of entries of each part. Numbers above c count as c.
     """
     size = latest.shape[2]
-    real = torch.arange(size, device=latest.device) >= size - counts.unsqueeze(-1)
-    order = real.transpose(0, 1).flatten(1).int().argsort(dim=1, stable=True)  # the real ones last
-    order = order[:, order.shape[1] - size :].unsqueeze(-1).expand(-1, -1, latest.shape[3])
+    real = torch.arange(size, device=latest.device) >= size - counts.unsqueeze(-1)  # [P, B, c]
+    # [P, B, c] -> [B, P c], sorted so that real entries come last, in their order
+    order = real.transpose(0, 1).flatten(1).int().argsort(dim=1, stable=True)
+    order = order[:, order.shape[1] - size :].unsqueeze(-1).expand(-1, -1, latest.shape[3])  # [B, c, F]
     return latest.transpose(0, 1).flatten(1, 2).gather(1, order)

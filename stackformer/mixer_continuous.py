@@ -1,15 +1,17 @@
 # Copyright 2026 The Stackformer authors. Licensed under the Apache License, Version 2.0.
-"""Softmax attention to what is near, and continuous attention to all that was: the infinity-former's mixer.
+"""The infinity-former as a token mixer: sliding-window attention plus attention to a continuous memory.
 
 Martins et al. 2022, "infinity-former: Infinite Memory Transformer". The long-term memory of a row is a signal
-on [0, 1], the past on the left, written in Gaussian radial basis functions: x(t) = B^T psi(t), with
-psi_j(t) = N(t; c_j, s_j^2) (equation 3). Its coefficients are a ridge regression (equation 4), tokens attend
-to it with Gaussian densities (equations 7 to 11), and it never grows: what is new takes [tau, 1], and the old
-signal is sampled, squeezed into [0, tau] and fitted again (section 3.2). Where it is sampled is either
-uniform, or follows where tokens looked ("sticky memories", section 3.3).
+on [0, 1], with the oldest tokens on the left. It is a sum of Gaussian radial basis functions:
+x(t) = B^T psi(t), with psi_j(t) = N(t; c_j, s_j^2) (equation 3). A ridge regression gives its coefficients B
+(equation 4), and tokens attend to it with Gaussian densities (equations 7 to 11).
 
-Letters beside the others' (T' tokens of a row in one call): N basis functions, C tokens of a block, after
-each of which the memory takes them in.
+The memory has a fixed size. After each block of tokens, the old signal is sampled and contracted to [0, tau],
+the block takes [tau, 1], and both are fitted again (section 3.2). The samples are uniform, or dense where
+tokens attended most ("sticky memories", section 3.3).
+
+Letters: n active tokens, B' rows, T' tokens of a row in one call, d core width, H heads, K head size, N basis
+functions, C tokens of a block.
 """
 
 import math
@@ -25,31 +27,30 @@ from .layers_stackformer import ResidualProjection, apply_linear
 from .mixer import Mixed, Mixer
 from .mixer_attention import Attention, AttentionState
 from .state import State, StateSpec, TensorSpec
-from .token_layout import BlockGrid, TokenLayout
+from .token_layout import ChunkGrid, TokenLayout
 
-# Part of the sticky samples that is uniform whatever tokens looked at. It bounds how far a sample moves when
-# the histogram changes by a rounding error (20 times that), which the splits of a text differ in.
+# The fraction of sticky samples that is always uniform. Different splits of a text into calls change the
+# histogram by rounding errors. This fraction bounds how far they move a sample (20 times the error).
 UNIFORM_SHARE = 0.05
 
 
 class ContinuousState(NamedTuple):
-    """The state of [`ContinuousAttention`]: that of [`Attention`], and the long-term memory, float32 at
-    least."""
+    """The state of [`ContinuousAttention`]: that of [`Attention`], then the memory, float32 at least."""
 
     key: Tensor  # as in `AttentionState`
     value: Tensor
     seen: Tensor
     coefficients: Tensor  # [B', N, d], of the memory
-    pending: Tensor  # [B', C - 1, d], the tokens of a block that is not full, zeros behind them
-    looked: Tensor | None = None  # [B', N], for sticky memories, the attention that each part of [0, 1] got
+    pending: Tensor  # [B', C - 1, d], the tokens of an unfinished block, with zeros behind them
+    looked: Tensor | None = None  # [B', N], for sticky memories: the attention to each part of [0, 1]
 
 
 class ContinuousAttention(Mixer):
-    """Sliding-window attention plus continuous attention to a long-term memory, in a state that is constant.
+    """Sliding-window attention plus continuous attention to a long-term memory. The state has a fixed size.
 
-    The memory takes in whole blocks of `memory_block` tokens, counted from the beginning of the row: a token
-    sees the memory of the blocks before its own, and through the window all of its own and more. Gradients
-    flow through the memory, other than in the paper, and the penalty on wide densities is left out.
+    The memory takes in whole blocks of `memory_block` tokens, counted from the beginning of the row. A token
+    sees the memory of the blocks before its own, and through the window all of its own block and more. Unlike
+    in the paper, gradients flow through the memory, and there is no penalty on wide densities.
     """
 
     state_type = ContinuousState
@@ -84,8 +85,7 @@ class ContinuousAttention(Mixer):
         self.o_proj = ResidualProjection(size, size)
 
     def state_spec(self) -> StateSpec:
-        """That of attention, the long-term memory, the tokens of a block that is not full yet, and, for
-        sticky memories, where tokens looked."""
+        """Specifies the state of attention, then the other fields of `ContinuousState`."""
         size = self.kv_proj.in_features
         own = [
             TensorSpec("coefficients", (self.num_basis, size)),
@@ -104,13 +104,13 @@ class ContinuousAttention(Mixer):
         inputs: None = None,
         in_place: bool = False,
     ) -> Mixed:
-        """See [`Mixer.forward`]; the pointer is not used."""
+        """See [`Mixer.forward`]. The pointer is not used."""
         past = None if state is None else AttentionState(state.key, state.value, state.seen)
         short, recent, _ = self.short_term(hidden, pointer, layout, past)
         seen = torch.zeros_like(recent[2]) if state is None else state.seen
-        grid = BlockGrid.of(seen, layout, self.block, fresh=state is None)
-        # Shapes of a compiled graph depend on no values; elsewhere, most calls need not update anything.
-        updates = grid.num_blocks if torch.compiler.is_compiling() else int(grid.ended.max()) // self.block
+        grid = ChunkGrid.of(seen, layout, self.block, fresh=state is None)
+        # A compiled graph must not depend on values. Otherwise, the memory is updated only for full blocks.
+        updates = grid.num_chunks if torch.compiler.is_compiling() else int(grid.ended.max()) // self.block
 
         dtype = at_least_float32(hidden)
         rows = layout.to_rows(hidden).to(dtype)
@@ -122,12 +122,12 @@ class ContinuousAttention(Mixer):
         if looked is None:
             looked = rows.new_zeros(len(rows), self.num_basis)
         tokens = grid.place(rows, pending)
-        query = grid.to_blocks(layout.to_rows(self.q_proj(hidden)))  # [B', blocks, width, d]
+        query = grid.to_chunks(layout.to_rows(self.q_proj(hidden)))  # [B', num_chunks, width, d]
 
-        read = []
-        for number in range(grid.num_blocks):
-            mixed, mean, variance = self._look(query[:, number], memory)
-            read.append(mixed)
+        parts = []
+        for number in range(grid.num_chunks):
+            mixed, mean, variance = self._attend(query[:, number], memory)
+            parts.append(mixed)
             if self.sticky:
                 masses = bin_masses(mean.detach(), variance.detach(), self.num_basis).sum(1)
                 looked = looked + masses.masked_fill(~grid.real[:, number].unsqueeze(-1), 0.0).sum(1)
@@ -135,40 +135,50 @@ class ContinuousAttention(Mixer):
                 full = grid.full[:, number].view(-1, 1, 1)
                 block = tokens[:, number * self.block : (number + 1) * self.block]
                 first = (seen < self.block).view(-1, 1, 1) if number == 0 else None
-                memory = torch.where(full, self._absorb(memory, block, looked, first, hidden.dtype), memory)
+                memory = torch.where(full, self._update(memory, block, looked, first, hidden.dtype), memory)
                 looked = looked.masked_fill(full.squeeze(-1), 0)
-        mixed = layout.to_tokens(grid.to_rows(torch.stack(read, dim=1)))
+        # num_chunks times [B', width, d] -> [B', num_chunks, width, d] -> [B', T', d] -> [n, d]
+        mixed = layout.to_tokens(grid.to_rows(torch.stack(parts, dim=1)))
         kept = (memory, grid.pending(tokens), looked if self.sticky else None)
         after: State = ContinuousState(*recent, *kept)  # type: ignore[arg-type,assignment,call-arg]
         return short + self.o_proj(mixed), after, None
 
     def densities(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-        """Where in [0, 1] queries [..., T', K] look for keys [..., N, K]: means and variances [..., T']."""
+        """Computes the densities on [0, 1] with which queries [..., T', K] attend, from keys [..., N, K].
+
+        Returns:
+            Means and variances [..., T'], float32 at least.
+        """
         scores = query @ key.mT * self.head_dim**-0.5
         mean, variance = apply_linear(self.density_proj, scores).to(at_least_float32(scores)).unbind(-1)
         return mean.sigmoid(), nn.functional.softplus(variance)
 
-    def _look(self, query: Tensor, memory: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Read the memory [B', N, d] with queries [B', T', d]: values [B', T', d], and the densities'
-        means and variances [B', H, T']."""
+    def _attend(self, query: Tensor, memory: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Attends to the memory [B', N, d] with queries [B', T', d].
+
+        Returns:
+            Values [B', T', d], and means and variances [B', H, T'] of the densities.
+        """
         heads = (-1, self.num_heads, self.head_dim)
+        # [B', N, 2 d] -> [B', N, d] -> [B', N, H, K] -> [B', H, N, K]
         key, value = (
             x.unflatten(-1, heads[1:]).transpose(1, 2)
             for x in self.kv_proj(memory.to(query.dtype)).chunk(2, dim=-1)
         )
         mean, variance = self.densities(query.unflatten(-1, heads[1:]).transpose(1, 2), key)
         centres, widths = radial_basis(self.num_basis, self.fit[1], mean)
-        weights = expected_basis(mean, variance, centres, widths)
+        weights = expected_basis(mean, variance, centres, widths)  # [B', H, T', N]
         return (weights.to(value.dtype) @ value).transpose(1, 2).flatten(2), mean, variance
 
-    def _absorb(
+    def _update(
         self, memory: Tensor, block: Tensor, looked: Tensor, first: Tensor | None, dtype: torch.dtype
     ) -> Tensor:
-        """The memory [B', N, d] after a block [B', C, d] of tokens.
+        """Returns the memory [B', N, d] after a block [B', C, d] of tokens.
 
         Args:
-            looked: [B', N], for sticky memories, the histogram that says where the old signal is sampled.
-            first: [B', 1, 1], for which rows there is no old signal; `None` if there is for all.
+            looked: [B', N], for sticky memories, the histogram that determines where the old signal is
+                sampled.
+            first: [B', 1, 1], marks rows without an old signal; `None` if there are none.
             dtype: of the activations, in which the block is smoothed.
         """
         smoothed = block.to(dtype).mT
@@ -181,17 +191,17 @@ class ContinuousAttention(Mixer):
                 old = fit.samples @ samples
             else:
                 old = fit.contraction @ memory
-            taken_in = old + fit.later_block @ smoothed
-            return taken_in if first is None else torch.where(first, fit.first_block @ smoothed, taken_in)
+            updated = old + fit.later_block @ smoothed
+            return updated if first is None else torch.where(first, fit.first_block @ smoothed, updated)
 
 
 class MemoryFit(NamedTuple):
-    """The matrices by which a memory's coefficients are made; each is a part of a ridge regression."""
+    """Matrices that compute the coefficients of a memory. Each is a part of a ridge regression."""
 
-    first_block: Tensor  # [N, C], of a block that has [0, 1] to itself
-    later_block: Tensor  # [N, C], of a block in [tau, 1]
-    samples: Tensor  # [N, N], of the old signal's samples, in [0, tau]
-    contraction: Tensor  # [N, N], `samples` of uniform samples: old coefficients to new ones
+    first_block: Tensor  # [N, C], for a block that takes all of [0, 1]
+    later_block: Tensor  # [N, C], for a block that takes [tau, 1]
+    samples: Tensor  # [N, N], for the samples of the old signal, in [0, tau]
+    contraction: Tensor  # [N, N], maps old coefficients to new ones, with uniform samples
 
 
 @torch.compiler.assume_constant_result
@@ -204,15 +214,16 @@ def memory_fit(
     dtype: torch.dtype,
     device: torch.device,
 ) -> MemoryFit:
-    """What a memory of these sizes is fitted with; computed once, in float64, and kept.
+    """Returns the matrices for a memory of these sizes, computed once in float64 and cached.
 
-    Not a buffer, which would be rounded together with the weights.
+    They are not buffers of the module, because buffers would be rounded together with the weights.
     """
     return _memory_fit(num_basis, widths, block, contraction, ridge, dtype, device)
 
 
 @lru_cache(maxsize=32)
 def _memory_fit(num_basis, widths, block, contraction, ridge, dtype, device) -> MemoryFit:
+    """Computes the result of `memory_fit`."""
     with torch.inference_mode(False), torch.no_grad():
         basis = radial_basis(num_basis, widths, torch.zeros((), dtype=torch.float64))
         samples, tokens = uniform_positions(num_basis), uniform_positions(block)
@@ -228,29 +239,29 @@ def _memory_fit(num_basis, widths, block, contraction, ridge, dtype, device) -> 
 
 
 def uniform_positions(count: int) -> Tensor:
-    """The middles of `count` equal parts of [0, 1], float64 [count]."""
+    """Returns the centres of `count` equal parts of [0, 1], float64 [count]."""
     return (torch.arange(count, dtype=torch.float64) + 0.5) / count
 
 
 def radial_basis(num_basis: int, widths: tuple[float, ...], like: Tensor) -> tuple[Tensor, Tensor]:
-    """Centres and widths [N] of basis functions: each width at the same N / len(widths) centres in [0, 1]."""
+    """Returns centres and widths [N] of basis functions: all widths at each of N / len(widths) centres."""
     centres = torch.linspace(0, 1, num_basis // len(widths), dtype=like.dtype, device=like.device)
     of_each = torch.tensor(widths, dtype=like.dtype, device=like.device)
     return centres.repeat_interleave(len(widths)), of_each.repeat(num_basis // len(widths))
 
 
 def gaussian(x: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
-    """The normal density at x."""
+    """Returns the normal density at `x`."""
     return torch.exp(-((x - mean) ** 2) / (2 * variance)) / (2 * math.pi * variance).sqrt()
 
 
 def basis_values(positions: Tensor, centres: Tensor, widths: Tensor) -> Tensor:
-    """psi_j(t) at positions [...]: [..., N]."""
+    """Returns psi_j(t) [..., N] at positions t [...]."""
     return gaussian(positions.unsqueeze(-1), centres, widths**2)
 
 
 def expected_basis(mean: Tensor, variance: Tensor, centres: Tensor, widths: Tensor) -> Tensor:
-    """E[psi_j(t)] under normal densities of `mean` and `variance` [...]: [..., N].
+    """Returns E[psi_j(t)] [..., N] under normal densities of `mean` and `variance` [...].
 
     The product of two Gaussians integrates to a third: N(mean; c_j, variance + s_j^2) (equation 10).
     """
@@ -258,10 +269,10 @@ def expected_basis(mean: Tensor, variance: Tensor, centres: Tensor, widths: Tens
 
 
 def ridge_regression(positions: Tensor, centres: Tensor, widths: Tensor, ridge: float) -> Tensor:
-    """The matrix G [N, T] that makes coefficients of a signal's values [T, d] at `positions` [T].
+    """Returns the matrix G [N, T] that maps a signal's values [T, d] at `positions` [T] to coefficients.
 
-    G = (F F^T + ridge I)^-1 F with F = psi(positions) (equation 4). On either side of [0, 1] the signal is
-    fitted to be 0, at as many positions as there are in half of it, as in the authors' code.
+    G = (F F^T + ridge I)^-1 F with F = psi(positions) (equation 4). As in the authors' code, the signal is
+    also fitted to 0 at T / 2 positions on either side of [0, 1].
     """
     outside = uniform_positions(len(positions)).to(positions) - 0.5
     outside = torch.where(outside < 0, outside, outside + 1)
@@ -271,17 +282,18 @@ def ridge_regression(positions: Tensor, centres: Tensor, widths: Tensor, ridge: 
 
 
 def bin_masses(mean: Tensor, variance: Tensor, num_bins: int) -> Tensor:
-    """How much of normal densities [...] is in each of `num_bins` equal parts of [0, 1]: [..., num_bins]."""
+    """Returns the mass [..., num_bins] of normal densities [...] in `num_bins` equal parts of [0, 1]."""
     edges = torch.linspace(0, 1, num_bins + 1, dtype=mean.dtype, device=mean.device)
     deviation = variance.clamp(min=torch.finfo(variance.dtype).tiny).sqrt().unsqueeze(-1)
     return torch.special.ndtr((edges - mean.unsqueeze(-1)) / deviation).diff(dim=-1)
 
 
 def quantiles(histogram: Tensor, count: int) -> Tensor:
-    """`count` positions in [0, 1] [..., count], as dense as the bins of a histogram [..., bins] are high.
+    """Returns `count` positions [..., count] in [0, 1], distributed as a histogram [..., bins].
 
-    They are the histogram's quantiles at `uniform_positions`: what random samples of it would be on average,
-    and the same in every call. A small part of them is uniform (`UNIFORM_SHARE`), all are if it is empty.
+    They are the quantiles of the histogram at `uniform_positions`, so they are the same in every call, unlike
+    random samples. The histogram is mixed with a uniform one (`UNIFORM_SHARE`), which alone remains if it is
+    empty.
     """
     bins = histogram.shape[-1]
     total = histogram.sum(-1, keepdim=True).clamp(min=torch.finfo(histogram.dtype).tiny)

@@ -1,17 +1,18 @@
 # Copyright 2026 The Stackformer authors. Licensed under the Apache License, Version 2.0.
-"""The delta rule: fast weights that correct what they hold instead of adding to it.
+"""The delta rule as a token mixer: each token corrects the value that fast weights hold for its key.
 
-Schlag et al. 2021, "Linear Transformers Are Secretly Fast Weight Programmers" (arXiv 2102.11174). Per head,
-the fast weights S [K, V] are asked for the value of a key, and changed by a part b of what is missing, after
-they have decayed by a factor a (Yang et al. 2024, "Gated Delta Networks", arXiv 2412.06464; with a = 1 it is
-the plain delta rule):
+Schlag et al. 2021, "Linear Transformers Are Secretly Fast Weight Programmers" (arXiv 2102.11174). Each head
+has fast weights S [K, V]. For each token, S decays by a factor a, then predicts the value of the token's key,
+and is changed by a fraction b of the error (Yang et al. 2024, "Gated Delta Networks", arXiv 2412.06464; a = 1
+is the plain delta rule):
 
     S_t = a_t S_(t-1) + k_t u_t^T,    u_t = b_t (v_t - a_t S_(t-1)^T k_t),    y_t = S_t^T q_t
 
-Sums of outer products, which never correct, are banked linear attention with one bank
+Fast weights that add without correcting are banked linear attention with one bank
 (configs/fast-weights-tiny.json).
 
-Letters: B' rows, T' tokens of a row, H heads, K key size, V value size, C tokens of a chunk.
+Letters: n active tokens, B' rows, T' tokens of a row, d core width, H heads, K key size, V value size, C
+tokens of a chunk.
 """
 
 import math
@@ -38,15 +39,15 @@ class DeltaRuleState(NamedTuple):
 
 
 class DeltaRuleInputs(NamedTuple):
-    """The inputs of the recurrence: the first arguments of `delta_rule`, and the new past."""
+    """The inputs of the recurrence."""
 
+    # From query to log decay: the first arguments of `delta_rule`.
     operands: tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
-    past: Tensor
+    past: Tensor  # [B', kernel - 1, 3 d], of the convolution, after these tokens
 
 
 class DeltaRule(Mixer):
-    """Fast weights with keys and queries of length 1, behind a short convolution and SiLU, as in Gated
-    DeltaNet."""
+    """Fast weights with normalised keys and queries, after a short convolution and SiLU: Gated DeltaNet."""
 
     state_type = DeltaRuleState
 
@@ -68,18 +69,18 @@ class DeltaRule(Mixer):
         self.o_proj = ResidualProjection(size, size)
 
     def state_spec(self) -> StateSpec:
-        """Fast weights, and the last inputs of the convolution."""
+        """Specifies the fast weights, and the last inputs of the convolution."""
         fast_weights = TensorSpec("fast_weights", (self.num_heads, self.head_dim, self.head_dim))
         return fast_weights, self.past_spec
 
     def project(
         self, hidden: Tensor, pointer: Tensor, layout: TokenLayout, state: DeltaRuleState | None
     ) -> DeltaRuleInputs:
-        """The inputs of the recurrence; the pointer is not used."""
+        """Computes the inputs of the recurrence. The pointer is not used."""
         dtype = at_least_float32(hidden)
         write = self.write_proj(hidden).to(dtype).sigmoid()
         log_decay = -self.max_decay_rate * self.decay_proj(hidden).to(dtype).sigmoid()
-        if layout.thinking is not None:  # the others are computed, and must leave the weights as they are
+        if layout.thinking is not None:  # the other tokens are computed, but must not change the weights
             thinking = layout.thinking.unsqueeze(1)
             write, log_decay = write * thinking, log_decay * thinking
         rows, write, log_decay = layout.to_rows(self.qkv_proj(hidden), write, log_decay)
@@ -96,7 +97,7 @@ class DeltaRule(Mixer):
     def mix(
         self, hidden: Tensor, inputs: DeltaRuleInputs, layout: TokenLayout, state: DeltaRuleState | None
     ) -> tuple[Tensor, DeltaRuleState, None]:
-        """Correct and read the fast weights, token by token."""
+        """Corrects and then reads the fast weights, in the order of the tokens."""
         before = None if state is None else state.fast_weights
         mixed, fast_weights = delta_rule(*inputs.operands, before, self.chunk_size)
         mixed = self.norm(layout.to_tokens(mixed)).flatten(1)  # [n, H, V] -> [n, d]
@@ -113,28 +114,29 @@ def delta_rule(
     initial_state: Tensor | None = None,
     chunk_size: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Write and read T tokens, in chunks; one token is the recurrence itself.
+    """Writes and reads T tokens, chunk by chunk. For chunks of one token, it is the recurrence itself.
 
-    In a chunk that starts with S, with the cumulated products g of a, the changes U [C, V] solve a triangular
-    system (Yang et al. 2024, "Parallelizing Linear Transformers with the Delta Rule over Sequence Length",
-    arXiv 2406.06484, the UT transform; here with decay),
+    Let a chunk start with S, and let g be the cumulated products of a in the chunk. The changes U [C, V]
+    solve a triangular system (Yang et al. 2024, "Parallelizing Linear Transformers with the Delta Rule over
+    Sequence Length", arXiv 2406.06484, the UT transform; here with decay):
 
         (1 + tril(diag(b) (K K^T * G), -1)) U = diag(b) (V - diag(g) K S),    G_ij = g_i / g_j for j <= i
 
-    and are linear in S: all chunks are solved at once, for V and for diag(g) K, and what is left to do one
-    chunk after another are two small products.
+    U is linear in S. So the systems of all chunks are solved at once, for V and for diag(g) K. Only two small
+    products remain to be computed one chunk after another.
 
     Args:
-        query, key: [B, T, H, K]. |key| <= 1, or what is written may grow without bound.
+        query, key: [B, T, H, K]. If |key| > 1, the state may grow without bound.
         value: [B, T, H, V].
-        write: [B, T, H], b in [0, 1]; log_decay: [B, T, H], log a <= 0. Where both are zero, a token changes
-            nothing.
+        write: [B, T, H], b in [0, 1]; log_decay: [B, T, H], log a <= 0. A token for which both are zero does
+            not change the state.
         initial_state: [B, H, K, V]; zeros if `None`.
-        chunk_size: C; changes speed, not results. 32 if `None`.
+        chunk_size: C; it changes the speed, not the results. 32 if `None`.
 
     Returns:
-        The output [B, T, H, V] in the dtype of `value`, and the final state, float32 at least. A token that
-        is no number changes nothing before it, or, on a GPU and in compiled graphs, before its chunk.
+        The output [B, T, H, V] in the dtype of `value`, and the final state [B, H, K, V], float32 at least. A
+        token that is NaN does not change the outputs before it, or, on a GPU and in compiled graphs, those
+        before its chunk.
 
     Raises:
         ValueError: if `chunk_size` is not positive.
@@ -147,19 +149,22 @@ def delta_rule(
     length, size = query.shape[1], min(chunk_size, query.shape[1])
 
     def chunks(tokens: Tensor) -> Tensor:
-        """[B, T, H, ...] to [B, H, chunks, C, ...], with tokens that change nothing at the end."""
+        """Maps [B, T, H, ...] to [B, H, chunks, C, ...], padded at the end with tokens without effect."""
         padding = (0, 0) * (tokens.dim() - 2) + (0, -length % size)
         padded = nn.functional.pad(tokens.to(dtype), padding)
-        return padded.unflatten(1, (-1, size)).movedim(3, 1)
+        return padded.unflatten(1, (-1, size)).movedim(
+            3, 1
+        )  # [B, chunks, C, H, ...] -> [B, H, chunks, C, ...]
 
     with torch.autocast(query.device.type, enabled=False):
         query, key, value, write, log_decay = map(chunks, (query, key, value, write, log_decay))
         total = log_decay.cumsum(-1)
         future = torch.ones(size, size, dtype=torch.bool, device=total.device).triu(1)
-        decay = (total.unsqueeze(-1) - total.unsqueeze(-2)).masked_fill(future, -torch.inf).exp()  # G
+        # G, [B, H, chunks, C, C]
+        decay = (total.unsqueeze(-1) - total.unsqueeze(-2)).masked_fill(future, -torch.inf).exp()
         since_start, write = total.exp().unsqueeze(-1), write.unsqueeze(-1)
         changes, corrections = torch.linalg.solve_triangular(
-            write * decay * (key @ key.mT),  # of which only what is below the diagonal is read
+            write * decay * (key @ key.mT),  # the solver reads only the part below the diagonal
             write * torch.cat([value, since_start * key], dim=-1),
             upper=False,
             unitriangular=True,
@@ -175,10 +180,11 @@ def delta_rule(
             written.append(change - correction @ state)
             state = kept[..., -1:, :] * state + end.mT @ written[-1]
         if size > 1 and can_look_at(state) and not math.isfinite(state.detach().sum()):
-            # Triangular products multiply later tokens with 0, which is NaN: so each gets a chunk of its own.
+            # The products below multiply later tokens by 0, and 0 * NaN is NaN. Chunks of one token do not.
             return delta_rule(*tokens, initial_state, chunk_size=1)
         output = since_start * (query @ torch.stack(starts, dim=2))
         output = output + (decay * (query @ key.mT)) @ torch.stack(written, dim=2)
+        # [B, H, chunks, C, V] -> [B, chunks, C, H, V] -> [B, T, H, V]
         return output.movedim(1, 3).flatten(1, 2)[:, :length].to(output_dtype), state
 
 

@@ -1,25 +1,26 @@
 # Copyright 2026 The Stackformer authors. Licensed under the Apache License, Version 2.0.
-"""Titans: a memory that is a small network, trained by gradient descent while it reads.
+"""Titans as token mixers: the memory is a small network that gradient descent trains as it reads tokens.
 
-Behrouz et al. 2024, "Titans: Learning to Memorize at Test Time" (arXiv 2501.00663). Per head, a network M of
-`memory_depth` layers, M(x) = W_L silu(W_(L-1) ... silu(W_1 x)), learns to map keys to values (equations 12 to
-15), and is read after it was written to:
+Behrouz et al. 2024, "Titans: Learning to Memorize at Test Time" (arXiv 2501.00663). Each head has a network M
+of `memory_depth` layers, M(x) = W_L silu(W_(L-1) ... silu(W_1 x)), which learns to map keys to values
+(equations 12 to 15). For each token, the memory is first written and then read:
 
     g_t = gradient of |M(k_t) - v_t|^2, as a whole clipped to norm 1       surprise
     S_t = eta_t S_(t-1) - theta_t g_t                                      momentum
     W_t = (1 - alpha_t) W_(t-1) + S_t                                      forgetting
     y_t = M_t(q_t)
 
-As in equations 16 to 18, gradients are taken at the weights at the start of a chunk, so that a chunk is a few
-products of matrices. Here chunks are part of the definition: they are counted from the first token of a row,
-the state knows the position inside the chunk, and any split of a text gives the same result. No weights of
-single tokens are ever formed: within a chunk, W_t is a combination of the weights and the momentum at its
-beginning and of the outer products that the gradients are.
+As in equations 16 to 18, gradients are taken at the weights at the start of a chunk, so that a chunk takes a
+few matrix products. Here chunks are part of the definition: they are counted from the first token of a row,
+and the state holds the position inside the chunk. So any split of a text into calls gives the same result.
+The weights after single tokens are never formed. Within a chunk, W_t is a combination of the weights and the
+momentum at the start of the chunk, and of the gradients, which are outer products.
 
-The clipped gradient and the bounded step keep the memory finite whatever is read: the norm of the momentum is
-at most theta / (1 - eta), and that of the weights at most this over alpha.
+The clipped gradient and the bounded step keep the memory finite for any text: the norm of the momentum is at
+most theta / (1 - eta), and the norm of the weights at most that divided by alpha.
 
-Letters: B' rows, T' tokens of a row, H heads, K head size, L layers of the memory, C tokens of a chunk.
+Letters: n active tokens, B' rows, T' tokens of a row, d core width, H heads, K head size, L layers of the
+memory, C tokens of a chunk.
 """
 
 import math
@@ -46,34 +47,34 @@ from .memory_bank import can_look_at
 from .mixer import Mixer
 from .mixer_attention import Attention, AttentionState, attend_to_numbers, rotary_embedding, rotary_head_size
 from .state import StateSpec, TensorSpec
-from .token_layout import BlockGrid, TokenLayout
+from .token_layout import ChunkGrid, TokenLayout
 
-# Logit of the share that is forgotten with every token at first, 1 %: at 50 % nothing is ever learned.
+# Logit of the initial alpha, 1 % per token. With an initial alpha of 50 %, nothing is ever learned.
 _INITIAL_FORGETTING = -4.6
-# exp(-30) is nothing in float32, and sums of larger logarithms would lose the digits of smaller ones.
+# exp(-30) is negligible in float32. With larger numbers, cumulated sums would lose digits of small ones.
 _LEAST_LOGARITHM = -30.0
 
 
 class Memory(NamedTuple):
-    """Weights of the memory network, [B', L, H, K, K] each (output, input)."""
+    """The memory network, in tensors [B', L, H, K (output), K (input)]."""
 
-    anchor: Tensor  # at the start of the chunk, where gradients are taken
-    weights: Tensor  # now
+    anchor: Tensor  # weights at the start of the chunk, at which gradients are taken
+    weights: Tensor  # present weights
     momentum: Tensor
 
 
 class NeuralMemoryState(NamedTuple):
     """The state of a [`NeuralMemory`], float32 at least. Zeros stand for the beginning of a row."""
 
-    anchor: Tensor  # [B', L, H, K, K], less the learned initial weights
-    weights: Tensor  # [B', L, H, K, K], less the learned initial weights
+    anchor: Tensor  # [B', L, H, K, K], minus the learned initial weights
+    weights: Tensor  # [B', L, H, K, K], minus the learned initial weights
     momentum: Tensor  # [B', L, H, K, K]
-    position: Tensor  # [B'], in the chunk, int64
+    position: Tensor  # [B'], number of tokens in the unfinished chunk, int64
     past: Tensor  # [B', kernel - 1, 3 d], the last inputs of the convolution
 
 
 class GatedState(NamedTuple):
-    """The state of [`MemoryAsGate`]: that of attention, and that of the memory."""
+    """The state of [`MemoryAsGate`]: `AttentionState`, then `NeuralMemoryState`."""
 
     key: Tensor
     value: Tensor
@@ -86,10 +87,10 @@ class GatedState(NamedTuple):
 
 
 class ContextState(NamedTuple):
-    """The state of [`MemoryAsContext`]: the last tokens, and that of the memory."""
+    """The state of [`MemoryAsContext`]: the last tokens, then `NeuralMemoryState`."""
 
-    # [B', C - 1, 2, 2, H, K]: for each of the last C - 1 tokens, rotated keys and values of the memory's
-    # answer and of the token itself, zeros in front of fewer.
+    # [B', C - 1, 2 (key, value), 2 (answer, token), H, K]: for each of the last C - 1 tokens, rotated keys and
+    # values of the memory's answer and of the token. Rows with fewer tokens have zeros in front.
     context: Tensor
     anchor: Tensor
     weights: Tensor
@@ -99,8 +100,7 @@ class ContextState(NamedTuple):
 
 
 class Writes(NamedTuple):
-    """The gates of tokens [B', H, C]. An empty slot has `real` 0, logarithms 0 and step 0: it changes
-    nothing."""
+    """The gates of tokens [B', H, C]. An empty slot has zeros everywhere: it does not change the memory."""
 
     log_keep: Tensor  # log(1 - alpha)
     log_momentum: Tensor  # log eta
@@ -109,16 +109,16 @@ class Writes(NamedTuple):
 
 
 def measure_surprise(weights: Tensor, key: Tensor, value: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-    """Gradients of |M(key) - value|^2 for every token alone, as outer products of two vectors for each layer.
+    """Computes the gradient of |M(key) - value|^2 for each token, as an outer product for each layer.
 
     Args:
         weights: [B', L, H, K, K]; key, value: [B', H, C, K].
 
     Returns:
-        For each layer what it read and the gradient at its output, [B', H, C, K] each. The latter is scaled
-        so that the norm of a token's whole gradient, over all layers of a head, is at most 1.
+        For each layer, its inputs and the gradients at its outputs, [B', H, C, K] each. The gradients are
+        scaled so that the norm of a token's whole gradient, over all layers of a head, is at most 1.
     """
-    layers = weights.unbind(1)
+    layers = weights.unbind(1)  # [B', H, K, K] each
     inputs, slopes = [key], []
     for weight in layers[:-1]:
         before = inputs[-1] @ weight.mT
@@ -134,33 +134,37 @@ def measure_surprise(weights: Tensor, key: Tensor, value: Tensor) -> tuple[list[
 
 
 def ask_memory(weights: Tensor, query: Tensor) -> Tensor:
-    """M(query), [B', H, C, K], under `weights` [B', L, H, K, K]."""
-    first, *others = weights.unbind(1)
-    read = query @ first.mT
+    """Returns M(query) [B', H, C, K] for the memory with `weights` [B', L, H, K, K]."""
+    first, *others = weights.unbind(1)  # [B', H, K, K] each
+    answer = query @ first.mT
     for weight in others:
-        read = nn.functional.silu(read) @ weight.mT
-    return read
+        answer = nn.functional.silu(answer) @ weight.mT
+    return answer
 
 
 def advance_memory(
     memory: Memory, query: Tensor, key: Tensor, value: Tensor, writes: Writes
 ) -> tuple[Tensor, Memory]:
-    """Write C tokens of one chunk and read after each: [B', H, C, K] and the memory after the last.
+    """Writes C tokens of one chunk, and reads the memory after each.
 
     With cumulated products a of 1 - alpha and c of eta, W_t = a_t W + f_t S - sum_(j<=t) G_tj g_j, where
     f_t = sum_(i<=t) (a_t / a_i) c_i and G_tj = theta_j sum_(j<=i<=t) (a_t / a_i) (c_i / c_j).
 
-    A token that is no number changes nothing before it, or, on a GPU and in compiled graphs,
+    A token that is NaN does not change the answers before it, or, on a GPU and in compiled graphs, those
     before its chunk.
 
     Args:
-        memory: before these tokens; its anchor is left as it is.
+        memory: before these tokens. Its anchor is not changed.
         query, key, value: [B', H, C, K].
+
+    Returns:
+        The answers [B', H, C, K], and the memory after the last token.
     """
-    read, after = _advance_at_once(memory, query, key, value, writes)
+    answer, after = _advance_at_once(memory, query, key, value, writes)
     if not can_look_at(after.weights) or math.isfinite(after.weights.detach().sum()):
-        return read, after
-    # Triangular products multiply later tokens with 0, which is NaN, as do the gates those that are none.
+        return answer, after
+    # The products multiply later tokens, and the gates multiply empty slots, by 0, and 0 * NaN is NaN. So the
+    # empty slots are filled with 0, and the tokens are written one by one.
     real = writes.real > 0
     query, key, value = (x.masked_fill(~real[..., None], 0.0) for x in (query, key, value))
     writes = Writes(*(gate.masked_fill(~real, 0.0) for gate in writes))
@@ -176,25 +180,27 @@ def advance_memory(
 def _advance_at_once(
     memory: Memory, query: Tensor, key: Tensor, value: Tensor, writes: Writes
 ) -> tuple[Tensor, Memory]:
-    """`advance_memory` in a few products of matrices."""
+    """`advance_memory` for all tokens in parallel, in a few matrix products."""
+    # [B', H, C, C] each: a_t / a_j and c_t / c_j
     keep, momentum = _cumulated(writes.log_keep), _cumulated(writes.log_momentum)
-    step = writes.step.unsqueeze(-2)
-    keep_start = writes.log_keep.cumsum(-1).exp().unsqueeze(-1)
-    momentum_start = writes.log_momentum.cumsum(-1).exp().unsqueeze(-1)
+    step = writes.step.unsqueeze(-2)  # [B', H, 1, C]
+    keep_start = writes.log_keep.cumsum(-1).exp().unsqueeze(-1)  # a, [B', H, C, 1]
+    momentum_start = writes.log_momentum.cumsum(-1).exp().unsqueeze(-1)  # c, [B', H, C, 1]
     taken = keep * writes.real.unsqueeze(-2)
-    from_momentum = taken @ momentum_start
+    from_momentum = taken @ momentum_start  # f, [B', H, C, 1]
+    # G [B', H, C, C], and the factors of the gradients in the last momentum [B', H, 1, C]
     on_weights, on_momentum = (taken @ momentum) * step, momentum[..., -1:, :] * step
 
     inputs, errors = measure_surprise(memory.anchor, key, value)
-    read, weights, momenta = query, [], []
+    answer, weights, momenta = query, [], []
     layers = zip(memory.weights.unbind(1), memory.momentum.unbind(1), inputs, errors, strict=True)
     for number, (weight, velocity, x, error) in enumerate(layers):
         if number > 0:
-            read = nn.functional.silu(read)
-        read = (
-            keep_start * (read @ weight.mT)
-            + from_momentum * (read @ velocity.mT)
-            - ((read @ x.mT) * on_weights) @ error
+            answer = nn.functional.silu(answer)
+        answer = (
+            keep_start * (answer @ weight.mT)
+            + from_momentum * (answer @ velocity.mT)
+            - ((answer @ x.mT) * on_weights) @ error
         )
         weights.append(
             keep_start[..., -1:, :] * weight
@@ -204,22 +210,23 @@ def _advance_at_once(
         momenta.append(
             momentum_start[..., -1:, :] * velocity - (error * on_momentum[..., -1, :].unsqueeze(-1)).mT @ x
         )
-    return read, Memory(memory.anchor, torch.stack(weights, dim=1), torch.stack(momenta, dim=1))
+    # L times [B', H, K, K] -> [B', L, H, K, K]
+    return answer, Memory(memory.anchor, torch.stack(weights, dim=1), torch.stack(momenta, dim=1))
 
 
 def _cumulated(logarithms: Tensor) -> Tensor:
-    """Of logarithms [..., C] the products over j < k <= i [..., C (i), C (j)], 0 for j > i."""
+    """Returns exp(sum of logarithms [..., C] over j < k <= i) as [..., C (i), C (j)]; 0 for j > i."""
     total = logarithms.cumsum(-1)
     future = torch.ones(total.shape[-1], total.shape[-1], dtype=torch.bool, device=total.device).triu(1)
     return (total.unsqueeze(-1) - total.unsqueeze(-2)).masked_fill(future, -torch.inf).exp()
 
 
 class NeuralMemory(nn.Module):
-    """The memory with its projections: what all ways to use it have in common.
+    """The memory with its projections, which all mixers of this file share.
 
-    Equations 11 to 15, with a short convolution, SiLU and keys and queries of length 1 (section 4.4). theta,
-    eta and alpha are sigmoids, theta times `memory_max_step_size`. The weights before the first token are
-    learned, and stand for what persistent tokens in front of the memory would write.
+    Equations 11 to 15, with a short convolution, SiLU and normalised keys and queries (section 4.4). theta,
+    eta and alpha are sigmoids; theta is multiplied by `memory_max_step_size`. The weights before the first
+    token are learned. They replace the writes of persistent tokens in front of the text.
     """
 
     def __init__(self, config: StackformerConfig):
@@ -240,7 +247,7 @@ class NeuralMemory(nn.Module):
         self.norm = RMSNorm(self.head_dim, eps=config.rms_norm_eps)
 
     def state_spec(self) -> StateSpec:
-        """The memory, the position in the chunk, and the last inputs of the convolution."""
+        """Specifies the memory, the position in the chunk, and the last inputs of the convolution."""
         weights = tuple(self.initial_memory.shape)
         return (
             TensorSpec("anchor", weights),
@@ -253,26 +260,26 @@ class NeuralMemory(nn.Module):
     def forward(
         self, hidden: Tensor, layout: TokenLayout, state: NeuralMemoryState | None
     ) -> tuple[Tensor, NeuralMemoryState]:
-        """Write and read the active tokens along time.
+        """Writes the active tokens to the memory, and reads it after each.
 
         Args:
             hidden: [n, d], normalised; layout: of the n tokens; state: `None` at the beginning.
 
         Returns:
-            What was read, normalised per head, [n, d], and the new state.
+            The answers [n, d], normalised per head, and the new state.
         """
         memory, past, chunks = self.begin(hidden, layout, state)
         qkv, gates, past = self.project(hidden, layout, past)
-        qkv, gates, answers = chunks.to_blocks(qkv), chunks.to_blocks(gates), []
-        for number in range(chunks.num_blocks):
+        qkv, gates, answers = chunks.to_chunks(qkv), chunks.to_chunks(gates), []
+        for number in range(chunks.num_chunks):
             answer, memory = self.advance(qkv[:, number], gates[:, number], memory, chunks, number)
             answers.append(answer)
         return self.collect(answers, hidden, layout, chunks), self.end(memory, past, chunks)
 
     def begin(
         self, hidden: Tensor, layout: TokenLayout, state: NeuralMemoryState | None
-    ) -> tuple[Memory, Tensor, BlockGrid]:
-        """What a call finds: the memory, the convolution's past, and the chunks that its tokens are in."""
+    ) -> tuple[Memory, Tensor, ChunkGrid]:
+        """Prepares a call. Returns the memory, the convolution's past, and the chunks of its tokens."""
         initial = self.initial_memory.to(at_least_float32(hidden))
         if state is None:
             start = initial.expand(layout.num_rows, -1, -1, -1, -1)
@@ -282,26 +289,31 @@ class NeuralMemory(nn.Module):
         else:
             anchor, weights, momentum, position, past = state
             memory = Memory(anchor + initial, weights + initial, momentum)
-        return memory, past, BlockGrid.of(position, layout, self.chunk_size, fresh=state is None)
+        return memory, past, ChunkGrid.of(position, layout, self.chunk_size, fresh=state is None)
 
-    def end(self, memory: Memory, past: Tensor, chunks: BlockGrid) -> NeuralMemoryState:
-        """The state after a call."""
+    def end(self, memory: Memory, past: Tensor, chunks: ChunkGrid) -> NeuralMemoryState:
+        """Returns the state after a call, from its memory and the convolution's past."""
         initial = self.initial_memory.to(memory.weights.dtype)
         position = chunks.ended % self.chunk_size
         anchor, weights = memory.anchor - initial, memory.weights - initial
         return NeuralMemoryState(anchor, weights, memory.momentum, position, past)
 
     def project(self, hidden: Tensor, layout: TokenLayout, past: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values [B', T', 3, H, K] of the tokens [n, d], log(1 - alpha), log eta and theta
-        [B', T', 3, H], float32 at least, and the new past of the convolution."""
+        """Projects the tokens [n, d].
+
+        Returns:
+            Queries, keys and values [B', T', 3, H, K]; log(1 - alpha), log eta and theta [B', T', 3, H], all
+            float32 at least; and the new past of the convolution.
+        """
         dtype = at_least_float32(hidden)
         rows = layout.to_rows(self.qkv_proj(hidden))
         rows, past = convolve(self.conv, self.kernel_size, rows, past, layout)
+        # [B', T', 3 d] -> [B', T', 3, H, K] -> three times [B', T', H, K]
         rows = nn.functional.silu(rows.to(dtype)).unflatten(-1, (3, self.num_heads, self.head_dim))
         query, key, value = rows.unbind(2)
         qkv = torch.stack([_unit(query), _unit(key), value], dim=2)
 
-        gates = self.write_proj(hidden).to(dtype).unflatten(-1, (3, self.num_heads))
+        gates = self.write_proj(hidden).to(dtype).unflatten(-1, (3, self.num_heads))  # [n, 3, H]
         forget, momentum, step = gates.unbind(1)
         log_keep = nn.functional.logsigmoid(-forget - _INITIAL_FORGETTING).clamp(min=_LEAST_LOGARITHM)
         log_momentum = nn.functional.logsigmoid(momentum).clamp(min=_LEAST_LOGARITHM)
@@ -309,46 +321,64 @@ class NeuralMemory(nn.Module):
         return qkv, layout.to_rows(gates), past
 
     def advance(
-        self, qkv: Tensor, gates: Tensor, memory: Memory, chunks: BlockGrid, number: int
+        self, qkv: Tensor, gates: Tensor, memory: Memory, chunks: ChunkGrid, number: int
     ) -> tuple[Tensor, Memory]:
-        """Write the tokens of a chunk, [B', C, ...] of `project`'s, and read after each: [B', C, H, K]."""
+        """Writes the tokens of chunk `number`, and reads the memory after each.
+
+        Args:
+            qkv: [B', C, 3, H, K]; gates: [B', C, 3, H], both from `project`.
+
+        Returns:
+            The answers [B', C, H, K], and the new memory.
+        """
         query, key, value = qkv.movedim(1, 3).unbind(1)  # [B', H, C, K]
-        real = chunks.real[:, number].unsqueeze(1).to(gates.dtype)
+        real = chunks.real[:, number].unsqueeze(1).to(gates.dtype)  # [B', 1, C]
+        # [B', C, 3, H] -> [B', 3, H, C] -> three times [B', H, C]
         log_keep, log_momentum, step = (gates.movedim(1, 3) * real.unsqueeze(1)).unbind(1)
         writes = Writes(log_keep, log_momentum, step, real)
         with torch.autocast(qkv.device.type, enabled=False):
-            read, memory = advance_memory(memory, query, key, value, writes)
-        complete = chunks.full[:, number].view(-1, 1, 1, 1, 1)
-        anchor = torch.where(complete, memory.weights, memory.anchor)
-        return read.transpose(1, 2), memory._replace(anchor=anchor)
+            answer, memory = advance_memory(memory, query, key, value, writes)
+        full = chunks.full[:, number].view(-1, 1, 1, 1, 1)
+        anchor = torch.where(full, memory.weights, memory.anchor)
+        return answer.transpose(1, 2), memory._replace(anchor=anchor)
 
     def collect(
-        self, answers: list[Tensor], hidden: Tensor, layout: TokenLayout, chunks: BlockGrid
+        self, answers: list[Tensor], hidden: Tensor, layout: TokenLayout, chunks: ChunkGrid
     ) -> Tensor:
-        """What was read in all chunks [B', C, H, K], normalised per head, as tokens [n, d]."""
-        read = layout.to_tokens(chunks.to_rows(torch.stack(answers, dim=1)))
-        return self.norm(read.to(hidden.dtype)).flatten(1)
+        """Normalises the answers of all chunks, [B', C, H, K] each, per head, and returns them as [n, d]."""
+        # [B', chunks, C, H, K] -> [B', T', H, K] -> [n, H, K] -> [n, d]
+        tokens = layout.to_tokens(chunks.to_rows(torch.stack(answers, dim=1)))
+        return self.norm(tokens.to(hidden.dtype)).flatten(1)
 
     def recall(self, query: Tensor, memory: Memory) -> Tensor:
-        """What the memory at the start of the chunk has for queries [B', C, d], normalised: [B', C, d]."""
+        """Reads the memory as it was at the start of the chunk, with queries [B', C, d].
+
+        Returns:
+            The answers [B', C, d], normalised per head.
+        """
+        # [B', C, d] -> [B', C, H, K] -> [B', H, C, K], and back
         heads = nn.functional.silu(query.to(memory.anchor.dtype)).unflatten(-1, (self.num_heads, -1))
         with torch.autocast(query.device.type, enabled=False):
-            read = ask_memory(memory.anchor, _unit(heads).transpose(1, 2)).transpose(1, 2)
-        return self.norm(read.to(query.dtype)).flatten(2)
+            answer = ask_memory(memory.anchor, _unit(heads).transpose(1, 2)).transpose(1, 2)
+        return self.norm(answer.to(query.dtype)).flatten(2)
 
 
 def _unit(x: Tensor) -> Tensor:
+    """Scales vectors [..., K] to length 1."""
     return nn.functional.normalize(x, dim=-1)
 
 
 def _memory_state(state: GatedState | ContextState) -> NeuralMemoryState:
-    """The memory's part of a state."""
+    """Returns the memory's part of a state."""
     return NeuralMemoryState(state.anchor, state.weights, state.momentum, state.position, state.past)
 
 
 class MemoryAsLayer(Mixer):
-    """The neural memory as a mixer. Layers of it and of softmax attention are the paper's memory as a layer
-    (equations 29 to 31)."""
+    """The neural memory alone as a mixer.
+
+    Layers of it that alternate with layers of softmax attention are the paper's "memory as a layer"
+    (equations 29 to 31).
+    """
 
     state_type = NeuralMemoryState
 
@@ -360,7 +390,7 @@ class MemoryAsLayer(Mixer):
         self.o_proj = ResidualProjection(size, size)
 
     def state_spec(self) -> StateSpec:
-        """That of the memory."""
+        """Specifies the state of the memory."""
         return self.memory.state_spec()
 
     def forward(
@@ -372,16 +402,16 @@ class MemoryAsLayer(Mixer):
         inputs: None = None,
         in_place: bool = False,
     ) -> tuple[Tensor, NeuralMemoryState, None]:
-        """See [`Mixer.forward`]; the pointer is not used."""
+        """See [`Mixer.forward`]. The pointer is not used."""
         mixed, state = self.memory(hidden, layout, state)
         return self.o_proj(swish_gate(self.gate_proj(hidden), mixed)), state, None
 
 
 class MemoryAsGate(Mixer):
-    """Softmax attention, and the neural memory times it (equations 26 to 28).
+    """Softmax attention times the neural memory (equations 26 to 28).
 
-    Both are normalised with learned weights; which passes through the nonlinearity, the paper does not say.
-    Here attention does, in the place of the linear gate of `MemoryAsLayer`.
+    Both are normalised with learned weights. The paper does not say which of them the nonlinearity applies
+    to. Here it applies to attention, which replaces the linear gate of `MemoryAsLayer`.
     """
 
     state_type = GatedState
@@ -390,13 +420,13 @@ class MemoryAsGate(Mixer):
         super().__init__()
         size = config.core_size
         self.attention = Attention(config)
-        self.attention.o_proj = nn.Identity()  # type: ignore[assignment]  # projected after the product
+        self.attention.o_proj = nn.Identity()  # type: ignore[assignment]  # `o_proj` projects the product
         self.attention_norm = RMSNorm(size, eps=config.rms_norm_eps)
         self.memory = NeuralMemory(config)
         self.o_proj = ResidualProjection(size, size)
 
     def state_spec(self) -> StateSpec:
-        """That of attention, and that of the memory."""
+        """Specifies the state of attention, then that of the memory."""
         return *self.attention.state_spec(), *self.memory.state_spec()
 
     def forward(
@@ -408,7 +438,7 @@ class MemoryAsGate(Mixer):
         inputs: None = None,
         in_place: bool = False,
     ) -> tuple[Tensor, GatedState, None]:
-        """See [`Mixer.forward`]; the pointer is not used."""
+        """See [`Mixer.forward`]. The pointer is not used."""
         recent = remembered = None
         if state is not None:
             recent = AttentionState(state.key, state.value, state.seen)
@@ -420,15 +450,16 @@ class MemoryAsGate(Mixer):
 
 
 class MemoryAsContext(Mixer):
-    """Softmax attention inside of segments, to which the memory is a context (equations 21 to 25).
+    """Softmax attention inside of segments, with the memory of earlier segments as context (equations 21 to
+    25).
 
-    A segment is a chunk of the memory: while it is read, the memory at its start is what is known of the
-    segments before. A token sees the persistent tokens, the tokens of its segment up to itself, and for each
-    of these what the memory returned when asked with it. The memory then takes in y, the token plus what
-    attention made of it, normalised, and the output is y times what the memory returns for y.
+    A segment is a chunk of the memory. A token attends to the persistent tokens, to the tokens of its segment
+    up to itself, and for each of these to the memory's answer to it. These answers come from the memory at
+    the start of the segment. Let y be the normalised sum of the token and the result of attention. The memory
+    is then written with y, and the output is y times the memory's answer to y.
 
-    In the paper a token sees what was returned for all tokens of its segment, and reads a memory that has
-    taken in all of them: both tell of later tokens. Here everything ends at the token itself.
+    In the paper, a token attends to the answers for all tokens of its segment, and reads a memory that has
+    been written with all of them. Both would reveal later tokens. Here a token depends on no later token.
     """
 
     state_type = ContextState
@@ -448,11 +479,11 @@ class MemoryAsContext(Mixer):
         self.o_proj = ResidualProjection(size, size)
 
     def state_spec(self) -> StateSpec:
-        """Rotated keys and values of the last tokens and of what the memory returned for them; the memory."""
+        """Specifies the context (see `ContextState`), then the state of the memory."""
         seen = TensorSpec("context", (self.memory.chunk_size - 1, 2, 2, *self.heads))
         return seen, *self.memory.state_spec()
 
-    @force_accelerate_hooks("memory")  # it reads weights of `memory` without calling it
+    @force_accelerate_hooks("memory")  # this method uses weights of `memory` without calling the module
     def forward(
         self,
         hidden: Tensor,
@@ -462,13 +493,13 @@ class MemoryAsContext(Mixer):
         inputs: None = None,
         in_place: bool = False,
     ) -> tuple[Tensor, ContextState, None]:
-        """See [`Mixer.forward`]; the pointer is not used."""
+        """See [`Mixer.forward`]. The pointer is not used."""
         past, remembered = (None, None) if state is None else (state.context, _memory_state(state))
         memory, convolved, segments = self.memory.begin(hidden, layout, remembered)
-        tokens = segments.to_blocks(layout.to_rows(hidden))
-        queries = segments.to_blocks(layout.to_rows(self.q_proj(hidden)))
+        tokens = segments.to_chunks(layout.to_rows(hidden))
+        queries = segments.to_chunks(layout.to_rows(self.q_proj(hidden)))
         contexts, attended, answers = [], [], []
-        for number in range(segments.num_blocks):
+        for number in range(segments.num_chunks):
             question, query = queries[:, number].chunk(2, dim=-1)
             context = torch.stack([self.memory.recall(question, memory), tokens[:, number]], dim=2)
             begun = segments.begun if number == 0 else torch.zeros_like(segments.begun)
@@ -482,9 +513,10 @@ class MemoryAsContext(Mixer):
             attended.append(mixed)
             answers.append(answer)
 
+        # [B', segments, C, d] -> [B', T', d] -> [n, d]
         mixed = layout.to_tokens(segments.to_rows(torch.stack(attended, dim=1)))
-        read = self.memory.collect(answers, hidden, layout, segments)
-        output = self.o_proj(swish_gate(mixed, read))
+        answer = self.memory.collect(answers, hidden, layout, segments)
+        output = self.o_proj(swish_gate(mixed, answer))
 
         seen, kept = segments.to_rows(torch.stack(contexts, dim=1)), self.memory.chunk_size - 1
         if past is None:
@@ -493,11 +525,18 @@ class MemoryAsContext(Mixer):
         return output, ContextState(seen, *self.memory.end(memory, convolved, segments)), None
 
     def _rotate(self, query: Tensor, context: Tensor, begun: Tensor) -> tuple[Tensor, Tensor]:
-        """Queries [B', C, d] and contexts [B', C, 2, d] of a segment of which `begun` [B'] tokens were before
-        to rotated queries [B', C, H, K], and rotated keys and values [B', C, 2, 2, H, K].
+        """Projects the contexts of a segment to keys and values, and rotates queries and keys.
 
-        What the memory returned for a token stands where the token does.
+        The memory's answer to a token has the position of the token.
+
+        Args:
+            query: [B', C, d]; context: [B', C, 2, d], the memory's answer and the token.
+            begun: [B'], tokens of the segment before this call.
+
+        Returns:
+            Rotated queries [B', C, H, K], and rotated keys and values, stacked as in `ContextState`.
         """
+        # [B', C, 2, 2 d] -> [B', C, 2, 2, H, K] -> two times [B', C, 2, H, K]
         key, value = apply_linear(self.kv_proj, context).unflatten(-1, (2, *self.heads)).unbind(3)
         positions = begun.unsqueeze(1) + torch.arange(query.shape[1], device=query.device)
         cos, sin = (x.to(query.dtype) for x in rotary_embedding(positions, self.heads[1], self.rope_theta))
@@ -507,8 +546,16 @@ class MemoryAsContext(Mixer):
         return query, torch.stack([key.view(value.shape), value], dim=2)
 
     def _attend(self, query: Tensor, context: Tensor, past: Tensor | None, begun: Tensor) -> Tensor:
-        """Queries and contexts of `_rotate`, and what was before the call, `past` [B', C - 1, 2, 2, H, K], of
-        which `begun` [B'] tokens are of the same segment, to the mixed tokens [B', C, d]."""
+        """Attends inside of a segment.
+
+        Args:
+            query: [B', C, H, K]; context: [B', C, 2, 2, H, K], both from `_rotate`.
+            past: [B', C - 1, 2, 2, H, K], the contexts before this call; `None` if there are none.
+            begun: [B'], the number of these that belong to the segment, at the end of `past`.
+
+        Returns:
+            [B', C, d].
+        """
         length = query.shape[1]
         visible = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
         if past is not None:
@@ -516,6 +563,7 @@ class MemoryAsContext(Mixer):
             place = torch.arange(past.shape[1], device=query.device)
             earlier = (place >= past.shape[1] - begun.unsqueeze(1)).unsqueeze(1).expand(-1, length, -1)
             visible = torch.cat([earlier, visible.expand(len(earlier), -1, -1)], dim=2)
+        # [B', T, 2 (key, value), 2 (answer, token), H, K] -> [B', 2 (key, value), 2 T, H, K]
         slots, visible = context.transpose(1, 2).flatten(2, 3), visible.repeat_interleave(2, dim=-1)
         if self.persistent is not None:
             tokens = all_rows(self.persistent, self.num_persistent, slots.device)
@@ -525,7 +573,7 @@ class MemoryAsContext(Mixer):
         key, value = slots.unbind(1)  # [B', slots, H, K]
 
         def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+            query, key, value = (x.transpose(1, 2) for x in (query, key, value))  # [B', H, ., K]
             mask = visible.unsqueeze(-3)
             return nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(
                 1, 2

@@ -1,10 +1,12 @@
 # Copyright 2026 The Stackformer authors. Licensed under the Apache License, Version 2.0.
-"""The Stackformer model: a recurrent core in a bottleneck, applied again and again under a processing stack.
+"""The Stackformer model: a recurrent core in a bottleneck, applied once per ponder step.
 
-- embeddings (D) are large, the recurrent core (d) is small: a projection before it, a feed-forward after it
-- core layers mix tokens through a bank of linear-attention memories: the state does not grow
-- every ponder step moves probability on a differentiable stack; what falls off its bottom is the output
-- tokens that are padding, or done, are gathered out: they take no time and leave no trace
+- Embeddings (D) are large and the recurrent core (d) is small. A projection leads into the core, and a
+  feed-forward joins its result with the embedding.
+- Core layers mix tokens through a bank of linear-attention memories. The state does not grow.
+- Every ponder step moves probability mass on a differentiable stack. Each token's output is the sum of its
+  thoughts, weighted by the mass that the bottom level pops at each step.
+- Padding and tokens that have halted are gathered out. They cost no time and do not change the state.
 
 Letters: B batch, T time, D hidden size, d core width, n active tokens, S stack levels, P ponder steps.
 """
@@ -48,7 +50,7 @@ from .versions import CACHE_NAME, CacheNames, check_arguments
 
 logger = logging.get_logger(__name__)
 
-# Where a saved model's code finds the class of each auto class.
+# The class of each auto class, as `file.class`: saved in config.json together with the code.
 AUTO_MAP = {
     "AutoConfig": "configuration_stackformer.StackformerConfig",
     "AutoModel": "modeling_stackformer.StackformerModel",
@@ -57,11 +59,11 @@ AUTO_MAP = {
     "AutoModelForTokenClassification": "modeling_stackformer.StackformerForTokenClassification",
 }
 
-# `DynamicCache(config=...)` and `StaticCache(config=...)` build the right layers, too.
+# These two entries make `DynamicCache(config=...)` and `StaticCache(config=...)` build Stackformer layers.
 DYNAMIC_LAYER_TYPE_MAPPING["stackformer"] = StackformerCacheLayer
 STATIC_LAYER_TYPE_MAPPING["stackformer"] = StackformerStaticCacheLayer
 
-# The Trainer's label smoothing shifts labels for the models in this list only.
+# The Trainer's label smoothing shifts the labels only for models in this table.
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["stackformer"] = "StackformerForCausalLM"
 
 
@@ -73,12 +75,12 @@ class StackformerModelOutputWithPast(CacheNames, BaseModelOutputWithPast):
         last_hidden_state (`torch.FloatTensor` [B, T, D]): the accumulated output of the stack, normalised.
         cache ([`StackformerCache`]): the recurrent state after the last token, also as `past_key_values`.
         hidden_states (`tuple(torch.FloatTensor)`): with `output_hidden_states=True`, P + 1 tensors [B, T, D]:
-            the embeddings, and what each token was thinking after each ponder step.
+            the embeddings, and the thoughts of all tokens after each ponder step.
         ponder_steps (`torch.FloatTensor` [B, T]): expected number of ponder steps of each token, 0 for
             padding. Gradients flow through it.
         ponder_distribution (`torch.FloatTensor` [B, T, P]): the mass that each token dropped at each ponder
-            step, which is its distribution over halting steps; zeros for padding. Gradients flow through it.
-        stack_trace ([`StackTrace`]): with `output_stack_trace=True`; `None` where all is padding.
+            step, which is its distribution over halting steps. Zeros for padding. Gradients flow through it.
+        stack_trace ([`StackTrace`]): with `output_stack_trace=True`. `None` if all tokens are padding.
     """
 
     ponder_steps: Tensor | None = None
@@ -88,8 +90,10 @@ class StackformerModelOutputWithPast(CacheNames, BaseModelOutputWithPast):
 
 @dataclass
 class StackformerCausalLMOutputWithPast(CacheNames, CausalLMOutputWithPast):
-    """`CausalLMOutputWithPast` with `ponder_steps`, `ponder_distribution` and `stack_trace`, see
-    [`StackformerModelOutputWithPast`]."""
+    """`CausalLMOutputWithPast` with `ponder_steps`, `ponder_distribution` and `stack_trace`.
+
+    See [`StackformerModelOutputWithPast`] for these three.
+    """
 
     ponder_steps: Tensor | None = None
     ponder_distribution: Tensor | None = None
@@ -97,7 +101,7 @@ class StackformerCausalLMOutputWithPast(CacheNames, CausalLMOutputWithPast):
 
 
 class StackformerPreTrainedModel(PreTrainedModel):
-    """Weight initialisation and what the library has to know about the architecture."""
+    """Initialises weights, and declares the properties of the architecture that transformers reads."""
 
     config: StackformerConfig
     config_class = StackformerConfig
@@ -106,24 +110,24 @@ class StackformerPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["StackformerCoreLayer"]
     _skip_keys_device_placement = ["cache", "past_key_values"]
     _can_compile_fullgraph = True
-    # What the softmax attention of a configuration may run on.
+    # The implementations of softmax attention that a configuration may choose.
     _supports_sdpa = True
     _supports_flash_attn = True
 
     def __init__(self, config: StackformerConfig, *args, **kwargs):
         super().__init__(config, *args, **kwargs)
-        if "rwkv" in config.mixer_types:  # rounded, small decays could not be told from none
+        if "rwkv" in config.mixer_types:  # half precision would round small decays to none
             self._keep_in_fp32_modules_strict = {"time_decay", "time_first"}
-        # A list for each model: transformers adds to it in place.
+        # Each model has its own list, because transformers adds to it in place.
         self.model_tags = ["stackformer"]
 
     def save_pretrained(self, *args, **kwargs) -> None:
-        """As in transformers; the code is saved, too, and every auto class is told where it is."""
+        """Saves the model as transformers does, with its code, and names the class of each auto class."""
         self.config.auto_map = dict(AUTO_MAP)
         super().save_pretrained(*args, **kwargs)
 
     def resize_token_embeddings(self, *args, **kwargs) -> nn.Embedding:
-        """As in transformers; special tokens that are cut off are None in the configurations."""
+        """Resizes as transformers does. Cut-off special tokens become `None` in the configuration."""
         embeddings = super().resize_token_embeddings(*args, **kwargs)
         size = embeddings.num_embeddings
         for config in filter(None, (self.config, getattr(self, "generation_config", None))):
@@ -140,7 +144,7 @@ class StackformerPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Initialise one module; transformers calls it for modules that hold parameters of their own.
+        """Initialises one module. transformers calls this for every module that has parameters of its own.
 
         | what                 | initial value                                                      |
         |----------------------|--------------------------------------------------------------------|
@@ -182,7 +186,7 @@ class StackformerPreTrainedModel(PreTrainedModel):
 
 
 class StackformerModel(StackformerPreTrainedModel):
-    """The bare Stackformer: embeddings in, the stack's accumulated output out."""
+    """The bare Stackformer: maps embeddings to the accumulated output of the stack."""
 
     def __init__(self, config: StackformerConfig):
         super().__init__(config)
@@ -192,7 +196,7 @@ class StackformerModel(StackformerPreTrainedModel):
         )
         self.number = new_number()
         self._mark: tuple[Any, Mark] | None = None
-        # What a plain core, or a single ponder step, has no use for is not there.
+        # A core without bottleneck and a model of one ponder step leave out the modules that they do not use.
         self.down_proj: nn.Module = nn.Identity()
         self.bottleneck = self.step_gate = self.action_proj = None
         self.return_norm: nn.Module = nn.Identity()
@@ -203,7 +207,8 @@ class StackformerModel(StackformerPreTrainedModel):
             self.step_gate = StepGate(config.hidden_size)
             self.action_proj = ActionProjection(config.hidden_size)
             if config.stack_depth > 1:
-                # Mass is first returned to a frame at the second step, and then read at the third.
+                # Step 2 is the first to return mass to a frame, and step 3 the first to read that frame. So
+                # a model of two steps has no use for the weights of this normalisation.
                 self.return_norm = NORMS[config.norm_type](
                     config.hidden_size,
                     eps=config.rms_norm_eps,
@@ -214,12 +219,12 @@ class StackformerModel(StackformerPreTrainedModel):
         self.post_init()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """A copy of a model is another model: its weights may become others."""
+        """Gives a copy of the model a number of its own, because the weights of the two may diverge."""
         super().__setstate__(state)
         self.number, self._mark = new_number(), None
 
     def mark(self) -> Mark:
-        """Whose memory a cache is that this model fills."""
+        """Returns the mark that this model puts on the caches it fills, with its present weights."""
         if torch.compiler.is_compiling():
             return Mark(self, self.number, sample=None)
         versions = tuple((id(x), -1 if x.is_inference() else x._version) for x in self.parameters())
@@ -246,31 +251,32 @@ class StackformerModel(StackformerPreTrainedModel):
         past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> StackformerModelOutputWithPast:
-        """Read T tokens, going on from `cache`.
+        """Reads T tokens, which continue the sequences in `cache`.
 
-        Documents packed into one row are read as if each stood alone. Where they begin is told by `seq_idx`
-        [B, T], `cu_seq_lens_q` (for B = 1), or `position_ids` [B, T] that start again from 0: whatever
-        [`DataCollatorWithFlattening`] returns.
+        Documents that are packed into one row do not see each other. Their boundaries are given by `seq_idx`
+        [B, T], by `cu_seq_lens_q` (for B = 1), or by `position_ids` [B, T] that start again from 0. These are
+        the forms that [`DataCollatorWithFlattening`] returns.
 
         Args:
-            input_ids: [B, T], or `inputs_embeds`: [B, T, D].
-            attention_mask: [B, T] or [B, past + T], 0 for padding: left, right or in between.
-            position_ids: see above; the model has no use for positions otherwise.
-            cache: a [`StackformerCache`], updated and returned. A call that fails leaves it as it was, or, if
-                it was written in place, unusable.
+            input_ids: [B, T]. Give either these or `inputs_embeds` [B, T, D].
+            attention_mask: [B, T] or [B, past + T], 0 for padding, which may stand anywhere in a row.
+            position_ids: [B, T], used only to find packed documents, as above.
+            cache: a [`StackformerCache`], updated and returned. A call that fails leaves the cache as it was;
+                if it had already written in place, the cache refuses further calls.
             use_cache: whether to return the state; by default `config.use_cache`, but not in training.
-            output_hidden_states: whether to return the embeddings and every ponder step's thoughts.
+            output_hidden_states: whether to return the embeddings and the thoughts of every ponder step.
             output_stack_trace: whether to return the [`StackTrace`].
-            halting_threshold: in place of `config.halting_threshold`. Every call that shares a cache should
-                have the same, or tokens are read to other depths than those before them.
-            ponder_depths: [B, T], the ponder steps after which each token is done, instead of when its mass
-                falls below `config.halting_threshold`.
+            halting_threshold: replaces `config.halting_threshold`. All calls that share a cache should use
+                the same value. Otherwise their tokens are computed to different depths.
+            ponder_depths: [B, T], the number of ponder steps after which each token halts. It replaces
+                halting by `halting_threshold`.
             past_key_values: an older name of `cache`.
-            kwargs: what transformers passes to all models and this one has no use for.
+            kwargs: arguments that transformers passes to all models and that this model ignores.
 
         Raises:
-            TypeError: for a keyword argument that transformers does not know, either.
-            ValueError: for anything else that is not as described above; the message says what is.
+            TypeError: for a keyword argument that transformers does not know.
+            ValueError: for any other argument that differs from the description above. The message states
+                the expected and the given value.
         """
         cache = check_arguments(kwargs, type(self).__name__, cache, past_key_values)
         if kwargs.get("is_causal") is False:
@@ -306,8 +312,8 @@ class StackformerModel(StackformerPreTrainedModel):
     def _check_checkpoints(self, cache: Cache | None) -> None:
         """Raises a ValueError for reentrant checkpoints where their gradients would be wrong.
 
-        These are layers that run several times under DDP, which would take the gradient of the first time for
-        the whole one, and layers with a state, which such a checkpoint cuts off from the graph.
+        There are two such cases. DDP would take the gradient of a layer's first run for the whole gradient if
+        the layer runs several times. And a reentrant checkpoint cuts a layer's state off from the graph.
         """
         function = getattr(self.layers[0], "_gradient_checkpointing_func", None)
         if function is None or not (self.training and self.layers[0].gradient_checkpointing):
@@ -328,7 +334,7 @@ class StackformerModel(StackformerPreTrainedModel):
             )
 
     def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
-        """The embeddings [B, T, D] of exactly one of ids [B, T] and embeddings."""
+        """Returns embeddings [B, T, D], looked up or given. Exactly one of the arguments must be given."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("You must specify exactly one of `input_ids` and `inputs_embeds`")
         if inputs_embeds is not None:
@@ -358,7 +364,7 @@ class StackformerModel(StackformerPreTrainedModel):
             ) from error
 
     def _prepare_cache(self, cache: Cache | None, use_cache: bool | None, packed: bool) -> Cache | None:
-        """The cache to go on from, a new one, or none."""
+        """Returns the given cache, or a new one if `use_cache` asks for it, or `None`."""
         if packed:
             if cache is not None or use_cache:
                 raise ValueError(
@@ -403,18 +409,22 @@ class StackformerForCausalLM(StackformerPreTrainedModel, StackformerGenerationMi
         past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> StackformerCausalLMOutputWithPast:
-        """See [`StackformerModel.forward`]. `generate` takes `halting_threshold`, too.
+        """Reads T tokens and predicts the token after each. See [`StackformerModel.forward`].
+
+        `generate` accepts `halting_threshold`, too.
 
         Args:
-            labels: [B, T], shifted inside; -100 is ignored, and so is what padding and the last token of a
-                document would predict. The loss is the cross-entropy, in training plus
+            labels: [B, T], shifted inside the model. Labels of -100 are ignored. Padding and the last token
+                of a document predict no label. The loss is the cross-entropy. In training,
                 `config.ponder_loss_coef` times the mean ponder loss (`config.ponder_loss_type`) of the tokens
-                that predict a label.
-            logits_to_keep: the last positions to compute logits for; 0 for all, or a tensor of positions.
-            num_items_in_batch: what the sums of the losses are divided by; the number of labels if `None`.
-            kwargs: among others `shift_labels` [B, T], in place of `labels`: the label of each token.
+                that predict a label is added.
+            logits_to_keep: the number of last positions to compute logits for, 0 for all, or a tensor of
+                positions.
+            num_items_in_batch: the divisor of the summed losses; the number of labels if `None`.
+            kwargs: may contain `shift_labels` [B, T] in place of `labels`: the label each token predicts.
         """
-        # Not in the signature: the Trainer would ask for all that is called labels there.
+        # `shift_labels` is not in the signature, because the Trainer expects each batch to contain every
+        # argument of the signature that has "label" in its name.
         shift_labels = kwargs.pop("shift_labels", None)
         outputs = self.model(
             input_ids=input_ids,
@@ -474,7 +484,9 @@ class StackformerForCausalLM(StackformerPreTrainedModel, StackformerGenerationMi
 
     @torch.no_grad()
     def stack_trace(self, text: str | Tensor, tokenizer: PreTrainedTokenizerBase) -> TextTrace:
-        """What the model did at every token of a text: shown by a notebook, or `to_html` and `to_png`.
+        """Runs the model on a text and records the processing stack at every token.
+
+        A notebook displays the result; `to_html` and `to_png` write it to a file.
 
             model.stack_trace("Once upon a time", tokenizer).to_html("trace.html")
 
@@ -491,12 +503,12 @@ class StackformerForCausalLM(StackformerPreTrainedModel, StackformerGenerationMi
             raise ValueError(
                 f"`text` must be one text of at least one token, got ids of shape {tuple(ids.shape)}"
             )
-        ids = ids.to(self.device, torch.long)  # the ids of an empty string have no integer type
+        ids = ids.to(self.device, torch.long)  # a tokenizer returns the ids of an empty string as floats
         outputs = self(ids, use_cache=False, output_stack_trace=True)
         return TextTrace.from_outputs(ids, outputs, tokenizer)
 
     def _ponder_loss(self, outputs, counted: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
-        """Mean ponder loss over the tokens that are `counted` [B, T], reduced as the cross-entropy is."""
+        """Returns the ponder loss of the tokens in `counted` [B, T], reduced as the cross-entropy is."""
         if self.config.ponder_loss_type == "geometric_prior":
             losses = divergence_from_geometric(outputs.ponder_distribution, self.config.ponder_prior)
         else:

@@ -1,6 +1,5 @@
 # Copyright 2026 The Stackformer authors. Licensed under the Apache License, Version 2.0.
-"""The loop over ponder steps: which tokens are computed at each, and what becomes of those that are done.
-
+"""The loop over ponder steps. Tokens that halt leave the computation, and their results are collected.
 Letters: B batch, T time, n active tokens, D hidden size, P ponder steps.
 """
 
@@ -24,11 +23,11 @@ from .token_layout import TokenLayout
 
 
 class PonderOptions(NamedTuple):
-    """How deep tokens ponder, and what is recorded of it.
+    """The halting rule of one call, and the records to keep of it.
 
     Args:
-        halting_threshold: a token is done when less mass than this is left on its stack; 0 for never.
-        depths: [B, T], the steps after which each token is done, instead.
+        halting_threshold: a token halts when less mass than this is left on its stack; 0 for never.
+        depths: [B, T], the steps after which each token halts. It replaces `halting_threshold`.
         keep_thoughts: whether to return the thoughts of every step.
         keep_trace: whether to return a [`StackTrace`].
     """
@@ -43,18 +42,19 @@ class Pondered(NamedTuple):
     """The result of pondering."""
 
     output: Tensor  # [B, T, D], the accumulated output of each token's stack
-    distribution: Tensor  # [B, T, P], over halting steps
-    thoughts: tuple[Tensor, ...] | None  # P + 1 of [B, T, D]: the embeddings, and after each step
+    distribution: Tensor  # [B, T, P], each token's distribution over halting steps
+    thoughts: tuple[Tensor, ...] | None  # P + 1 of [B, T, D]: the embeddings, then the thoughts of each step
     trace: StackTrace | None
 
 
 def ponder(
     model: Any, embeds: Tensor, layout: TokenLayout, cache: Cache | None, options: PonderOptions
 ) -> Pondered:
-    """Apply the core of a `StackformerModel` to embeddings [B, T, D] until every token's stack is empty.
+    """Applies the core of a `StackformerModel` to embeddings [B, T, D] until every token has halted.
 
-    With feedback, the ponder steps share one slice of state: the first step of a token reads what the last
-    step of the token before it wrote. So one token of each row comes after the other, with all of its steps.
+    With feedback, all ponder steps share one slice of state: the first step of a token reads the state that
+    the last step of the previous token wrote. So the tokens of a row are computed one after another, each
+    through all of its steps.
     """
     if options.depths is not None:
         check_depths(options.depths, layout)
@@ -76,7 +76,8 @@ def ponder(
 
 
 def _ponder_documents(model: Any, embeds: Tensor, layout: TokenLayout, options: PonderOptions) -> Pondered:
-    """`ponder` with feedback for packed documents: each becomes a row of its own, and goes back."""
+    """`ponder` with feedback for packed documents. Each document becomes a row of its own meanwhile."""
+    # [B, T, ...] -> [n, ...] -> [B', T', ...], and back for the results
     rows, depths = _map_tensors(lambda x: layout.to_rows(layout.gather(x)), (embeds, options.depths))
     result = ponder(model, rows, layout.as_batch(), None, options._replace(depths=depths))
     return _map_tensors(
@@ -90,7 +91,7 @@ def _ponder_documents(model: Any, embeds: Tensor, layout: TokenLayout, options: 
 def _ponder_together(
     model: Any, embeds: Tensor, layout: TokenLayout, cache: Cache | None, options: PonderOptions
 ) -> Pondered:
-    """`ponder` for all tokens at once, step by step."""
+    """`ponder` for all tokens in parallel: runs the loop over ponder steps."""
     config = model.config
     num_steps = config.max_ponder_steps
     tokens = _Tokens.begin(embeds, layout, config)
@@ -111,8 +112,8 @@ def _ponder_together(
         tokens.halt(thought, step, options)
 
     output, distribution = tokens.collect()
-    if steps_left and _is_shared(model, cache):
-        output = _keep_up(model, output, embeds, steps_left, cache)
+    if steps_left and _spans_processes(model, cache):
+        output = _run_remaining_steps(model, output, embeds, steps_left, cache)
     elif steps_left and torch.is_grad_enabled():
         output = _keep_in_graph(model, output, steps_left)
     if cache is not None:
@@ -122,7 +123,7 @@ def _ponder_together(
 
 
 def check_depths(depths: Tensor, layout: TokenLayout) -> None:
-    """Raises a ValueError for depths of another shape, or of less than one step for a token that is read."""
+    """Raises a ValueError unless depths are [B, T] and at least 1 for every active token."""
     shape = (layout.batch_size, layout.length)
     if tuple(depths.shape) != shape:
         raise ValueError(f"`ponder_depths` must have shape {shape}, got {tuple(depths.shape)}")
@@ -132,15 +133,16 @@ def check_depths(depths: Tensor, layout: TokenLayout) -> None:
 
 
 class _Tokens:
-    """The tokens that are still computed, and the results of those that are done."""
+    """The tokens that are still computed, and the results of those that have halted."""
 
     def __init__(self, layout: TokenLayout, embedding: Tensor, stack: Stack):
         self.layout, self.embedding, self.stack = layout, embedding, stack
-        self.finished: list[tuple[Tensor, ...]] = []  # places, outputs, distributions
+        # For each group of tokens that halted: places in B * T, outputs [., D], distributions [., P].
+        self.finished: list[tuple[Tensor, ...]] = []
 
     @classmethod
     def begin(cls, embeds: Tensor, layout: TokenLayout, config: Any) -> "_Tokens":
-        """All active tokens, on level 0 of their stacks."""
+        """Returns all active tokens, with all mass on level 0 of their stacks."""
         embedding = layout.gather(embeds)  # [n, D]
         stack = init_stack(embedding, config.stack_depth, config.max_ponder_steps)
         if layout.thinking is not None:  # padding has no mass
@@ -148,8 +150,11 @@ class _Tokens:
         return cls(layout, embedding, stack)
 
     def halt(self, thought: Tensor, step: int, options: PonderOptions) -> None:
-        """Let the tokens go that are done after a step: their remaining mass drops, and they are gathered
-        out. A compiled graph cannot depend on which ones these are: there, they are masked instead."""
+        """Drops the remaining mass of the tokens that halt after a step, and gathers these tokens out.
+
+        In compiled decoding, shapes must not depend on which tokens halt. There, these tokens stay in the
+        computation and are masked.
+        """
         if options.depths is not None:
             done = self.layout.gather(options.depths) <= step
         elif options.halting_threshold > 0:
@@ -171,12 +176,12 @@ class _Tokens:
             self.embedding = self.embedding.index_select(0, staying)
 
     def collect(self) -> tuple[Tensor, ...]:
-        """Outputs [B, T, D] and distributions over halting steps [B, T, P] of all tokens."""
+        """Returns outputs [B, T, D] and distributions over halting steps [B, T, P] of all tokens."""
         return self.layout.spread(self.finished, (self.stack.output, self.stack.dropped))
 
 
 class _Record:
-    """The thoughts of every step, and the trace, where they are asked for."""
+    """Records the thoughts and the trace of every step, as far as the options ask for them."""
 
     def __init__(self, embeds: Tensor, options: PonderOptions):
         self._options = options
@@ -184,7 +189,7 @@ class _Record:
         self._steps: list[list[Tensor]] = []
 
     def add(self, tokens: _Tokens, thought: Tensor, actions: Tensor, bank_weights: list[BankWeights]) -> None:
-        """One step of the tokens that are computed."""
+        """Records one step. Tokens that have halted keep their last thought."""
         if self._options.keep_trace:
             step = StackTrace.of_step(tokens.layout, tokens.stack.pointer, actions, bank_weights)
             self._steps.append(step)
@@ -192,20 +197,22 @@ class _Record:
             self._thoughts.append(tokens.layout.scatter(thought, self._thoughts[-1]))
 
     def collect(self, num_steps: int) -> tuple[tuple[Tensor, ...] | None, StackTrace | None]:
-        """The thoughts and the trace of `num_steps` steps, some of which no token may have needed."""
+        """Returns the thoughts and the trace of `num_steps` steps.
+
+        Steps that no token needed repeat the last thoughts, and are zeros in the trace.
+        """
         thoughts = self._thoughts + self._thoughts[-1:] * (num_steps + 1 - len(self._thoughts))
         trace = StackTrace.of_steps(self._steps, num_steps) if self._steps else None
         return tuple(thoughts) if self._options.keep_thoughts else None, trace
 
 
 def _map_tensors(function: Callable[..., Tensor], *trees):
-    """Applies a function to the tensors that have the same place in trees of one structure."""
+    """Applies a function to the corresponding tensors of trees that have the same structure."""
     return tree_map(lambda *leaves: None if leaves[0] is None else function(*leaves), *trees)
 
 
-def _is_shared(model: Any, cache: Cache | None) -> bool:
-    """Whether other processes take part in each run of the core: its weights are gathered from them, or its
-    state comes from them."""
+def _spans_processes(model: Any, cache: Cache | None) -> bool:
+    """Whether each run of the core involves other processes, which hold a part of its weights or state."""
     if cache is not None and cache.layers[0].is_shared:
         return True
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
@@ -216,31 +223,36 @@ def _is_shared(model: Any, cache: Cache | None) -> bool:
 
 
 def _keep_in_graph(model: Any, output: Tensor, steps_left: range) -> Tensor:
-    """Returns `output`, unchanged, as a function of the parameters that no token needed: where gradients are
-    exchanged (DDP), every process must have one for each of them."""
+    """Returns `output` unchanged, but connected in the graph to the parameters that no token needed.
+
+    DDP exchanges gradients, so every process must have a gradient of each parameter.
+    """
     if steps_left.start > 2:
         return output
-    # After a single step, nothing has read the frames that were written, and no gate was needed.
+    # `start` 1: no step ran, and no parameter was used. 2: one step ran, without the gate, and no step has
+    # read the frames that it wrote.
     unused = [model] if steps_left.start == 1 else [model.step_gate, model.return_norm]
     parameters = [x for module in unused if module is not None for x in module.parameters()]
     sums = [x.sum().to(output.device) for x in parameters if x.requires_grad]
     return output + 0 * torch.stack(sums).sum() if sums else output
 
 
-def _keep_up(model: Any, output: Tensor, embeds: Tensor, steps: range, cache: Cache | None) -> Tensor:
+def _run_remaining_steps(
+    model: Any, output: Tensor, embeds: Tensor, steps: range, cache: Cache | None
+) -> Tensor:
     """Runs the remaining steps on one token without mass in each row, and returns `output` unchanged.
 
     Every process must run the core equally often: a sharded layer is gathered from all processes each time it
-    runs, all must have a gradient of each parameter, and all take part in the state of a sequence that is
-    split over them.
+    runs, every process needs a gradient of each parameter, and all processes exchange the state of a sequence
+    that is split over them.
     """
-    # The token is made of the outputs, so that the backward pass, too, runs these steps before the others. A
-    # token that is no number must stay the only one.
+    # The token depends on the outputs, so that the backward pass also runs these steps before the others.
+    # `nan_to_num` keeps a NaN in one token from reaching all others through the sums below.
     embedding = (output[:, 0] + embeds[:, 0]).nan_to_num()
-    nobody = torch.zeros(len(embedding), dtype=torch.bool, device=embedding.device)
-    layout = TokenLayout.full(len(embedding), 1).masked(nobody)
+    no_token = torch.zeros(len(embedding), dtype=torch.bool, device=embedding.device)
+    layout = TokenLayout.full(len(embedding), 1).masked(no_token)
     stack = init_stack(embedding, model.config.stack_depth, model.config.max_ponder_steps)
-    weightless = torch.zeros_like(stack.pointer)  # writes nothing, decays nothing
+    weightless = torch.zeros_like(stack.pointer)  # a token without mass neither writes nor decays a memory
     shared = cache if cache is not None and cache.layers[0].is_shared else None
     for step in steps:
         stack = stack._replace(pointer=weightless)

@@ -1,13 +1,15 @@
 # Copyright 2026 The Stackformer authors. Licensed under the Apache License, Version 2.0.
-"""The differentiable processing stack: where a token thinks (pointer), what it keeps (frames), when it stops.
+"""The differentiable processing stack of a token: its pointer, its frames, and its distribution over halting.
 
-Pure functions on tensors. The stack is a superposition stack (Joulin & Mikolov 2015, "Inferring Algorithmic
-Patterns with Stack-Augmented Recurrent Nets", equations 1 to 5) whose frames are embeddings of one token;
-what leaves it at the bottom is accumulated as in Adaptive Computation Time (Graves 2016, equation 13).
+All functions are pure. The stack is a superposition stack (Joulin & Mikolov 2015, "Inferring Algorithmic
+Patterns with Stack-Augmented Recurrent Nets", equations 1 to 5). Its frames are embeddings of one token. A
+pop at the bottom level drops mass off the stack. The thoughts are accumulated, weighted by the mass dropped
+at each step, as in Adaptive Computation Time (Graves 2016, equation 13).
 
-Letters: D hidden size, S stack levels, P ponder steps; "..." are any leading dimensions. Level 0 is
-the bottom. The pointer is a distribution over levels that loses mass as
-the token finishes: its sum plus the mass that was dropped is always 1.
+Level 0 is the bottom. The pointer is a distribution over levels that loses mass as the token halts: the sum
+of the pointer and of the dropped mass is always 1.
+
+Letters: D hidden size, S stack levels, P ponder steps; "..." are any leading dimensions.
 """
 
 import math
@@ -27,22 +29,25 @@ class Stack(NamedTuple):
 
     pointer: Tensor  # [..., S], probability mass on each level, >= 0
     frames: Tensor  # [..., S, D], the embedding stack
-    output: Tensor  # [..., D], sum of dropped mass * what the token was thinking then
-    dropped: Tensor  # [..., P], mass dropped at each step: in the end, the distribution over halting steps
+    output: Tensor  # [..., D], sum over steps of dropped mass * thought
+    dropped: Tensor  # [..., P], mass dropped at each step; at the end, the distribution over halting steps
 
 
 class Transfer(NamedTuple):
-    """The mass that moves in one step: by level [..., S], and off the bottom [...]."""
+    """The mass that moves in one step, at each level [..., S], and the mass dropped off the bottom [...]."""
 
     kept: Tensor  # stays on its level
-    from_below: Tensor  # arrives by a push
-    from_above: Tensor  # arrives by a pop
-    popped: Tensor  # leaves its level downwards
-    dropped: Tensor  # leaves the stack: what the bottom level popped
+    from_below: Tensor  # arrives from the level below by a push
+    from_above: Tensor  # arrives from the level above by a pop
+    popped: Tensor  # leaves its level downwards by a pop
+    dropped: Tensor  # leaves the stack: the mass popped at the bottom level
 
 
 def init_stack(embedding: Tensor, depth: int, max_steps: int) -> Stack:
-    """All mass on level 0, every frame holding the token's embedding [..., D]; P is `max_steps`."""
+    """Returns a stack of S = `depth` levels for P = `max_steps` steps, with all mass on level 0.
+
+    Every frame holds the token's embedding [..., D].
+    """
     pointer = embedding.new_zeros(*embedding.shape[:-1], depth, dtype=at_least_float32(embedding))
     pointer[..., 0] = 1
     frames = embedding.unsqueeze(-2).expand(*embedding.shape[:-1], depth, embedding.shape[-1])
@@ -51,14 +56,15 @@ def init_stack(embedding: Tensor, depth: int, max_steps: int) -> Stack:
 
 
 def read_stack(stack: Stack) -> Tensor:
-    """The superposition of the frames under the pointer [..., D]: sum_s p_s E_s / sum_s p_s."""
+    """Returns the superposition [..., D] of the frames E under the pointer p: sum_s p_s E_s / sum_s p_s."""
     mass = stack.pointer.sum(-1, keepdim=True)
-    weights = stack.pointer / mass.clamp(min=torch.finfo(mass.dtype).tiny)  # without mass, 0
+    weights = stack.pointer / mass.clamp(min=torch.finfo(mass.dtype).tiny)  # 0 without mass
+    # [..., 1, S] @ [..., S, D] -> [..., D]
     return (weights.to(stack.frames.dtype).unsqueeze(-2) @ stack.frames).squeeze(-2)
 
 
 def transfer_mass(pointer: Tensor, actions: Tensor) -> Transfer:
-    """Split each level's mass by what the token does. A push at the top level stays there.
+    """Splits the mass of each level by the actions of the token. At the top level, a push keeps its mass.
 
     Args:
         pointer: [..., S].
@@ -81,19 +87,25 @@ def write_back(
     embedding: Tensor,
     norm: Callable[[Tensor], Tensor],
 ) -> Tensor:
-    """Scatter one step's result over the frames [..., S, D].
+    """Writes the thought of one step into the frames [..., S, D], weighted by the mass that moves.
 
-    The frame in use takes the thought, whether it goes on or calls; a call copies the thought one level up; a
-    return is added to the caller's frame and normalised; a frame that returned is erased to the token's
-    embedding. The weights of each new frame sum to at most one, so the stack stays bounded.
+    - No-op and push write the thought to the frame of the pointer.
+    - A push also copies the thought to the level above (it calls a subroutine).
+    - A pop adds the thought to the frame below and normalises the sum (it returns to the caller). The frame
+      that it leaves is reset to the token's embedding.
+
+    The weights of each new frame sum to at most 1, so the frames stay bounded.
 
     Args:
         frames: [..., S, D]; pointer: [..., S], before the step; transfer: of this step.
-        thought: [..., D], what the core made of the superposition.
+        thought: [..., D], the result of the core for the superposition.
         embedding: [..., D], the token's embedding.
-        norm: normalisation of the caller's frame plus what was returned to it.
+        norm: normalises the sum of the caller's frame and the thought that returns to it.
+
+    Returns:
+        The new frames [..., S, D].
     """
-    thought, embedding = thought.unsqueeze(-2), embedding.unsqueeze(-2)
+    thought, embedding = thought.unsqueeze(-2), embedding.unsqueeze(-2)  # [..., 1, D]
 
     def weight(mass: Tensor) -> Tensor:
         return mass.to(frames.dtype).unsqueeze(-1)
@@ -114,10 +126,11 @@ def step_stack(
     step: int,
     norm: Callable[[Tensor], Tensor],
 ) -> Stack:
-    """One ponder step: move the mass, write the thought back, accumulate what fell off the bottom.
+    """Performs one ponder step: moves the mass, writes the thought, and accumulates the dropped mass.
 
     Args:
-        stack: before the step; actions: [..., 3]; thought, embedding: [..., D]; step: 1 for the first.
+        stack: before the step; actions: [..., 3]; thought, embedding: [..., D]; step: from 1; norm: see
+            `write_back`.
     """
     transfer = transfer_mass(stack.pointer, actions)
     frames = write_back(stack.frames, stack.pointer, transfer, thought, embedding, norm)
@@ -126,14 +139,14 @@ def step_stack(
 
 
 def accumulate(stack: Stack, mass: Tensor, thought: Tensor, step: int) -> tuple[Tensor, Tensor]:
-    """Output and dropped mass after `mass` [...] left at a step, thinking `thought` [..., D]."""
+    """Returns output and dropped mass after a step that drops `mass` [...] with the thought [..., D]."""
     mass = mass.unsqueeze(-1)
     output = stack.output + mass.to(thought.dtype) * thought
     return output, stack.dropped + nn.functional.pad(mass, (step - 1, stack.dropped.shape[-1] - step))
 
 
 def flush_stack(stack: Stack, done: Tensor | None, thought: Tensor, step: int) -> Stack:
-    """Drop all remaining mass of the tokens that are done, a boolean [...], or of all if `None`."""
+    """Drops all remaining mass of the tokens in `done`, a boolean [...]; of all tokens if it is `None`."""
     if done is None:
         output, dropped = accumulate(stack, stack.pointer.sum(-1), thought, step)
         return Stack(torch.zeros_like(stack.pointer), stack.frames, output, dropped)
@@ -142,17 +155,20 @@ def flush_stack(stack: Stack, done: Tensor | None, thought: Tensor, step: int) -
 
 
 def expected_steps(distribution: Tensor) -> Tensor:
-    """Mean [...] of a distribution over halting steps [..., P]; the first step is step 1."""
+    """Returns the mean [...] of a distribution over halting steps [..., P]. The first step is step 1."""
     steps = torch.arange(1, distribution.shape[-1] + 1, device=distribution.device, dtype=distribution.dtype)
-    return (distribution * steps).sum(-1)  # no product of matrices: autocast would round it
+    return (distribution * steps).sum(-1)  # not a matrix product, which autocast would round
 
 
 def divergence_from_geometric(distribution: Tensor, rate: float) -> Tensor:
-    """KL [...] of a distribution over halting steps [..., P] from a geometric one, truncated at P: in nats.
+    """Returns the KL divergence [...], in nats, of distributions over halting steps from a geometric prior.
 
-    The regulariser of PonderNet (Banino et al. 2021, equation 6): it pulls towards halting with probability
-    `rate` at every step, so it does not only charge for depth as the expected steps do, but also for too
-    little of it.
+    It is the regulariser of PonderNet (Banino et al. 2021, equation 6). The prior halts with probability
+    `rate` at every step and is truncated at P. Unlike the expected number of steps, the divergence penalises
+    too few steps as well as too many.
+
+    Args:
+        distribution: [..., P].
     """
     steps = torch.arange(distribution.shape[-1], device=distribution.device, dtype=distribution.dtype)
     log_prior = (steps * math.log1p(-rate)).log_softmax(-1)
@@ -160,8 +176,8 @@ def divergence_from_geometric(distribution: Tensor, rate: float) -> Tensor:
 
 
 def entropy(distribution: Tensor) -> Tensor:
-    """Entropy [...] of a distribution [..., P], in nats."""
-    # Where there is no mass the term is 0; the bound keeps its gradient finite.
+    """Returns the entropy [...] of a distribution [..., P], in nats."""
+    # Steps without mass contribute 0. The bound keeps their gradients finite.
     return -(distribution * distribution.clamp(min=torch.finfo(distribution.dtype).eps).log()).sum(-1)
 
 

@@ -1,8 +1,8 @@
 # Copyright 2026 The Stackformer authors. Licensed under the Apache License, Version 2.0.
-"""Rolling a recurrent state back: an old state is kept, and the tokens read since are replayed up to one.
+"""Rolls a recurrent state back: keeps an old state, the anchor, and replays recorded tokens from there.
 
-A recurrence cannot be run backwards in general, and a state per token would take too much memory. So the
-layer's inputs of the last tokens are recorded, which is small, and the state in between is computed again.
+In general, a recurrence cannot be reversed, and storing a state per token would take too much memory. So
+this file records the inputs of the last tokens, which are small, and computes the states in between again.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ Advance = Callable[[Tensor, Tensor, TokenLayout, State | None], State]
 
 
 class _Call(NamedTuple):
-    """The tokens that one core layer read in one call of one slice."""
+    """The inputs of one core layer in one call, for one slice of its state."""
 
     start: int  # tokens since the anchor
     advance: Advance
@@ -28,7 +28,11 @@ class _Call(NamedTuple):
     layout: TokenLayout
 
     def replay(self, state: State | None, stop: int) -> State | None:
-        """The slice's state (all batch rows) after those tokens of this call that precede token `stop`."""
+        """Returns the state [B, ...] after the tokens of this call that precede token `stop`.
+
+        Args:
+            state: of the slice before this call [B, ...]; stop: counted from the anchor.
+        """
         keep = self.layout.before(stop - self.start, self.hidden.device).nonzero().squeeze(-1)
         layout = self.layout.select(keep)
         if layout.num_tokens == 0:
@@ -37,18 +41,18 @@ class _Call(NamedTuple):
         return put_rows(state, new, layout)
 
     def after(self, stop: int) -> "_Call":
-        """The rest of this call from token `stop` on, counted from there."""
+        """Returns the part of this call from token `stop` on. Its tokens are counted from `stop`."""
         keep = (~self.layout.before(stop - self.start, self.hidden.device)).nonzero().squeeze(-1)
         layout = self.layout.select(keep)
         return _Call(self.start - stop, self.advance, self.hidden[keep], self.pointer[keep], layout)
 
 
 class Recording:
-    """The tokens that a layer read since an anchor: the state from which they are replayed.
+    """Records the tokens that a layer reads after the anchor, the state from which they can be replayed.
 
     Args:
-        slices: the state of each slice now, which becomes the anchor.
-        window: tokens that can be rolled back; at most twice as many are kept.
+        slices: the present state of each slice, which becomes the anchor.
+        window: number of tokens that can be rolled back. At most twice as many are recorded.
     """
 
     def __init__(self, slices: dict[int, State], window: int):
@@ -56,25 +60,25 @@ class Recording:
         self.restart(slices)
 
     def restart(self, slices: dict[int, State]) -> None:
-        """Record from here on: nothing before can be rolled back."""
+        """Makes `slices` the anchor, and forgets all recorded tokens."""
         self._anchor = dict(slices)
         self._calls: dict[int, list[_Call]] = {}
         self.num_tokens = 0
 
     def copy(self) -> "Recording":
-        """A copy that records on its own."""
+        """Returns an independent copy."""
         other = Recording(self._anchor, self.window)
         other._calls = {index: list(calls) for index, calls in self._calls.items()}
         other.num_tokens = self.num_tokens
         return other
 
     def add(self, index: int, advance: Advance, hidden: Tensor, pointer: Tensor, layout: TokenLayout) -> None:
-        """Record what slice `index` reads in a call."""
+        """Records the inputs of slice `index` in a call."""
         call = _Call(self.num_tokens, advance, hidden, pointer, layout)
         self._calls.setdefault(index, []).append(call)
 
     def count(self, tokens: int) -> None:
-        """Count the tokens of a call. Those that fall out of the window become part of the anchor."""
+        """Counts the tokens of a call. The anchor moves over tokens before the window."""
         self.num_tokens += tokens
         if self.num_tokens > 2 * self.window:
             stop = self.num_tokens - self.window
@@ -86,11 +90,11 @@ class Recording:
             self.num_tokens -= stop
 
     def without_last(self, tokens: int) -> dict[int, State]:
-        """The state of each slice before the last `tokens` tokens, at most `num_tokens`."""
+        """Returns the state of each slice before the last `tokens` tokens, at most `num_tokens`."""
         return self._replay(self.num_tokens - tokens)
 
     def _replay(self, stop: int) -> dict[int, State]:
-        """The state of each slice after `stop` tokens since the anchor."""
+        """Returns the state of each slice after `stop` tokens since the anchor."""
         slices = {}
         for index in self._anchor.keys() | self._calls.keys():
             state = self._anchor.get(index)

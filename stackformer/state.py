@@ -1,9 +1,11 @@
 # Copyright 2026 The Stackformer authors. Licensed under the Apache License, Version 2.0.
-"""The recurrent state of a layer: the names, shapes and types of its tensors, and operations on all of them.
+"""The recurrent state of a layer: the specification of its tensors, and operations on all of them.
 
-A state is a tuple of tensors, batch rows first. Every mixer names the tensors of its own (a NamedTuple,
-`Mixer.state_type`) and specifies them (`Mixer.state_spec`). A cache checks, saves, moves and reorders states
-by their specification, and knows nothing else about them.
+A state is a tuple of tensors, batch rows first. Every mixer names the tensors of its state (a NamedTuple,
+`Mixer.state_type`) and specifies their shapes and types (`Mixer.state_spec`). A cache checks, saves, moves
+and reorders states by this specification alone.
+
+Letters: B batch rows, B' rows with active tokens.
 """
 
 from collections.abc import Sequence
@@ -23,8 +25,8 @@ class TensorSpec(NamedTuple):
 
     Args:
         name: unique in the state of the layer.
-        shape: of one batch row; `None` for a dimension that grows with the tokens that were read.
-        integer: whether it holds integers (int64). All others hold floating-point numbers.
+        shape: of one batch row. `None` stands for a dimension that grows with the number of tokens.
+        integer: whether the tensor holds integers (int64) instead of floating-point numbers.
     """
 
     name: str
@@ -32,7 +34,7 @@ class TensorSpec(NamedTuple):
     integer: bool = False
 
     def matches(self, tensor: Tensor) -> bool:
-        """Whether a tensor [B, ...] is as specified, whatever B is."""
+        """Whether a tensor [B, ...] has the specified type and shape, for any B."""
         same_kind = tensor.dtype == torch.int64 if self.integer else tensor.is_floating_point()
         shape = tensor.shape[1:]
         return (
@@ -50,12 +52,12 @@ StateSpec = tuple[TensorSpec, ...]
 
 
 class Start(NamedTuple):
-    """What a layer goes on from in one call.
+    """The state from which a layer continues in one call.
 
     Args:
-        state: of the layer's rows [B', ...]; of all batch rows [B, ...] with `in_place`; `None` at the
-            beginning of the sequences.
-        inputs: what `Mixer.project` returns for the tokens of the call, where that is known already.
+        state: of the rows with active tokens [B', ...], or with `in_place` of all batch rows [B, ...];
+            `None` at the beginning of the sequences.
+        inputs: the result of `Mixer.project` for the tokens of the call, if it is known already.
         in_place: whether the mixer writes the new state into the tensors of `state`.
     """
 
@@ -65,7 +67,10 @@ class Start(NamedTuple):
 
 
 def find_mismatch(state: Sequence[Tensor], spec: StateSpec) -> str | None:
-    """Says what is wrong with a state; `None` if it is as specified, and has as many rows in all tensors."""
+    """Describes the first difference between a state and its specification; `None` if there is none.
+
+    All tensors of a state must have the same number of rows.
+    """
     if len(state) != len(spec):
         names = [tensor_spec.name for tensor_spec in spec]
         return f"{len(state)} tensors instead of the {len(spec)} tensors {names}"
@@ -79,27 +84,27 @@ def find_mismatch(state: Sequence[Tensor], spec: StateSpec) -> str | None:
 
 
 def take_rows(state: AnyState | None, rows: Tensor | None) -> AnyState | None:
-    """The batch rows `rows` [B'] of a state, all if `None`."""
+    """Returns the batch rows `rows` [B'] of a state; all rows if `rows` is `None`."""
     if state is None or rows is None:
         return state
     return tuple(tensor.index_select(0, rows) for tensor in state)  # type: ignore[return-value]
 
 
 def put_rows(old: State | None, new: State, layout: TokenLayout) -> State:
-    """`old`, zeros if `None`, with the rows of `layout` replaced by `new`.
+    """Returns the state `old` [B, ...] with the rows of `layout` replaced by `new` [B', ...].
 
-    A state may grow along dimension 1: then what is new comes last, and shorter rows get zeros in front.
+    `old` is zeros if `None`. If a state has grown along dimension 1, all rows are padded with zeros in front.
     """
     if layout.rows is None:
         return new
     if old is None:
         old = tuple(tensor.new_zeros(layout.batch_size, *tensor.shape[1:]) for tensor in new)
-    pairs = (_as_long(past, tensor) for past, tensor in zip(old, new, strict=True))
+    pairs = (_pad_front(past, tensor) for past, tensor in zip(old, new, strict=True))
     return tuple(past.index_copy(0, layout.rows, tensor) for past, tensor in pairs)
 
 
-def _as_long(*tensors: Tensor) -> list[Tensor]:
-    """The tensors [B, length, ...] with zeros in front of the shorter ones."""
+def _pad_front(*tensors: Tensor) -> list[Tensor]:
+    """Pads tensors [B, length, ...] with zeros in front, to the length of the longest."""
     if tensors[0].dim() == 1 or len({tensor.shape[1] for tensor in tensors}) == 1:
         return list(tensors)
     length = max(tensor.shape[1] for tensor in tensors)
