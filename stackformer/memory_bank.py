@@ -776,36 +776,3 @@ def _group_backward(
     grad_total[..., -1, :] += leaving.sum(-2) + grad_decay
     grad_g = grad_total.flip(-2).cumsum(-2).flip(-2)
     return (grad_q, grad_k, grad_v[..., :-1], grad_r, grad_w, grad_g), grad_state
-
-
-class _EluPlusOne(torch.autograd.Function):
-    """elu(x) + 1. It keeps its result for the backward pass, as does what is given the result, and not x."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        result = torch.nn.functional.elu(x).add_(1)
-        ctx.save_for_backward(result)
-        return result
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
-        (result,) = ctx.saved_tensors
-        return grad * result.clamp(max=1)
-
-
-def _elu_plus_one(x: Tensor) -> Tensor:
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        return _EluPlusOne.apply(x)
-    return torch.nn.functional.elu(x).add_(1)
-
-
-FeatureMap = Callable[[Tensor], Tensor]
-
-# Feature maps by name. All are non-negative, so that no normalizer vanishes between terms of both signs.
-FEATURE_MAPS: dict[str, FeatureMap] = {
-    "elu_plus_one": _elu_plus_one,
-    "relu": torch.nn.functional.relu,
-    "softplus": torch.nn.functional.softplus,
-    "softmax": lambda x: x.softmax(-1),
-    "exp": lambda x: x.clamp(max=20.0).exp(),
-}

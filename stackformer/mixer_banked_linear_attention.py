@@ -16,15 +16,46 @@ from .dtypes import at_least_float32
 from .fused_ops import RMSNorm, swish_gate
 from .layers_stackformer import ResidualProjection, ShortConvolution, convolve, past_spec
 from .memory_bank import (
-    FEATURE_MAPS,
     banked_linear_attention,
+    can_mix_once,
     combine_spans,
+    mix_once,
     reverse_banked_linear_attention,
 )
-from .memory_bank_cpu import is_available, is_plain, mix_once
 from .mixer import Mixed, Mixer
 from .state import State, StateSpec, TensorSpec
 from .token_layout import TokenLayout
+
+
+class _EluPlusOne(torch.autograd.Function):
+    """elu(x) + 1. It keeps its result for the backward pass, as does what is given the result, and not x."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        result = nn.functional.elu(x).add_(1)
+        ctx.save_for_backward(result)
+        return result
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        (result,) = ctx.saved_tensors
+        return grad * result.clamp(max=1)
+
+
+def _elu_plus_one(x: Tensor) -> Tensor:
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        return _EluPlusOne.apply(x)
+    return nn.functional.elu(x).add_(1)
+
+
+# Feature maps by name. All are non-negative, so that no normalizer vanishes between terms of both signs.
+FEATURE_MAPS: dict[str, Callable[[Tensor], Tensor]] = {
+    "elu_plus_one": _elu_plus_one,
+    "relu": nn.functional.relu,
+    "softplus": nn.functional.softplus,
+    "softmax": lambda x: x.softmax(-1),
+    "exp": lambda x: x.clamp(max=20.0).exp(),
+}
 
 
 class BankState(NamedTuple):
@@ -158,11 +189,7 @@ class BankedLinearAttention(Mixer):
         This holds for one token of each row, on a CPU, without gradients, and with modules that no adapter or
         hook has changed.
         """
-        if layout.row_length != 1 or layout.thinking is not None or hidden.device.type != "cpu":
-            return False
-        if not is_plain(hidden):
-            return False
-        if not is_available() or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if layout.row_length != 1 or layout.thinking is not None or not can_mix_once(hidden):
             return False
         if self.feature_map is not FEATURE_MAPS["elu_plus_one"]:
             return False

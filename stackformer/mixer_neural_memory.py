@@ -89,7 +89,7 @@ class GatedState(NamedTuple):
 class ContextState(NamedTuple):
     """The state of [`MemoryAsContext`]: the last tokens, then `NeuralMemoryState`."""
 
-    # [B', C - 1, 2 (key, value), 2 (answer, token), H, K]: for each of the last C - 1 tokens, rotated keys and
+    # [B', C - 1, 2 (key, value), 2 (answer, token), H, K]: for the last C - 1 tokens each, rotated keys and
     # values of the memory's answer and of the token. Rows with fewer tokens have zeros in front.
     context: Tensor
     anchor: Tensor

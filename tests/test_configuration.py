@@ -14,7 +14,7 @@ from stackformer import (
     StackformerForCausalLM,
     configuration_stackformer,
     layers_stackformer,
-    memory_bank,
+    mixer_banked_linear_attention,
 )
 from stackformer.mixer_banked_linear_attention import BankedLinearAttention
 
@@ -89,7 +89,7 @@ def test_defaults_in_the_docstring_are_the_defaults():
 
 
 def test_names_are_those_of_what_they_name():
-    assert set(configuration_stackformer.FEATURE_MAP_NAMES) == set(memory_bank.FEATURE_MAPS)
+    assert set(configuration_stackformer.FEATURE_MAP_NAMES) == set(mixer_banked_linear_attention.FEATURE_MAPS)
     assert set(configuration_stackformer.NORM_TYPES) == set(layers_stackformer.NORMS)
     with pytest.raises(ValueError, match=r"`mixer_types` must be names out of \['attention', .*'full_att"):
         StackformerForCausalLM(StackformerConfig(mixer_types=["full_attention"] * 4))

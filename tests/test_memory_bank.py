@@ -10,7 +10,6 @@ import torch
 
 from stackformer import memory_bank
 from stackformer.memory_bank import (
-    FEATURE_MAPS,
     banked_linear_attention,
     banked_linear_attention_step,
     can_mix_once,
@@ -20,6 +19,7 @@ from stackformer.memory_bank import (
     which_implementation,
 )
 from stackformer.memory_bank_cpu import is_available
+from stackformer.mixer_banked_linear_attention import FEATURE_MAPS
 
 # Where no compiler was at hand when the package was installed, there is no C++ library.
 CHUNKED = [
