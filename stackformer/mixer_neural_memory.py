@@ -89,8 +89,8 @@ class GatedState(NamedTuple):
 class ContextState(NamedTuple):
     """The state of [`MemoryAsContext`]: the last tokens, then `NeuralMemoryState`."""
 
-    # [B', C - 1, 2 (key, value), 2 (answer, token), H, K]: for each of the last C - 1 tokens, rotated keys and
-    # values of the memory's answer and of the token. Rows with fewer tokens have zeros in front.
+    # [B', C - 1, 2 (key, value), 2 (answer, token), H, K]: for each of the last C - 1 tokens, rotated key and
+    # value of the memory's answer and of the token. Rows with fewer tokens have zeros in front.
     context: Tensor
     anchor: Tensor
     weights: Tensor
