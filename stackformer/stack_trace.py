@@ -155,7 +155,7 @@ class TextTrace:
 
     @property
     def banks(self) -> dict[str, np.ndarray]:
-        """Read weights, write weights, and the fraction that each bank forgets at full mass, by name.
+        """The read weights, write weights, and the fraction that each bank forgets at full mass, by name.
 
         [T, P, L, H, N] each, with zeros where a token was not active. Empty for a model without banks.
         """
