@@ -1,8 +1,8 @@
 # Copyright 2026 The Stackformer authors. Licensed under the Apache License, Version 2.0.
-"""PEFT's mixed batches: an adapter for each row of a batch (`adapter_names`), in a core that computes tokens.
+"""PEFT's mixed batches, with an adapter for each row of a batch (`adapter_names`), in the core.
 
-PEFT gives the names of the adapters to every layer that has some, by a hook, and takes the first dimension of
-the layer's input for the rows. In the core it is the tokens that are active.
+PEFT passes the names of the adapters to every layer with adapters by a hook. It expects that the first
+dimension of the layer's input is the rows of the batch. In the core, this dimension is the active tokens.
 """
 
 import sys
@@ -16,7 +16,7 @@ from .token_layout import TokenLayout
 
 
 def mixed_batch_hooks(model: nn.Module) -> list[partial]:
-    """The hooks of PEFT that choose adapters by row; none, as a rule."""
+    """Returns the hooks by which PEFT chooses adapters for each row; none without a mixed batch."""
     if "peft" not in sys.modules:
         return []
     return [
@@ -29,12 +29,12 @@ def mixed_batch_hooks(model: nn.Module) -> list[partial]:
 
 @contextmanager
 def adapters_by_token(hooks: list[partial], layout: TokenLayout) -> Iterator[None]:
-    """Lets the hooks name the adapter of each of the n active tokens, that of its row."""
+    """Makes the hooks choose an adapter for each of the n active tokens: the adapter of its row."""
     before = [hook.keywords["adapter_names"] for hook in hooks]
     rows = layout.row_of_tokens().tolist() if hooks else []
     try:
         for hook, names in zip(hooks, before, strict=True):
-            if len(names) == layout.batch_size:  # else PEFT says what is wrong
+            if len(names) == layout.batch_size:  # otherwise PEFT raises an error
                 hook.keywords["adapter_names"] = [names[row] for row in rows]
         yield
     finally:

@@ -16,19 +16,23 @@ FEATURE_MAP_NAMES = ("elu_plus_one", "relu", "softplus", "softmax", "exp")
 
 
 def _is_integer(value, least: int) -> bool:
+    """Whether a value is an integer, not a bool, of at least `least`."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def _is_number(value) -> bool:
+    """Whether a value is a finite number, not a bool, of at least 0."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf
 
 
 def _are_widths(value) -> bool:
+    """Whether a value is a list of at least one finite number above 0."""
     is_list = isinstance(value, (list, tuple)) and len(value) > 0
     return is_list and all(_is_number(width) and width > 0 for width in value)
 
 
 def _is_rope(value) -> bool:
+    """Whether a value describes the default rotary positions, as in transformers."""
     if not isinstance(value, dict) or not value.keys() <= {"rope_type", "rope_theta"}:
         return False
     theta = value.get("rope_theta", 1.0)
@@ -36,7 +40,7 @@ def _is_rope(value) -> bool:
 
 
 class Rule(NamedTuple):
-    """What the value of a field must be, whatever the other fields are."""
+    """A condition on the value of one field, independent of the other fields, and its description."""
 
     holds: Callable[[Any], bool]
     expected: str
@@ -50,6 +54,7 @@ FRACTION = Rule(lambda x: _is_number(x) and 0 < x < 1, "a number above 0 and les
 
 
 def _one_of(names: tuple[str, ...]) -> Rule:
+    """Returns the rule that a value is one of `names`."""
     return Rule(lambda x: x in names, f"one of {names}")
 
 
@@ -99,90 +104,93 @@ RULES: dict[str, Rule] = {
 
 
 class StackformerConfig(PreTrainedConfig):
-    r"""Configuration of a [`StackformerModel`]; the defaults make a byte-level one of 5 million parameters.
+    r"""Configuration of a [`StackformerModel`]. The defaults give a byte-level model of 5 million parameters.
 
     Args:
-        vocab_size (`int`, defaults to 261): Tokens; the default is the byte tokenizer's 256 bytes and 5
-            specials.
-        hidden_size (`int`, defaults to 512): Size D of the embeddings, which live on the processing stack.
-        bottleneck_size (`int`, *optional*, defaults to 256): Width d of the recurrent core, which sees the
-            embedding through a down-projection. `None` leaves the bottleneck out: the core works on the
-            embedding itself.
+        vocab_size (`int`, defaults to 261): Number of tokens. The default is that of the byte tokenizer: 256
+            bytes and 5 special tokens.
+        hidden_size (`int`, defaults to 512): Size D of the embeddings and of the frames of the processing
+            stack.
+        bottleneck_size (`int`, *optional*, defaults to 256): Width d of the recurrent core. A projection
+            leads from the embedding to the core. `None` leaves out the bottleneck: the core has the width of
+            the embedding.
         num_hidden_layers (`int`, defaults to 4): Core layers L, each a mixer and a feed-forward.
         num_attention_heads (`int`, defaults to 4): Heads H of each mixer; must divide the core's width.
         intermediate_size (`int`, *optional*): Inner width of the core's feed-forward; 3 times the core's
             width if `None`.
         bottleneck_intermediate_size (`int`, *optional*): Inner width of the feed-forward that joins the
             core's output to the embedding; `hidden_size` if `None`.
-        num_memory_banks (`int`, defaults to 4): Memories N per head and stack level, chosen from by softmax.
+        num_memory_banks (`int`, defaults to 4): Memories N per head and stack level. A softmax weights them.
         stack_depth (`int`, defaults to 3): Levels S of the processing stack.
-        max_ponder_steps (`int`, defaults to 4): Ponder steps P after which every token is done.
-        halting_threshold (`float`, defaults to 0.01): A token with less probability mass than this left on
-            its stack is done: it is not computed any more. 0 computes every token at every step.
+        max_ponder_steps (`int`, defaults to 4): Ponder steps P after which every token halts.
+        halting_threshold (`float`, defaults to 0.01): A token halts when less probability mass than this is
+            left on its stack. Later steps do not compute it. 0 computes every token at every step.
         ponder_loss_coef (`float`, defaults to 0.0): Weight of the ponder loss in the training loss.
         ponder_loss_type (`str`, defaults to `"expected_steps"`): The ponder loss of a token. "expected_steps"
-            is its mean number of ponder steps (Graves 2016); "geometric_prior" the divergence of its
+            is its mean number of ponder steps (Graves 2016). "geometric_prior" is the divergence of its
             distribution over halting steps from a truncated geometric one, in nats (Banino et al. 2021,
             "PonderNet").
         ponder_prior (`float`, defaults to 0.2): Probability of halting at each step in that geometric
             distribution.
-        max_decay_rate (`float`, defaults to 1.0): Largest decay of a memory at one token, in nats, for a
-            token that writes with weight 1. 0 never forgets.
+        max_decay_rate (`float`, defaults to 1.0): Largest decay of a memory per token, in nats, for a token
+            that writes with weight 1. With 0, memories never decay.
         feature_map (`str`, defaults to `"elu_plus_one"`): Map of queries and keys to non-negative features.
             One of "elu_plus_one", "relu", "softplus", "softmax", "exp".
-        conv_kernel_size (`int`, defaults to 4): Tokens seen by the causal convolution over queries, keys and
-            values.
-        feedback (`bool`, defaults to `False`): Whether a token is read with what all ponder steps of the
-            tokens before it have come to: the steps share one state, and tokens are read one after the
-            other, which is slow. The model can then track state that one parallel over time cannot.
-        chunk_size (`int`, *optional*): Tokens per chunk in training and prefill; changes speed, not results.
-            `None` takes what was measured to be fastest.
-        mixer_types (`list[str]`, *optional*): The mixer of each core layer, "banked_linear_attention",
+        conv_kernel_size (`int`, defaults to 4): Number of tokens that the causal convolution over queries,
+            keys and values sees.
+        feedback (`bool`, defaults to `False`): Whether the ponder steps share one state. The first step of a
+            token then reads the state after all steps of the tokens before it, so tokens are computed one
+            after another, which is slow. Such a model can track state that a model parallel over time
+            cannot.
+        chunk_size (`int`, *optional*): Tokens per chunk in training and prefill. It changes the speed, not
+            the results. `None` takes the size that was measured to be fastest.
+        mixer_types (`list[str]`, *optional*): The mixer of each core layer: "banked_linear_attention",
             "attention" (softmax attention), "delta_rule" (fast weights), "coupled" (a reversible recurrent
-            cell), "rwkv" (RWKV-4's time mix), "neural_memory", "memory_as_gate" or "memory_as_context"
-            (Titans' memory, alone, times softmax attention, or as what this sees beside its segment) or
-            "continuous_attention" (infinity-former); docs/adding_a_mixer.md adds your own. All
-            "banked_linear_attention" if `None`.
+            cell), "rwkv" (RWKV-4's time mix), "neural_memory" (the memory of Titans alone), "memory_as_gate"
+            (that memory times softmax attention), "memory_as_context" (softmax attention inside of segments,
+            with that memory as context) or "continuous_attention" (infinity-former). All
+            "banked_linear_attention" if `None`. docs/adding_a_mixer.md shows how to add your own.
         feed_forward_type (`str`, defaults to `"gated"`): The feed-forward of the core layers, "gated" or
-            "rwkv_channel_mix" (RWKV-4's, which also sees the token before).
+            "rwkv_channel_mix" (that of RWKV-4, which also sees the previous token).
         coupled_state_size (`int`, *optional*): Size of each of the two states of the coupled cell; half the
             core's width, rounded up, if `None`.
-        sliding_window (`int`, *optional*): Tokens that softmax attention sees, the one itself included; all
-            if `None`, with a state that grows.
+        sliding_window (`int`, *optional*): Number of tokens that softmax attention sees, including the token
+            itself. If `None`, it sees all tokens, and its state grows.
         num_persistent_tokens (`int`, defaults to 0): Learned tokens that softmax attention always sees, in
             front of all others and outside of any window.
-        memory_depth (`int`, defaults to 2): Layers of the network that is a neural memory; 1 is linear.
-        memory_chunk_size (`int`, defaults to 16): Tokens whose surprise is measured at the same weights of a
-            neural memory, counted from each row's first, and those of a segment if it is a context. Unlike
-            `chunk_size` a part of the model: 1 is the exact gradient for every token, and slow.
+        memory_depth (`int`, defaults to 2): Layers of the network of a neural memory; 1 is linear.
+        memory_chunk_size (`int`, defaults to 16): Tokens per chunk of a neural memory, counted from the first
+            token of each row. The gradients of a chunk are taken at the same weights. For
+            "memory_as_context", a chunk is also a segment. Unlike `chunk_size`, it changes the results: 1 is
+            the exact gradient for every token, and slow.
         memory_max_step_size (`float`, defaults to 0.2): Largest step of a neural memory along a gradient.
         rope_parameters (`dict`, *optional*): Rotary positions of softmax attention, as in transformers:
             `rope_theta`, 10000.0 if not given, and `rope_type`, which must be "default".
-        memory_block (`int`, defaults to 64): Tokens after which continuous attention takes them into its
-            long-term memory; `sliding_window` must be at least as long.
-        num_basis_functions (`int`, defaults to 64): Radial basis functions N of that memory, as many as it
-            has samples when it is contracted.
-        basis_widths (`list[float]`, *optional*): Standard deviations of the basis functions on [0, 1], each
-            with as many centres; 1.5 / N alone if `None`.
-        memory_contraction (`float`, defaults to 0.75): The part tau of that memory that is left to the old
-            signal when a block is taken in.
-        memory_ridge (`float`, defaults to 0.1): Penalty of the regression that the memory is fitted by.
-        sticky_memories (`bool`, defaults to `False`): Whether the old signal is sampled where tokens looked,
-            rather than uniformly.
-        hidden_act (`str`, defaults to `"silu"`): Activation of the (gated) feed-forwards.
-        norm_type (`str`, defaults to `"rms_norm"`): The model's normalisations, "rms_norm" or "layer_norm"
-            (with biases). Those within a mixer are the mixer's own affair.
+        memory_block (`int`, defaults to 64): Tokens per block that continuous attention takes into its
+            long-term memory. `sliding_window` must be at least as long.
+        num_basis_functions (`int`, defaults to 64): Radial basis functions N of that memory. The memory is
+            sampled at as many positions when it is contracted.
+        basis_widths (`list[float]`, *optional*): Standard deviations of the basis functions on [0, 1]. All
+            have the same number of centres. The only width is 1.5 / N if `None`.
+        memory_contraction (`float`, defaults to 0.75): The old signal of that memory is contracted to
+            [0, tau] when a block is taken in. This is tau.
+        memory_ridge (`float`, defaults to 0.1): Penalty of the ridge regression that fits the memory.
+        sticky_memories (`bool`, defaults to `False`): Whether the old signal is sampled most densely where
+            tokens attended most, instead of uniformly.
+        hidden_act (`str`, defaults to `"silu"`): Activation of the gated feed-forwards.
+        norm_type (`str`, defaults to `"rms_norm"`): The normalisations outside of the mixers, "rms_norm" or
+            "layer_norm" (with biases).
         rms_norm_eps (`float`, defaults to 1e-6): Epsilon of the normalisations, of either type.
         initializer_range (`float`, defaults to 0.02): Standard deviation of the initial embeddings.
-            Projections start with fan_in ** -0.5, those that join the embedding with 0.
+            Projections have a standard deviation of fan_in ** -0.5, and residual projections start at 0.
         tie_word_embeddings (`bool`, defaults to `False`): Whether the output projection is the embedding
             matrix.
-        use_cache (`bool`, defaults to `True`): Whether to return the recurrent state, when not training.
-        pad_token_id, bos_token_id, eos_token_id (`int`, *optional*): Special tokens; the byte tokenizer's by
-            default, or None where the vocabulary is too small for them.
+        use_cache (`bool`, defaults to `True`): Whether to return the recurrent state, except in training.
+        pad_token_id, bos_token_id, eos_token_id (`int`, *optional*): Special tokens. The defaults are those
+            of the byte tokenizer, or None if the vocabulary is too small for them.
 
     Raises:
-        ValueError: for a value out of range; it names the argument, the value and what was expected.
+        ValueError: for a value out of range. The message names the field, the value and the expected values.
 
     Example:
 
@@ -268,19 +276,20 @@ class StackformerConfig(PreTrainedConfig):
 
     @property
     def num_slices(self) -> int:
-        """Slices of recurrent state in each core layer: one for every ponder step, or one for all."""
+        """Slices of recurrent state in each core layer: one per ponder step, or only one with feedback."""
         return 1 if self.feedback else self.max_ponder_steps
 
     @property
     def layer_types(self) -> list[str]:
         """The kind of cache of each layer, for transformers' caches.
 
-        Not a field: where the code is not loaded, transformers refuses saved names that it does not know.
+        It is not a saved field, because transformers refuses names that it does not know if it loads a
+        configuration without this code.
         """
         return ["stackformer"] * self.num_hidden_layers
 
     def validate(self) -> None:
-        """Check every field; also called before saving."""
+        """Raises a ValueError for the first invalid field. transformers also calls it before saving."""
         for name, rule in RULES.items():
             self._require(name, rule.holds(getattr(self, name)), rule.expected)
         self._require(
@@ -313,6 +322,7 @@ class StackformerConfig(PreTrainedConfig):
         )
 
     def _require(self, name: str, condition: bool, expected: str) -> None:
+        """Raises a ValueError that names field `name` and its value unless `condition` holds."""
         if not condition:
             raise ValueError(f"`{name}` must be {expected}, got {getattr(self, name)!r}")
 

@@ -1,5 +1,5 @@
 # Copyright 2026 The Stackformer authors. Licensed under the Apache License, Version 2.0.
-"""Files that appear whole: written under another name, then put in their place in one step."""
+"""Atomic writes of files: a file is written under another name, then moved to its place in one step."""
 
 import os
 import secrets
@@ -11,11 +11,11 @@ from typing import IO
 
 @contextmanager
 def replaced_file(path: str | os.PathLike) -> Iterator[IO[bytes]]:
-    """A file to write to, which takes the place of `path` when the block ends.
+    """Opens a file to write to, which replaces `path` when the block ends.
 
-    Until then, and if the block fails or the process dies, `path` is what it was. Readers find the old file
-    or the new one. Writers do not disturb each other: the last to finish wins. A link is replaced, not
-    followed.
+    Until then, and if the block fails or the process dies, `path` is not changed. Readers find either the old
+    file or the new one. Several writers do not disturb each other: the last to finish replaces the file. A
+    link is replaced, not followed.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
@@ -30,19 +30,19 @@ def replaced_file(path: str | os.PathLike) -> Iterator[IO[bytes]]:
         with suppress(OSError):
             temporary.unlink()
         raise
-    with suppress(OSError):  # not every file system can do that for a folder
+    with suppress(OSError):  # not every file system can sync a folder
         sync(path.parent)
 
 
 def write_file(path: str | os.PathLike, data: bytes) -> None:
-    """Writes a file that appears whole; see `replaced_file`."""
+    """Writes a file as a whole; see `replaced_file`."""
     with replaced_file(path) as file:
         file.write(data)
 
 
 def sync(path: str | os.PathLike) -> None:
-    """Have a file, or the names in a folder, on the disk, and not only in the memory of the system."""
-    posix = os.name == "posix"  # other systems do not open folders, and write what is open for writing
+    """Flushes a file, or the names in a folder, from the memory of the system to the disk."""
+    posix = os.name == "posix"  # other systems cannot open folders, and sync only files open for writing
     if os.path.isdir(path) and not posix:
         return
     descriptor = os.open(path, os.O_RDONLY if posix else os.O_RDWR)

@@ -1,19 +1,19 @@
 # Copyright 2026 The Stackformer authors. Licensed under the Apache License, Version 2.0.
-"""Operations whose gradients are in closed form, for CPUs, where torch's own read and write more memory.
+"""Operations with hand-written gradients for CPUs, which read and write less memory than torch's own.
 
-Each computes the torch expression in its description, and takes torch's own operators where these are as
-good: on a GPU, in compiled graphs, and for small tensors.
+Each computes the expression in its docstring. Where torch's own operators are as fast, they are used: on a
+GPU, in compiled graphs, and for small tensors.
 """
 
 import torch
 from torch import Tensor, nn
 
-# The dtypes that oneDNN has fast convolutions for on this processor.
+# The dtypes for which oneDNN has fast convolutions on this processor.
 _CONVOLVED_BY_ONEDNN = {torch.float32}
 if torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported():
     _CONVOLVED_BY_ONEDNN.add(torch.bfloat16)
 
-# From this number of elements on, a normalisation takes as long as its memory traffic, not as its calls.
+# From this number of elements on, memory traffic determines the time of a normalisation, not its calls.
 _MANY = 2**14
 
 
@@ -27,14 +27,17 @@ class RMSNorm(nn.RMSNorm):
         return super().forward(x)
 
     def _is_fused_for(self, x: Tensor) -> bool:
+        """Whether `_Normalise` is faster than torch's own normalisation of `x`."""
         if x.device.type != "cpu" or x.numel() < _MANY or torch.compiler.is_compiling():
             return False
         return self.weight is not None and x.dtype == self.weight.dtype and x.dtype.itemsize >= 4
 
 
 class _Normalise(torch.autograd.Function):
-    """Root mean square normalisation of x [..., F]. On CPUs, torch's own gradient is a chain of operators
-    that reads and writes x three times as often."""
+    """Root mean square normalisation of x [..., F], with a gradient that reads and writes x less often.
+
+    On CPUs, torch's own gradient is a chain of operators with three times the memory traffic.
+    """
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -54,14 +57,14 @@ class _Normalise(torch.autograd.Function):
 
 
 def swish_gate(gate: Tensor, value: Tensor) -> Tensor:
-    """silu(gate) * value, both of one shape."""
+    """Returns silu(gate) * value, for two tensors of the same shape."""
     if torch.is_grad_enabled() and gate.dtype == value.dtype and not torch.compiler.is_compiling():
         return _SwishGate.apply(gate, value)
     return nn.functional.silu(gate) * value
 
 
 class _SwishGate(torch.autograd.Function):
-    """Keeps its two arguments, and nothing else, for the backward pass."""
+    """silu(gate) * value. Keeps only its two arguments for the backward pass."""
 
     @staticmethod
     def forward(ctx, gate: Tensor, value: Tensor) -> Tensor:
@@ -76,7 +79,7 @@ class _SwishGate(torch.autograd.Function):
 
 
 def depthwise_convolution(window: Tensor, weight: Tensor) -> Tensor:
-    """Causal convolution of each channel alone.
+    """Convolves each channel by itself, causally.
 
     Args:
         window: [B', kernel - 1 + T', channels], the past in front.
@@ -98,8 +101,11 @@ def depthwise_convolution(window: Tensor, weight: Tensor) -> Tensor:
 
 
 class _DepthwiseConvolution(torch.autograd.Function):
-    """Runs oneDNN's kernels for images (of height 1) whose channels are dense. These are fast on CPUs in
-    float32 and bfloat16, except for the gradient of the weights, which a few long rows make slow."""
+    """Convolves with oneDNN's kernels for images, of height 1 here, with dense channels.
+
+    They are fast on CPUs in float32 and bfloat16, except for the gradient of the weights, which is slow for a
+    few long rows. `backward` computes this gradient itself.
+    """
 
     @staticmethod
     def forward(ctx, window: Tensor, weight: Tensor) -> Tensor:
@@ -111,7 +117,7 @@ class _DepthwiseConvolution(torch.autograd.Function):
         window, weight = ctx.saved_tensors
         length, size = grad.shape[1], weight.shape[-1]
         grad_window = _convolve_as_image(nn.functional.pad(grad, (0, 0, size - 1, size - 1)), weight.flip(-1))
-        product = torch.empty_like(grad)  # one for all: new memory takes as long as the writes to it
+        product = torch.empty_like(grad)  # reused, because allocating memory takes as long as writing to it
         sums = [
             torch.mul(grad, window[:, offset : offset + length], out=product).sum((0, 1))
             for offset in range(size)
@@ -120,6 +126,7 @@ class _DepthwiseConvolution(torch.autograd.Function):
 
 
 def _convolve_as_image(window: Tensor, weight: Tensor) -> Tensor:
+    """Convolves [B', W, channels] to [B', W - kernel + 1, channels] as images of height 1."""
     image = window.transpose(1, 2).unsqueeze(2)  # [B', channels, 1, W]
     return nn.functional.conv2d(image, weight.unsqueeze(2), groups=len(weight)).squeeze(2).transpose(1, 2)
 

@@ -1,5 +1,5 @@
 # Copyright 2026 The Stackformer authors. Licensed under the Apache License, Version 2.0.
-"""Generation as in transformers, with caches that `generate` can go on from in every mode."""
+"""transformers' `generate`, which can continue from a cache that holds a part of the text, in every mode."""
 
 from typing import Any, NamedTuple
 
@@ -10,30 +10,31 @@ from transformers.generation.configuration_utils import ALL_STATIC_CACHE_IMPLEME
 from .cache_stackformer import StackformerCache, StackformerStaticCache, check_kind
 from .versions import CACHE_NAME, rename_cache
 
-# What `generate` passes on although it is not for the model.
+# Arguments that `generate` passes on although the model does not accept them.
 _OF_GENERATE = ("tokenizer", "assistant_tokenizer", "assistant_model", "streamer", "synced_gpus")
 
 
 class Unlisted(NamedTuple):
-    """How many tokens a cache holds that `generate` was not given: by ids, and by embeddings."""
+    """The number of tokens that a cache holds and that `generate` was not given."""
 
-    by_ids: int
-    by_embeds: int
+    by_ids: int  # not in its `input_ids`
+    by_embeds: int  # not in its `inputs_embeds`
 
 
 class StackformerGenerationMixin(GenerationMixin):
     """transformers' `generate`, for a model whose cache may hold a part of the text already."""
 
     def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers, whose documentation has the arguments.
+        """Generates text. The arguments are those of transformers' `generate`.
 
         Args:
-            cache: a [`StackformerCache`] to go on from, also as `past_key_values`. `input_ids` are either the
-                whole text, the tokens in the cache included, or only the tokens that come after those; then
-                `attention_mask` must have columns for both, so that the two can be told apart.
+            cache: a [`StackformerCache`] to continue from, also as `past_key_values`. `input_ids` are either
+                the whole text, including the tokens in the cache, or only the new tokens. In the second case,
+                `attention_mask` must have columns for the tokens in the cache, too: this distinguishes the
+                two cases.
 
         Raises:
-            ValueError: if the cache holds all of `input_ids` already, or belongs to another model or batch.
+            ValueError: if the cache already holds all of `input_ids`, or belongs to another model or batch.
         """
         kwargs = rename_cache(kwargs)
         cache = kwargs.get(CACHE_NAME)
@@ -61,7 +62,7 @@ class StackformerGenerationMixin(GenerationMixin):
         is_first_iteration: bool | None = False,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """As in transformers, with those tokens left out that a cache given to `generate` holds already."""
+        """Prepares inputs as transformers does, without the tokens that the cache already holds."""
         kwargs = {name: x for name, x in rename_cache(kwargs).items() if name not in _OF_GENERATE}
         cache = kwargs.get(CACHE_NAME)
         unlisted = getattr(cache, "unlisted_tokens", None)
@@ -77,7 +78,7 @@ class StackformerGenerationMixin(GenerationMixin):
             is_first_iteration=is_first_iteration,
             **kwargs,
         )
-        # The model has no use for positions, nor for the mask of the past.
+        # The model uses neither positions nor the mask of the past.
         model_inputs.pop("position_ids", None)
         mask = model_inputs.get("attention_mask")
         if isinstance(mask, Tensor) and mask.dim() == 2:
@@ -87,7 +88,7 @@ class StackformerGenerationMixin(GenerationMixin):
         return model_inputs
 
     def _prefill(self, input_ids, generation_config, model_kwargs, is_first_iteration=True):
-        """As in transformers; in chunks, also the rest of a text that a cache holds the beginning of."""
+        """Prefills as transformers does. With `prefill_chunk_size`, it can also continue from a cache."""
         size, cache = generation_config.prefill_chunk_size, model_kwargs.get(CACHE_NAME)
         if size is None or cache is None:
             return super()._prefill(input_ids, generation_config, model_kwargs, is_first_iteration)
@@ -113,15 +114,15 @@ class StackformerGenerationMixin(GenerationMixin):
 
     @staticmethod
     def create_masks_for_generate(config, inputs_embeds: Tensor, attention_mask: Tensor | None, **kwargs):
-        """The padding mask of the tokens that are read."""
+        """Returns the padding mask of the new tokens."""
         if attention_mask is None:
             return None
         return attention_mask[:, attention_mask.shape[1] - inputs_embeds.shape[1] :]
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs) -> None:
-        """`generate` makes a [`StackformerCache`], and no cache that grows.
+        """Makes a [`StackformerCache`], or a static one, in place of transformers' caches.
 
-        It is small and constant, so that there is nothing to gain from keeping it on another device.
+        An offloaded cache is an ordinary [`StackformerCache`]: offloading a small state gains nothing.
         """
         implementation = generation_config.cache_implementation
         static = implementation in ALL_STATIC_CACHE_IMPLEMENTATIONS
@@ -142,11 +143,13 @@ class StackformerGenerationMixin(GenerationMixin):
 def _place_prompt(
     input_ids: Tensor | None, inputs_embeds: Tensor | None, attention_mask: Tensor | None, past: int
 ) -> tuple["Unlisted", Tensor | None]:
-    """Finds out how many tokens a cache of `past` tokens holds that are not in the prompt; and the attention
-    mask of those that are.
+    """Decides whether a prompt is the whole text or only the part after the `past` tokens in the cache.
+
+    Returns:
+        The numbers of tokens in the cache that are not in the prompt, and the attention mask of the prompt.
 
     Raises:
-        ValueError: if there is nothing left to read, or if the mask leaves open what the ids are.
+        ValueError: if no token is new, or if the mask fits neither case.
     """
     prompt = input_ids if inputs_embeds is None else inputs_embeds
     if prompt is None:
@@ -166,7 +169,7 @@ def _place_prompt(
         )
     if attention_mask is not None:
         attention_mask = attention_mask[:, width - listed :]
-    # Given no ids beside embeddings, `generate` lists only what it generates.
+    # With embeddings and without ids, the ids of `generate` are only those that it generates.
     by_ids = unlisted if input_ids is not None else unlisted + listed
     return Unlisted(by_ids, unlisted), attention_mask
 

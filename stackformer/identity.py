@@ -1,10 +1,9 @@
 # Copyright 2026 The Stackformer authors. Licensed under the Apache License, Version 2.0.
-"""Which model a memory belongs to.
+"""Identifies the model to which a memory belongs.
 
-A memory means something only to the model that read it. In one process, every model has a mark of its own,
-and its caches carry it. Beyond a process, a model is known by the fields of its configuration that shape the
-state, and by a digest of its weights: those of the adapters that are active are among them, the others are
-not.
+Only the model that filled a memory can continue from it. Inside of a process, every model has a mark, and its
+caches carry this mark. In files, a model is identified by the fields of its configuration that shape the
+state, and by a digest of its weights, which include those of active adapters only.
 """
 
 import hashlib
@@ -22,19 +21,22 @@ from transformers.modeling_utils import PreTrainedModel
 
 from .configuration_stackformer import StackformerConfig
 
-# Fields that change neither the state nor what the model makes of it, or that may be moved at inference.
+# Fields that affect neither the state nor its use, or that may be changed at inference.
 _FREE_FIELDS = {
     "chunk_size", "halting_threshold", "initializer_range", "ponder_loss_coef", "ponder_loss_type",
     "ponder_prior", "tie_word_embeddings", "use_cache", "pad_token_id", "bos_token_id", "eos_token_id",
 }  # fmt: skip
-# Elements of each weight that the quick digest looks at.
+# Number of elements of each weight in the quick digest.
 _SAMPLES = 8
 
 _numbers = itertools.count(1)
 
 
 class Mark:
-    """Whose memory a cache holds: a number for each model of this process, and what is left when it is gone.
+    """The identity of the model that filled a cache.
+
+    It holds a weak reference to the model. When the model is gone, its configuration, the names of its
+    adapters and the digest `sample` remain.
 
     Args:
         model: the base model.
@@ -49,24 +51,23 @@ class Mark:
 
     @property
     def model(self) -> PreTrainedModel | None:
-        """The model, while it lives."""
+        """The model, or `None` if it is gone."""
         return None if self._model is None else self._model()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Pickles leave the model behind, and numbers mean nothing in another process."""
+        """Pickles leave out the model, and the number, which is valid in this process only."""
         return {**self.__dict__, "number": 0, "_model": None}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Mark":
         return self  # a copy of a cache belongs to the same model
 
     def difference(self, model: PreTrainedModel) -> str | None:
-        """Says in what the model of this mark differs from `model`; `None` if in nothing, or if nobody
-        knows."""
+        """Describes how the model of this mark differs from `model`; `None` if no difference is known."""
         if self.model is model:
             return None
         if self.model is not None:
             return find_difference(model_identity(self.model), model_identity(model))
-        # Its weights are gone; of a few of them, this is left.
+        # The model is gone, so only its configuration and the digest of a few of its weights can be compared.
         found, expected = self.sample, None if self.sample is None else sample_digest(model)
         return find_difference(
             {"config": self.config, "fingerprint": found},
@@ -75,12 +76,12 @@ class Mark:
 
 
 def new_number() -> int:
-    """A number that no other model of this process has."""
+    """Returns a number that no other model of this process has."""
     return next(_numbers)
 
 
 def unwrap(model: Any) -> PreTrainedModel:
-    """The base model inside of heads and of the wrappers of accelerate, torch.compile, DDP and PEFT.
+    """Returns the base model inside of heads and of the wrappers of accelerate, torch.compile, DDP and PEFT.
 
     Raises:
         ValueError: if there is no Stackformer inside.
@@ -92,7 +93,11 @@ def unwrap(model: Any) -> PreTrainedModel:
 
 
 def model_identity(model: Any) -> dict[str, Any]:
-    """The architecture of a model, and a SHA-256 of its weights without any head."""
+    """Returns the architecture of a model, and a SHA-256 of its weights without any head.
+
+    Returns:
+        `config`, see `identity_fields`, and `fingerprint`, the SHA-256 in hexadecimal digits.
+    """
     model, digest = unwrap(model), hashlib.sha256()
     for name, tensor in sorted(_active_weights(model), key=lambda item: item[0]):
         if name.endswith(".weight.absmax"):  # bitsandbytes rounds and reorders these when it first uses them
@@ -104,15 +109,15 @@ def model_identity(model: Any) -> dict[str, Any]:
 
 
 def identity_fields(model: PreTrainedModel) -> dict[str, Any]:
-    """The fields of a model's configuration that shape its state or what it makes of it, as JSON has them."""
+    """Returns the fields of a model's configuration that affect its state or its use, as JSON values."""
     names = set(type(model.config).__annotations__) - _FREE_FIELDS - {"model_type"}
     return json.loads(json.dumps({name: getattr(model.config, name) for name in sorted(names)}))
 
 
 def find_difference(found: dict[str, Any], expected: dict[str, Any]) -> str | None:
-    """Says in what two models differ, by their `model_identity`; `None` if they are the same.
+    """Describes how two models differ, given their `model_identity`; `None` if they are the same.
 
-    A field that `found` does not have is at its default: it may be of an older version.
+    A field that `found` lacks has its default value, because an older version may have written `found`.
     """
     config = {**StackformerConfig().to_dict(), **found["config"]}
     fields = [name for name, value in expected["config"].items() if config[name] != value]
@@ -129,7 +134,7 @@ def find_difference(found: dict[str, Any], expected: dict[str, Any]) -> str | No
 
 
 def active_adapters(model: PreTrainedModel) -> frozenset[str]:
-    """The names of the adapters that take part in what the model computes now."""
+    """Returns the names of the adapters that are active in the model."""
     if "peft" not in sys.modules:
         return frozenset()
     return frozenset(
@@ -142,8 +147,10 @@ def active_adapters(model: PreTrainedModel) -> frozenset[str]:
 
 @torch.no_grad()
 def sample_digest(model: PreTrainedModel) -> str:
-    """A digest of names, shapes and a few elements of all weights: to tell models apart without reading
-    them."""
+    """Returns a digest of names, shapes and a few elements of all weights.
+
+    It distinguishes models without reading all their weights.
+    """
     digest, samples = hashlib.sha256(), []
     for name, parameter in model.named_parameters():
         digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
@@ -156,12 +163,12 @@ def sample_digest(model: PreTrainedModel) -> str:
 
 
 def _active_weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-    """The weights that take part, by the names that they have without adapters.
+    """Yields the weights of the model and of active adapters, under their names in a model without adapters.
 
-    PEFT wraps a module that has an adapter: the module itself is then `base_layer` or `original_module`, and
-    the weights of each adapter are in dictionaries beside it, of which it keeps a list.
+    PEFT wraps a module that has an adapter. The module itself becomes `base_layer` or `original_module`. The
+    weights of each adapter are in dictionaries of the wrapper, which `adapter_layer_names` lists.
     """
-    active_by_prefix: dict[str, set[str]] = {}  # of the names of adapters' weights
+    active_by_prefix: dict[str, set[str]] = {}  # active adapters, by the prefix of adapters' weights
     wrapped: list[str] = []
     for name, module in model.named_modules():
         layer_names = getattr(module, "adapter_layer_names", None)
@@ -185,8 +192,8 @@ def _active_weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
 
 
 def _all_weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-    """All of the state dict, with the weights that accelerate keeps on disk or in main memory."""
-    offloaded: dict[str, tuple[Mapping[str, Tensor], str]] = {}  # where a weight is, and its name there
+    """Yields the state dict, including weights that accelerate keeps on disk or in main memory."""
+    offloaded: dict[str, tuple[Mapping[str, Tensor], str]] = {}  # by name: accelerate's store, and its key
     for prefix, module in model.named_modules():
         weights = getattr(getattr(module, "_hf_hook", None), "weights_map", None)
         if weights is not None:
@@ -200,7 +207,7 @@ def _all_weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
 
 
 def _plain_parts(tensor: Tensor) -> Iterator[Tensor]:
-    """The dense tensors that a tensor is made of: itself, or what quantised ones hold."""
+    """Yields the dense tensors of which a tensor consists: itself, or the parts of a quantised tensor."""
     if is_traceable_wrapper_subclass(tensor):
         names, _ = tensor.__tensor_flatten__()
         for name in names:

@@ -1,5 +1,5 @@
 # Copyright 2026 The Stackformer authors. Licensed under the Apache License, Version 2.0.
-"""The labels of a language model's loss: which token each one predicts.
+"""The labels of a language model's loss: the token that each token predicts.
 
 Letters: B batch, T time.
 """
@@ -21,14 +21,14 @@ def label_each_token(
     cu_seq_lens_q: Tensor | None = None,
     ignored: int = -100,
 ) -> Tensor:
-    """The label of each token [B, T], which is the token after it, as losses take it.
+    """Returns the label of each token [B, T], which is the label of the token after it.
 
     Args:
-        shape: (B, T); labels: [B, T], or `shift_labels`: [B, T], which are taken as they are.
-        attention_mask: [B, T] or longer, 0 for padding, which predicts nothing.
-        position_ids, seq_idx, cu_seq_lens_q: where packed documents begin, whose first tokens nothing
-            predicts; see `packed_documents`.
-        ignored: stands for no label.
+        shape: (B, T); labels: [B, T]; shift_labels: [B, T], returned unchanged if given.
+        attention_mask: [B, T] or longer, 0 for padding, which predicts no label.
+        position_ids, seq_idx, cu_seq_lens_q: the beginnings of packed documents, see `packed_documents`. The
+            last token of a document predicts no label.
+        ignored: the value that stands for no label.
 
     Raises:
         ValueError: for labels of another shape, or that are no integers.
@@ -51,8 +51,7 @@ def label_each_token(
 
 
 def check_num_items(num_items_in_batch: Tensor | int | None) -> None:
-    """Raises a ValueError for a number of labels that nothing can be divided by. One on a GPU is not looked
-    at: it would be waited for."""
+    """Raises a ValueError for a number below 1. A number on a GPU is not checked, to avoid a wait."""
     on_gpu = isinstance(num_items_in_batch, Tensor) and num_items_in_batch.device.type != "cpu"
     if num_items_in_batch is not None and not on_gpu and not num_items_in_batch > 0:
         raise ValueError(f"`num_items_in_batch` must be at least 1, got {num_items_in_batch}")

@@ -1,12 +1,13 @@
 # Copyright 2026 The Stackformer authors. Licensed under the Apache License, Version 2.0.
-"""Memories on disk: the state of a cache as one safetensors file that says which model it belongs to.
+"""Memories on disk: the state of a cache as one safetensors file that identifies the model it belongs to.
 
-The description is in the metadata of the file, as JSON: the format version, the tokens seen, the identity of
-the model (identity.py) and a SHA-256 of everything. The tensors are called `layer.<i>.slice.<k>.<name>`, with
-the names of the mixers' states. A mismatch, a damaged file or an unknown version is an error.
+The metadata of the file holds a description as JSON: the format version, the number of tokens seen, the
+identity of the model (identity.py) and a SHA-256 of the description and the tensors. The tensors are called
+`layer.<i>.slice.<k>.<name>`, with the names of the mixers' states. A mismatch, a damaged file or an unknown
+version is an error.
 
-Version 1 had the description in a file of its own, `memory.json`, and numbers in place of names; it is read,
-too.
+Version 1 had the description in a second file, `memory.json`, and numbers in place of names. It can still be
+read.
 """
 
 import hashlib
@@ -30,16 +31,16 @@ FORMAT, FORMAT_VERSION = "stackformer-memory", 2
 MEMORY_FILE = "memory.safetensors"
 JSON_FILE = "memory.json"  # of version 1
 
-# No description is longer than this, and no header, which holds one.
+# The greatest length of a description, in characters, and of the header that holds it, in bytes.
 _LONGEST_JSON, _LONGEST_HEADER = 2**20, 2**23
-# Counters of tokens are int64.
+# The largest number of tokens seen that fits into int64.
 _MOST_TOKENS = 2**63 - 1
 
 Slices = list[dict[int, State]]
 
 
 class Memory(NamedTuple):
-    """What a file holds."""
+    """The contents of a memory file."""
 
     slices: Slices  # by layer, the state of each slice
     seen_tokens: int
@@ -52,10 +53,11 @@ def write_memory(
     seen_tokens: int,
     identity: dict[str, Any],
 ) -> None:
-    """Writes the state to `memory.safetensors` in `directory`, which appears whole.
+    """Writes the state to `memory.safetensors` in `directory`. The file is replaced as a whole.
 
     Args:
-        slices: by layer, the state of each slice; specs: by layer, what its state is.
+        slices: by layer, the state of each slice; specs: by layer, the specification of its state.
+        seen_tokens: the number of positions seen.
         identity: of the model, see `model_identity`.
     """
     tensors = {
@@ -75,11 +77,11 @@ def write_memory(
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
     write_file(folder / MEMORY_FILE, save(tensors, metadata))
-    (folder / JSON_FILE).unlink(missing_ok=True)  # of an older memory, which this one replaced
+    (folder / JSON_FILE).unlink(missing_ok=True)  # it described a memory that is replaced now
 
 
 def has_description(path: str | os.PathLike) -> bool:
-    """Whether a safetensors file describes itself: those of version 1 do not.
+    """Whether a safetensors file holds a description. Files of version 1 do not.
 
     Raises:
         ValueError: for anything that is no safetensors file.
@@ -95,17 +97,17 @@ def read_memory(
     specs: Sequence[StateSpec],
     num_slices: int,
 ) -> Memory:
-    """Reads a memory that is whole and belongs to the model of `identity`.
+    """Reads a memory, and checks that it is complete and belongs to the model of `identity`.
 
     Args:
         path: the safetensors file; json_path: the description of version 1, `None` for later versions.
-        specs: by layer, what its state is; num_slices: how many states a layer has at most.
+        specs: by layer, the specification of its state; num_slices: the most slices of a layer.
 
     Raises:
         ValueError: for files that are damaged, of another format or version, or of another model.
     """
-    # The file is opened once: it may be replaced while it is read. And nothing of the tensors is read before
-    # it is known what they must be.
+    # The file is opened only once, because it may be replaced while it is read. Its tensors are read only
+    # after the header has been checked against the model.
     with open(path, "rb") as file:
         header = _read_header(file, path)
         if json_path is None:
@@ -147,7 +149,7 @@ def read_memory(
 
 
 class _Header(NamedTuple):
-    """What a safetensors file says of itself."""
+    """The header of a safetensors file."""
 
     metadata: dict[str, str]
     tensors: dict[str, tuple[str, list[int]]]  # dtype and shape, by name
@@ -155,10 +157,10 @@ class _Header(NamedTuple):
 
 
 def _read_header(file: BinaryIO, path: str | os.PathLike) -> _Header:
-    """The header of a safetensors file, which is as long as it says.
+    """Reads the header of a safetensors file, and checks the length of the file.
 
-    The library opens a file twice, for its header and for its tensors: they may be of two files, if it is
-    replaced meanwhile.
+    The safetensors library opens a file twice, for its header and for its tensors. If the file is replaced in
+    between, the two come from different files. So this function reads the header of an open file.
 
     Raises:
         ValueError: for anything that is no safetensors file.
@@ -180,11 +182,12 @@ def _read_header(file: BinaryIO, path: str | os.PathLike) -> _Header:
 
 
 def _no_safetensors(path: str | os.PathLike, error: Exception) -> ValueError:
+    """Returns the error for a file that is no safetensors file."""
     return ValueError(f"{path} is damaged or no memory: expected a safetensors file ({error})")
 
 
 def _not_described(path: str | os.PathLike, size: int, expected: dict[str, Any]) -> ValueError:
-    """Of a file of version 1."""
+    """Returns the error for a file of version 1 that its description does not fit."""
     return ValueError(
         f"{path} is damaged or not the file that was described: expected {expected['bytes']} bytes with "
         f"SHA-256 {str(expected['sha256'])[:12]}..., got {size} bytes"
@@ -192,7 +195,7 @@ def _not_described(path: str | os.PathLike, size: int, expected: dict[str, Any])
 
 
 def _digest(description: dict[str, Any], tensors: dict[str, Tensor]) -> str:
-    """SHA-256 of a description and of tensors."""
+    """Returns the SHA-256 of a description and of tensors, in hexadecimal digits."""
     digest = hashlib.sha256(json.dumps(description, sort_keys=True).encode())
     for name in sorted(tensors):
         digest.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}".encode())
@@ -201,7 +204,7 @@ def _digest(description: dict[str, Any], tensors: dict[str, Tensor]) -> str:
 
 
 def _read_json(path: str | os.PathLike) -> dict[str, Any]:
-    """The description of a memory of version 1."""
+    """Reads the description of a memory of version 1."""
     try:
         with Path(path).open(encoding="utf-8") as file:
             text = file.read(_LONGEST_JSON + 1)
@@ -217,7 +220,7 @@ def _read_json(path: str | os.PathLike) -> dict[str, Any]:
 def _parse_description(
     text: str, path: str | os.PathLike, version: int, others: Iterable[str]
 ) -> dict[str, Any]:
-    """A description that has what it must have; `others` are the keys that go with this version."""
+    """Parses a description and checks its fields. `others` are the keys that only this version requires."""
     try:
         if len(text) > _LONGEST_JSON:
             raise ValueError(f"it is longer than {_LONGEST_JSON} characters")
@@ -248,7 +251,7 @@ def _check_tensor(
     spec: TensorSpec,
     description: dict[str, Any],
 ) -> None:
-    """Raises a ValueError for a tensor of another shape or kind than specified."""
+    """Raises a ValueError for a tensor of another shape or type than specified."""
     kinds = ("I64",) if spec.integer else ("F32", "F64", "F16", "BF16")
     seen = description["seen_tokens"]
     fits = len(shape) == len(spec.shape) + 1 and all(
@@ -263,10 +266,10 @@ def _check_tensor(
 def _arrange(
     path: str | os.PathLike, tensors: dict[tuple[int, int, int], Tensor], specs: Sequence[StateSpec]
 ) -> Slices:
-    """The tensors by layer and slice.
+    """Arranges tensors by layer and slice, from the keys (layer, slice, number of the tensor in the state).
 
     Raises:
-        ValueError: if some are missing, or hold numbers that no state has.
+        ValueError: if tensors are missing or do not fit, or if they hold values that no state can have.
     """
     slices: Slices = [{} for _ in specs]
     for layer, index, _ in sorted(tensors):

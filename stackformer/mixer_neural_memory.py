@@ -89,8 +89,8 @@ class GatedState(NamedTuple):
 class ContextState(NamedTuple):
     """The state of [`MemoryAsContext`]: the last tokens, then `NeuralMemoryState`."""
 
-    # [B', C - 1, 2 (key, value), 2 (answer, token), H, K]: for the last C - 1 tokens each, rotated keys and
-    # values of the memory's answer and of the token. Rows with fewer tokens have zeros in front.
+    # [B', C - 1, 2 (key, value), 2 (answer, token), H, K]: for each of the last C - 1 tokens, rotated key and
+    # value of the memory's answer and of the token. Rows with fewer tokens have zeros in front.
     context: Tensor
     anchor: Tensor
     weights: Tensor
@@ -450,10 +450,9 @@ class MemoryAsGate(Mixer):
 
 
 class MemoryAsContext(Mixer):
-    """Softmax attention inside of segments, with the memory of earlier segments as context (equations 21 to
-    25).
+    """Softmax attention inside of segments, with the memory of earlier segments as context.
 
-    A segment is a chunk of the memory. A token attends to the persistent tokens, to the tokens of its segment
+    This is the paper's "memory as a context" (equations 21 to 25). A segment is a chunk of the memory. A token attends to the persistent tokens, to the tokens of its segment
     up to itself, and for each of these to the memory's answer to it. These answers come from the memory at
     the start of the segment. Let y be the normalised sum of the token and the result of attention. The memory
     is then written with y, and the output is y times the memory's answer to y.

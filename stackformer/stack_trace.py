@@ -1,7 +1,7 @@
 # Copyright 2026 The Stackformer authors. Licensed under the Apache License, Version 2.0.
-"""What a model did at every token of a text, as arrays, as a page to explore, and as a picture.
+"""Traces of the processing stack at every token of a text, as arrays, as an HTML page, and as a picture.
 
-The page is one HTML file that needs no network: stack_trace_page.py has its template.
+The page is one HTML file that needs no network. Its template is in stack_trace_page.py.
 
 Letters: T tokens, P ponder steps, S stack levels, L core layers, H heads, N memory banks.
 """
@@ -25,29 +25,29 @@ from .files import replaced_file, write_file
 from .stack_trace_page import PAGE
 from .token_layout import TokenLayout
 
-# Pieces of one UTF-8 character are at most this many bytes.
+# The most tokens that one UTF-8 character can be split into.
 _MAX_PIECES = 4
-# Characters to a line of the text in a picture, and what stands for those that do not show.
+# Columns of a line of text in a picture.
 _LINE = 100
-# The most tokens that have room for their text along the axis.
+# The most tokens whose text fits along the axis of a picture.
 _LABELLED = 120
+# Visible symbols for invisible characters.
 _VISIBLE = {"\n": "\u21b5", "\t": "\u21e5", "\r": "\u240d"}
 
 
 @dataclass
 class StackTrace(ModelOutput):
-    """The actions and memories of every token at every ponder step; zeros where it was not active.
+    """The actions and bank weights of every token at every ponder step. Zeros where it was not active.
 
     Args:
         active (`torch.BoolTensor` [B, T, P]): whether the token was computed.
         pointer (`torch.FloatTensor` [B, T, P, S]): probability mass on each stack level, before the step.
-        actions (`torch.FloatTensor` [B, T, P, 3]): probabilities of push, no-op and pop. At the last
-            step, and where the rest of the mass was flushed, all that is left is dropped, whatever the
-            actions say.
+        actions (`torch.FloatTensor` [B, T, P, 3]): probabilities of push, no-op and pop. At the last step,
+            and at the step at which a token halts, all mass is dropped, whatever the actions are.
         bank_reads, bank_writes (`torch.FloatTensor` [B, T, P, L, H, N]): softmax over the memory banks.
-            Zeros for core layers without any; these fields are `None` if no layer has them.
-        bank_decays (`torch.FloatTensor` [B, T, P, L, H, N]): logarithm of what each bank keeps where all of
-            the pointer's mass is; elsewhere the logarithm is times the mass there. At most 0.
+            Zeros for core layers without banks. `None` if no layer has banks.
+        bank_decays (`torch.FloatTensor` [B, T, P, L, H, N]): logarithm of the decay factor of each bank, at
+            most 0, for a level that holds all mass. For other levels, it is multiplied by their mass.
     """
 
     active: Tensor | None = None
@@ -59,11 +59,11 @@ class StackTrace(ModelOutput):
 
     @staticmethod
     def of_step(layout: TokenLayout, pointer: Tensor, actions: Tensor, bank_weights: list) -> list[Tensor]:
-        """The fields at one ponder step, for all tokens of the batch: [B, T, ...] each.
+        """Returns the fields at one ponder step for all tokens of the batch, [B, T, ...] each.
 
         Args:
             layout: of the n active tokens; pointer: [n, S]; actions: [n, 3].
-            bank_weights: of each layer, read, write and log decay [n, H, N], or `None`.
+            bank_weights: for each layer, read, write and log decay [n, H, N] each, or `None`.
         """
         active = layout.thinking
         if active is None:
@@ -73,6 +73,7 @@ class StackTrace(ModelOutput):
         if some is not None:
             none = tuple(map(torch.zeros_like, some))
             by_layer = [none if weights is None else weights for weights in bank_weights]
+            # L times [n, H, N] -> [n, L, H, N]
             traced += [torch.stack(weights, dim=1) for weights in zip(*by_layer, strict=True)]
         return [
             layout.scatter(x, x.new_zeros(layout.batch_size, layout.length, *x.shape[1:])) for x in traced
@@ -80,27 +81,29 @@ class StackTrace(ModelOutput):
 
     @classmethod
     def of_steps(cls, steps: list[list[Tensor]], num_steps: int) -> "StackTrace":
-        """A trace of `num_steps` ponder steps, the last of which no token may have needed."""
+        """Joins the fields of each step to a trace of `num_steps` steps. Steps that did not run are zeros."""
         padded = steps + [[torch.zeros_like(x) for x in steps[0]]] * (num_steps - len(steps))
+        # P times [B, T, ...] -> [B, T, P, ...]
         return cls(*(torch.stack(tensors, dim=2) for tensors in zip(*padded, strict=True)))
 
 
 @dataclass(frozen=True)
 class TextTrace:
-    """What a model did at every token of one text; `model.stack_trace(text, tokenizer)` makes it.
+    """The trace of one text, with its tokens, as `model.stack_trace(text, tokenizer)` returns it.
 
     Args:
-        tokens (`list[str]`): what each token adds to the text: joined, they are the text. A token that is a
-            piece of a character adds nothing; the character's last piece adds all of it.
+        tokens (`list[str]`): the text of each token. Joined, they are the whole text. If a character is split
+            into several tokens, its last token has the character, and the others have empty strings.
         ids (`np.ndarray` [T]): the tokens' ids.
-        surprise (`np.ndarray` [T]): bits of each token given those before it; not a number for the first.
+        surprise (`np.ndarray` [T]): -log2 of each token's probability given the tokens before it, in bits;
+            NaN for the first.
         ponder_steps (`np.ndarray` [T]): expected number of ponder steps.
         active (`np.ndarray` [T, P]): whether the token was computed at the step.
         pointer (`np.ndarray` [T, P, S]): probability mass on each stack level, before the step.
         actions (`np.ndarray` [T, P, 3]): probabilities of push, no-op and pop.
-        bank_reads, bank_writes (`np.ndarray` [T, P, L, H, N]): shares of the banks in what was read and
-            written. `None`, as `bank_decays`, for a model whose mixers have no banks.
-        bank_decays (`np.ndarray` [T, P, L, H, N]): logarithm of what each bank keeps, at full mass.
+        bank_reads, bank_writes (`np.ndarray` [T, P, L, H, N]): softmax over the memory banks. `None`, like
+            `bank_decays`, for a model whose mixers have no banks.
+        bank_decays (`np.ndarray` [T, P, L, H, N]): logarithm of the decay factor of each bank, at full mass.
     """
 
     tokens: list[str]
@@ -118,7 +121,7 @@ class TextTrace:
     def from_outputs(
         cls, ids: Tensor, outputs: ModelOutput, tokenizer: PreTrainedTokenizerBase
     ) -> "TextTrace":
-        """The trace of ids [1, T] from the outputs of a causal language model with `output_stack_trace`."""
+        """Makes the trace of ids [1, T] from a causal language model's outputs with `output_stack_trace`."""
         trace = outputs.stack_trace
         nats = torch.nn.functional.cross_entropy(
             outputs.logits[0, :-1].float(), ids[0, 1:].to(outputs.logits.device), reduction="none"
@@ -147,14 +150,14 @@ class TextTrace:
 
     @property
     def finished(self) -> np.ndarray:
-        """Probability mass that left the stack at each step [T, P]; of a token they sum to 1."""
+        """Probability mass that left the stack at each step [T, P]. It sums to 1 over the steps."""
         return -np.diff(self.mass, axis=-1, append=0)
 
     @property
     def banks(self) -> dict[str, np.ndarray]:
-        """Shares of the banks in what was read and written, and of each bank what was forgotten at full mass.
+        """The read weights, write weights, and the fraction that each bank forgets at full mass, by name.
 
-        Each [T, P, L, H, N], zeros where a token was not active; none of them for a model without banks.
+        [T, P, L, H, N] each, with zeros where a token was not active. Empty for a model without banks.
         """
         if self.bank_reads is None or self.bank_writes is None or self.bank_decays is None:
             return {}
@@ -162,22 +165,22 @@ class TextTrace:
         return {"read": self.bank_reads, "written": self.bank_writes, "forgotten": forgotten}
 
     def over_steps(self, weights: np.ndarray) -> np.ndarray:
-        """Mean of `weights` [T, P, L, H, N] over steps, each with its mass, and over heads: [T, L, N]."""
+        """Returns the mean [T, L, N] of `weights` [T, P, L, H, N] over heads and steps, weighted by mass."""
         share = self.mass / self.mass.sum(-1, keepdims=True)
         return np.einsum("tp,tplhn->tln", share, weights) / weights.shape[3]
 
     def to_html(self, path: str | os.PathLike | None = None) -> str:
-        """A page to explore the trace with, in one file that needs no network.
+        """Returns the trace as an interactive HTML page, in one file that needs no network.
 
-        It has 16 bits for each number of the trace: about 8 P (1 + S + L H N) bytes for each token.
+        The page stores 16 bits for each number: about 8 P (1 + S + L H N) bytes for each token.
 
         Args:
-            path: where to write it, if anywhere. The file appears whole.
+            path: the file to write the page to, if any. It is replaced as a whole.
 
         Returns:
             The page.
         """
-        # "<" could end the script element that the numbers are in.
+        # A "<" in the data could end the script element that holds it.
         data = json.dumps(self._page_data(), separators=(",", ":")).replace("<", "\\u003c")
         page = PAGE.replace("{{data}}", data)
         if path is not None:
@@ -185,6 +188,7 @@ class TextTrace:
         return page
 
     def _page_data(self) -> dict[str, Any]:
+        """Returns the data of the page, as values for JSON."""
         arrays = {"pointer": self.pointer, "actions": self.actions, "finished": self.finished, **self.banks}
         return {
             "tokens": self.tokens,
@@ -198,7 +202,7 @@ class TextTrace:
         }
 
     def _repr_html_(self) -> str:
-        """For notebooks: the page in a frame of its own."""
+        """Returns the page in a frame, for notebooks."""
         page = html.escape(self.to_html())
         return f'<iframe srcdoc="{page}" style="width:100%;height:760px;border:0"></iframe>'
 
@@ -206,10 +210,11 @@ class TextTrace:
         return f"TextTrace of {len(self.tokens)} tokens, {self.ponder_steps.mean():.2f} ponder steps each"
 
     def to_png(self, path: str | os.PathLike) -> None:
-        """Draw the trace to a PNG file: the text coloured by depth, and below it all numbers, token by token.
+        """Draws the trace to a PNG file.
 
-        Depth and surprise; when tokens finish; where on the stack they are; what each bank is read by,
-        written by and forgets (mean over heads, and over steps by their mass).
+        The picture has the text coloured by depth, and below it, for each token: surprise and depth, the mass
+        that leaves the stack at each step, the stack pointer, and the read weights, write weights and decay
+        of each bank (mean over heads and steps, weighted by mass).
 
         Raises:
             ImportError: if matplotlib is not installed.
@@ -223,7 +228,7 @@ class TextTrace:
             ("Finished", self.finished, [f"step {p + 1}" for p in range(count)]),
             (
                 "Stack pointer",
-                self.pointer[..., ::-1].reshape(len(self.tokens), -1),  # the bottom at the bottom
+                self.pointer[..., ::-1].reshape(len(self.tokens), -1),  # [T, P S], level 0 in the lowest row
                 [f"step {p + 1}, level {s + 1}" for p in range(count) for s in reversed(range(levels))],
             ),
         ]
@@ -261,7 +266,7 @@ class TextTrace:
             figure.savefig(file, format="png", dpi=110)
 
     def _lines(self) -> list[list[tuple[str, int, int, int]]]:
-        """The text in lines, as (character, column, columns, token): wide characters take two columns."""
+        """Breaks the text into lines of (character, column, width, token). Wide characters have width 2."""
         lines: list[list[tuple[str, int, int, int]]] = [[]]
         column = 0
         for index, token in enumerate(self.tokens):
@@ -275,7 +280,7 @@ class TextTrace:
         return lines
 
     def _draw_text(self, axis: Any, lines: list[list[tuple[str, int, int, int]]]) -> None:
-        """The characters on cells in the colour of their token's depth."""
+        """Draws the characters on cells whose colour is the depth of their token."""
         cells = np.full((len(lines), _LINE + 1), np.nan)
         for row, line in enumerate(lines):
             for character, column, width, index in line:
@@ -295,13 +300,14 @@ class TextTrace:
                     parse_math=False,
                 )
         low, high = self.ponder_steps.min(), self.ponder_steps.max()
-        # Up to half of the map's range, so that the text on it can be read.
+        # Cells use only the lighter half of the colour map, so that the text on them can be read.
         axis.imshow(cells, aspect="auto", cmap="Blues", vmin=low, vmax=low + 2 * max(high - low, 1e-6))
         axis.set_yticks([])
         axis.set_xticks([])
         _style(axis, f"Expected ponder steps, from {low:.2f} (light) to {high:.2f} (dark)")
 
     def _draw_depth(self, axis: Any) -> None:
+        """Draws surprise as bars and expected ponder steps as a line."""
         positions = np.arange(len(self.tokens))
         axis.bar(positions, np.nan_to_num(self.surprise), color="#c9c9c9", width=1)
         axis.set_ylabel("surprise, bits", fontsize=7, color="0.5")
@@ -315,9 +321,13 @@ class TextTrace:
 
 
 def split_text(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """What each token adds to the decoded text: nothing, if it ends within a character that goes on."""
+    """Returns the part of the decoded text that each token adds.
+
+    Tokens that end inside of a character add an empty string. The last token of the character adds all of it.
+    """
     texts: list[str] = []
-    # All before `shown` is done; decoding begins at `start`, since a text's first token may decode otherwise.
+    # Tokens before `shown` have their text. Decoding begins earlier, at `start`, because some tokenizers
+    # decode the first token of a text differently.
     start = shown = 0
     for end in range(1, len(ids) + 1):
         before = tokenizer.decode(ids[start:shown], clean_up_tokenization_spaces=False)
@@ -331,18 +341,19 @@ def split_text(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:
 
 
 def _style(axis: Any, title: str) -> None:
+    """Gives a panel its title, small ticks and no frame."""
     axis.set_title(title, loc="left", fontsize=8, color="0.2")
     axis.tick_params(labelsize=6, length=2)
     axis.spines[:].set_visible(False)
 
 
 def _to_numpy(tensor: Tensor) -> np.ndarray:
-    """Floating point in float64: NumPy has no bfloat16."""
+    """Converts a tensor to NumPy, floating-point numbers as float64, because NumPy has no bfloat16."""
     return (tensor.double() if tensor.is_floating_point() else tensor).cpu().numpy()
 
 
 def _fixed_point(array: np.ndarray) -> str:
-    """Numbers within 0..1 as 16 bits each, little-endian, in base64: what a browser reads at once."""
+    """Encodes numbers from 0 to 1 with 16 bits each, little-endian, as base64."""
     return base64.b64encode(np.rint(array.clip(0, 1) * 65535).astype("<u2").tobytes()).decode("ascii")
 
 

@@ -1,18 +1,19 @@
 # Copyright 2026 The Stackformer authors. Licensed under the Apache License, Version 2.0.
-"""Byte-level tokenizers that load anywhere: plain tokenizer files, no class of this package, no remote code.
+"""Byte-level tokenizers: plain bytes, and byte-pair encoding (BPE).
 
-Ids are the same in both tokenizers: byte b has id b, then come the special tokens, then merged tokens (BPE).
+Both are plain tokenizer files, which load without this package and without remote code. Ids are the same in
+both: byte b has id b, then come the special tokens, then the merged tokens of the BPE.
 
     0..255  bytes
     256     <|pad|>        257  <|bos|>        258  <|eos|>
     259     <|im_start|>   260  <|im_end|>
     261...  merged tokens of the BPE
 
-Any text is encoded without loss, nothing is normalised, and no special token is added: a language model
-trains on raw text. Text that spells a special token, such as "<|eos|>", becomes that token (the chat
-template needs it) and decodes to the same text; call with `split_special_tokens=True` to encode it as its
-bytes, as untrusted text should be.
-Lone surrogates, which Python strings can hold, are not Unicode text and cannot be encoded.
+Any text is encoded without loss. Nothing is normalised, and no special token is added, because a language
+model trains on raw text. Text that spells a special token, such as "<|eos|>", becomes that token (the chat
+template needs it) and decodes to the same text. For untrusted text, call the tokenizer with
+`split_special_tokens=True`, which encodes it as its bytes. Lone surrogates, which Python strings can hold,
+are not Unicode text and cannot be encoded.
 """
 
 import json
@@ -30,9 +31,9 @@ SPECIAL_TOKENS = {
     "eos_token": "<|eos|>",
     "extra_special_tokens": ["<|im_start|>", "<|im_end|>"],
 }
-# Every message is rendered the same whatever comes before or after it: a conversation so far is a prefix of
-# what it becomes, so that a memory of it can be gone on from. Tools are a message in front of the others, and
-# calls are as Hermes and Qwen have them, which servers know how to read.
+# Each message is rendered independently of the others. So an earlier conversation is a prefix of the later
+# one, and a memory of it can be continued. Tools are listed in a message in front of the others. Calls have
+# the format of Hermes and Qwen, which servers can parse.
 CHAT_TEMPLATE = "".join([
     # The text of a content: a string, or a list of strings and parts {"type": "text", "text": ...}.
     "{% macro text(content) %}",
@@ -65,7 +66,7 @@ CHAT_TEMPLATE = "".join([
     "{% for message in messages %}",
     "{{ '<|im_start|>' + message['role'] + '\n' }}",
     "{% if message['role'] == 'assistant' %}",
-    # What is to be learned: the answer, and that it ends.
+    # Training learns these tokens: the answer and its end.
     "{% generation %}",
     "{% set calls = message['tool_calls'] or [] %}",
     "{% if not calls or message['content'] is defined and message['content'] is not none %}",
@@ -81,24 +82,24 @@ CHAT_TEMPLATE = "".join([
 
 
 def build_byte_tokenizer() -> PreTrainedTokenizerFast:
-    """Tokenizer whose ids are the UTF-8 bytes of the text: 256 bytes and 5 special tokens, 261 ids in all."""
+    """Returns a tokenizer whose ids are UTF-8 bytes: 256 bytes and 5 special tokens, 261 ids in all."""
     return _build_tokenizer(merged_tokens=[], merges=[])
 
 
 def train_bpe_tokenizer(
     texts: Iterable[str], vocab_size: int, show_progress: bool = True
 ) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE (the GPT-2 kind: merges never cross words) that extends the byte tokenizer.
+    """Trains a byte-level BPE (as GPT-2's: merges never cross words) that extends the byte tokenizer.
 
     Args:
-        texts: training texts; read once, so a generator over a file of any size will do.
-        vocab_size: number of ids wanted, at least 261 (bytes and special tokens). A small text may not have
+        texts: training texts. They are read once, so a generator over a file of any size works.
+        vocab_size: desired number of ids, at least 261 (bytes and special tokens). A small text may not have
             enough pairs to merge, so size the embedding of a model by `len(tokenizer)`.
-        show_progress: show the progress bars of the trainer.
+        show_progress: whether to show the progress bars of the trainer.
 
     Raises:
-        ValueError: if `vocab_size` is no integer or under 261, if `texts` is no iterable of strings, or has
-            no text in it.
+        ValueError: if `vocab_size` is no integer or below 261, or if `texts` is no iterable of strings, or
+            has no text.
     """
     check_vocab_size(vocab_size)
     if isinstance(texts, str):
@@ -119,15 +120,13 @@ def train_bpe_tokenizer(
     )
     tokenizer.train_from_iterator(chain([first], texts), trainer)
     bpe = json.loads(tokenizer.to_str())["model"]
-    # The trainer numbers the alphabet in an order of its own; only what it learned is kept, in that order.
+    # The trainer orders the alphabet in its own way. So only the merged tokens are kept, in their order.
     learned = sorted(bpe["vocab"], key=bpe["vocab"].get)[256:]
     return _build_tokenizer(learned, [tuple(pair) for pair in bpe["merges"]])
 
 
 def check_vocab_size(vocab_size: int) -> None:
-    """Raises:
-    ValueError: unless a tokenizer may have `vocab_size` ids.
-    """
+    """Raises a ValueError unless `vocab_size` is an integer of at least 261."""
     if not isinstance(vocab_size, int) or isinstance(vocab_size, bool):
         raise ValueError(f"vocab_size={vocab_size!r}: expected an integer, got {_kind(vocab_size)}.")
     base_size = len(_base_tokens())
@@ -138,14 +137,14 @@ def check_vocab_size(vocab_size: int) -> None:
 
 
 def is_byte_tokenizer(tokenizer: PreTrainedTokenizerFast) -> bool:
-    """Whether byte b of any text is encoded as id b, so that bytes can be used as ids as they are."""
+    """Whether a tokenizer encodes byte b as id b, so that bytes can be used as ids."""
     model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
     first_tokens = tokenizer.convert_ids_to_tokens(list(range(min(256, len(tokenizer)))))
     return model["type"] == "BPE" and not model["merges"] and first_tokens == _base_tokens()[:256]
 
 
 def _strings(texts: Iterable[Any]) -> Iterator[str]:
-    """The texts that are not empty; what is no string is an error as soon as it is read."""
+    """Yields the texts that are not empty. Raises a ValueError at the first that is no string."""
     for number, text in enumerate(texts):
         if not isinstance(text, str):
             raise ValueError(f"texts[{number}]={_shown(text)}: expected a string, got {_kind(text)}.")
@@ -154,25 +153,28 @@ def _strings(texts: Iterable[Any]) -> Iterator[str]:
 
 
 def _shown(value: Any) -> str:
+    """Returns a short representation of a value for messages."""
     text = repr(value)
     return text if len(text) <= 40 else text[:40] + "..."
 
 
 def _kind(value: Any) -> str:
+    """Returns the name of a value's type for messages."""
     return type(value).__name__
 
 
 def _base_tokens() -> list[str]:
-    """The tokens with ids 0..260. A byte is spelled as a printable character, as byte-level tokenizers do."""
+    """Returns the tokens 0 to 260. Each byte has a printable character, as in all byte-level tokenizers."""
     spelling = bytes_to_unicode()
     *named, extra = SPECIAL_TOKENS.values()
     return [*(spelling[byte] for byte in range(256)), *named, *extra]
 
 
 def _build_tokenizer(merged_tokens: list[str], merges: list[tuple[str, str]]) -> PreTrainedTokenizerFast:
+    """Returns a tokenizer of bytes, special tokens and merged tokens."""
     vocab = {token: index for index, token in enumerate(_base_tokens() + merged_tokens)}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
-    # Without merges, splitting to words would change nothing but the time.
+    # Without merges, splitting into words would only take time.
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=bool(merges))
     tokenizer.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(

@@ -1,8 +1,8 @@
 # Copyright 2026 The Stackformer authors. Licensed under the Apache License, Version 2.0.
-"""The differences between the versions of transformers that the package works with, in one place.
+"""The differences between the supported versions of transformers.
 
-transformers 5.24 renamed the cache: `past_key_values` is `cache` in `generate`, in every `forward` and in all
-outputs. The package uses the new name and keeps the old one working, whatever is installed.
+transformers 5.24 renamed `past_key_values` to `cache` in `generate`, in every `forward` and in all outputs.
+The package uses the new name, and accepts the old one, with every version.
 """
 
 from dataclasses import fields
@@ -14,19 +14,19 @@ from transformers.utils import TransformersKwargs
 
 OLD_CACHE_NAME, NEW_CACHE_NAME = "past_key_values", "cache"
 _OUTPUT_FIELDS = {field.name for field in fields(BaseModelOutputWithPast)}
-# The name of the cache in the installed version: in outputs, and in what `generate` passes on.
+# The name of the cache in the installed version, in outputs and in the arguments that `generate` passes on.
 CACHE_NAME = NEW_CACHE_NAME if NEW_CACHE_NAME in _OUTPUT_FIELDS else OLD_CACHE_NAME
 
 # The arguments of transformers' loss function for causal language models.
 LOSS_ARGUMENTS = {"ignore_index", "num_items_in_batch", "shift_labels"}
-# What transformers passes to any model of its own. `return_dict` is taken by a decorator, where there is one.
+# The arguments that transformers passes to all of its models. A decorator may remove `return_dict` before.
 COMMON_ARGUMENTS = {*TransformersKwargs.__annotations__, "return_dict"}
 
 
 class CacheNames:
-    """Gives the outputs of a model both names of the cache: put it before transformers' class of outputs."""
+    """Base class that gives a model's outputs both names of the cache. Put it before transformers' class."""
 
-    if CACHE_NAME == OLD_CACHE_NAME:  # newer versions have the old name as a property of all outputs
+    if CACHE_NAME == OLD_CACHE_NAME:  # in newer versions, all outputs have the old name as a property
 
         @property
         def cache(self) -> Cache | None:
@@ -35,7 +35,7 @@ class CacheNames:
 
 
 def either_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | None:
-    """Returns the one cache that was passed, under either name.
+    """Returns the cache that was given under either name, or `None`.
 
     Raises:
         ValueError: if both are given.
@@ -65,7 +65,7 @@ def check_arguments(
 
     Raises:
         TypeError: for an argument that neither this package nor transformers has. transformers' own models
-            ignore such arguments, so that a misspelt or renamed one changes the results without a word.
+            ignore such arguments, so that a misspelt one silently changes the results.
         ValueError: for a cache under both names.
     """
     unknown = kwargs.keys() - COMMON_ARGUMENTS - LOSS_ARGUMENTS
