@@ -1,4 +1,7 @@
-"""The kernels against the definition, on a GPU or in Triton's interpreter: outputs, states, all gradients."""
+"""The border to the Triton kernels, on a GPU or in Triton's interpreter: which tensors they take, and when.
+
+Their outputs, states and gradients are in the table of tests/test_memory_bank.py.
+"""
 
 import json
 import os
@@ -12,7 +15,16 @@ import torch
 
 from stackformer import memory_bank
 from stackformer.memory_bank import banked_linear_attention
-from tests.test_memory_bank import LATER, NAMES, WIPED, WRONG, assert_causal, assert_same, make_inputs, run
+from tests.test_memory_bank import (
+    LATER,
+    NAMES,
+    WRONG,
+    assert_causal,
+    make_inputs,
+    multiply_bfloat16_in_the_interpreter,
+    results_and_gradients,
+    run,
+)
 from tests.test_memory_bank_cpu import VIEWS
 
 triton = pytest.importorskip("triton", reason="needs Triton: pip install triton")
@@ -27,104 +39,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|overflow) encount
 
 @pytest.fixture(autouse=True)
 def products_of_bfloat16(monkeypatch):
-    """Triton's interpreter keeps bfloat16 as integers, and multiplies those."""
-    if DEVICE == "cuda":
-        return
-    from triton import language as tl
-    from triton.runtime.interpreter import InterpreterBuilder
-
-    create_dot = InterpreterBuilder.create_dot
-
-    def create_exact_dot(self, a, b, *arguments):
-        a, b = (self.cast_impl(x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b))
-        return create_dot(self, a, b, *arguments)
-
-    monkeypatch.setattr(InterpreterBuilder, "create_dot", create_exact_dot)
-
-
-def results_and_gradients(inputs, implementation, **kwargs):
-    """As in the tests of the operator, with the same random gradients for every dtype."""
-    output, (memory, normalizer) = run(inputs, implementation, **kwargs)
-    generator = torch.Generator().manual_seed(0)
-    loss = sum(
-        (result * torch.randn(result.shape, generator=generator).to(result)).sum()
-        for result in (output, memory, normalizer)
-    )
-    gradients = torch.autograd.grad(loss, list(inputs.values()))
-    named = {f"gradient of {name}": gradient for name, gradient in zip(NAMES, gradients, strict=True)}
-    return {"output": output, "final memory": memory, "final normalizer": normalizer, **named}
-
-
-def assert_kernels_agree(inputs, rtol=1e-4, dtype=torch.float32, **kwargs):
-    """The kernels on `inputs` in `dtype` (states in float32), and the recurrence in float64 on the same."""
-    low = {
-        name: tensor.detach().to(torch.float32 if name in STATE else dtype) for name, tensor in inputs.items()
-    }
-    exact = {name: tensor.double().requires_grad_() for name, tensor in low.items()}
-    low = {name: tensor.to(DEVICE).requires_grad_() for name, tensor in low.items()}
-    actual = results_and_gradients(low, "triton", **kwargs)
-    for name, tensor in low.items():
-        assert actual[f"gradient of {name}"].dtype == tensor.dtype, name
-    assert actual["output"].dtype == dtype and actual["final memory"].dtype == torch.float32
-    actual = {name: tensor.detach().cpu().double() for name, tensor in actual.items()}
-    assert_same(results_and_gradients(exact, "recurrent", **kwargs), actual, rtol)
-
-
-SIZES = {
-    "one token": {"time": 1, "heads": 1},
-    # With `eps`, since without it the gradients of the only memory's weights are rounding errors.
-    "one memory": {"time": 20, "memories": 1, "chunk_size": 16, "eps": 0.5},
-    "part of a chunk": {"time": 70, "batch": 2},
-    "blocks in a chunk": {"time": 150, "memories": 2, "chunk_size": 128, "heads": 1},
-    "no power of two": {"time": 11, "memories": 4, "chunk_size": 7},
-    "many memories": {"time": 17, "memories": 17, "heads": 1},
-    "wide keys": {"time": 20, "memories": 2, "key_size": 70},
-    "wide values": {"time": 20, "memories": 2, "value_size": 70},
-}
-
-
-@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES.keys())
-def test_kernels_equal_the_recurrence(sizes):
-    options = {name: sizes[name] for name in ("chunk_size", "eps") if name in sizes}
-    inputs = make_inputs(**{"batch": 1} | {name: size for name, size in sizes.items() if name not in options})
-    assert_kernels_agree(inputs, **options)
-
-
-@pytest.mark.parametrize("dtype,rtol", [(torch.bfloat16, 4e-2), (torch.float16, 4e-3)])
-def test_low_precision(dtype, rtol):
-    assert_kernels_agree(make_inputs(time=40, batch=1), rtol=rtol, dtype=dtype, chunk_size=32)
-
-
-@pytest.mark.parametrize("rate", [0.0, 5.0, 50.0])
-def test_extreme_decays(rate):
-    """Chunks become as short as four tokens, of which the padding of a tile must not overflow."""
-    assert_kernels_agree(make_inputs(time=20, batch=1, memories=2, rate=rate), chunk_size=32)
-
-
-def test_a_token_that_erases_everything():
-    inputs = make_inputs(time=6, batch=1, heads=1)
-    with torch.no_grad():
-        inputs["log_decay"][:, 3] = -300.0
-    assert_kernels_agree(inputs)
-
-
-@pytest.mark.parametrize(
-    "which", ["the first token", "at both sides of a chunk's end", "some memories", "several"]
-)
-@pytest.mark.parametrize("log_decay", [-torch.inf, -95.0])
-def test_wiped_memories(which, log_decay):
-    inputs = make_inputs(time=40, batch=1)
-    with torch.no_grad():
-        WIPED[which](inputs["log_decay"]).fill_(log_decay)
-    assert_kernels_agree(inputs, chunk_size=32)
-
-
-def test_nothing_passes_where_all_is_wiped():
-    inputs = {name: x.float().detach().to(DEVICE) for name, x in make_inputs(time=20, batch=1).items()}
-    inputs["log_decay"][:, 3::4] = -torch.inf
-    inputs = {name: x.requires_grad_() for name, x in inputs.items()}
-    gradient = results_and_gradients(inputs, "triton")["gradient of log_decay"]
-    assert (gradient[:, 3::4] == 0).all() and (gradient[:, :3] != 0).all()
+    multiply_bfloat16_in_the_interpreter(monkeypatch)
 
 
 @pytest.mark.parametrize("value", LATER.values(), ids=LATER.keys())
@@ -132,18 +47,6 @@ def test_nothing_passes_where_all_is_wiped():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_later_token_that_is_no_number_changes_nothing_before_it(dtype, name, value):
     assert_causal("triton", dtype, name, value, times=(1, 9, 15, 16), time=20, heads=1)
-
-
-def test_values_that_are_no_numbers_stay_in_their_column():
-    """From their token on; blocks of a chunk as well as chunks are crossed."""
-    inputs = {name: x.float().detach() for name, x in make_inputs(time=150, memories=2, batch=1).items()}
-    inputs["value"][0, 7, 1, 2], inputs["value"][0, 100, 0, 0] = torch.nan, torch.inf
-    expected, _ = run(inputs, "recurrent")
-    inputs = {name: x.to(DEVICE) for name, x in inputs.items()}
-    actual = run(inputs, "triton", chunk_size=128)[0].cpu()
-    finite = torch.isfinite(expected)
-    assert torch.equal(torch.isfinite(actual), finite) and 0 < (~finite).sum() < finite.numel()
-    torch.testing.assert_close(actual[finite], expected[finite], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("wrong", WRONG.values(), ids=WRONG.keys())
@@ -181,10 +84,6 @@ def test_views_are_read_as_what_they_are(view):
 
 def test_zero_writes_leave_the_state_alone():
     inputs = make_inputs(time=20, batch=1)
-    with torch.no_grad():
-        for name in ("write", "log_decay"):
-            inputs[name][:, 5:15] = 0.0
-    assert_kernels_agree(inputs, chunk_size=8)
     with torch.no_grad():
         for name in ("write", "log_decay"):
             inputs[name].zero_()
