@@ -81,7 +81,7 @@ def backward(model: PreTrainedModel, ids: torch.Tensor, side: str, args: argpars
         model(ids, labels=ids).loss.backward()
         return {}
     output = long_context_backward(
-        model, ids, labels=ids, piece_size=args.piece_size, method=side, max_log_decay=args.max_log_decay,
+        model, ids, labels=ids, chunk_size=args.chunk_size, method=side, max_log_decay=args.max_log_decay,
         storage=args.storage,
     )  # fmt: skip
     return {"drift": output.drift, "anchors": output.num_anchors, "kept_bytes": output.kept_bytes}
@@ -92,7 +92,7 @@ def measure(side: str, length: int, args: argparse.Namespace) -> dict[str, Any]:
     torch.set_num_threads(args.threads)
     model = build_model(args)
     before = peak_memory()
-    backward(model, random_tokens(args, 2 * args.piece_size), side, args)
+    backward(model, random_tokens(args, 2 * args.chunk_size), side, args)
     model.zero_grad(set_to_none=False)
     ids = random_tokens(args, length)
     started = time.perf_counter()
@@ -215,7 +215,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         "--drift_lengths", type=COUNT, nargs="+", default=[16384, 65536, 262144], help="tokens for --decays"
     )
     parser.add_argument("--batch_size", type=COUNT, default=1, help="rows")
-    parser.add_argument("--piece_size", type=COUNT, default=1024, help="tokens run at once")
+    parser.add_argument("--chunk_size", type=COUNT, default=1024, help="tokens run at once")
     parser.add_argument("--max_log_decay", type=NOT_NEGATIVE, default=6.0, help="nats undone at most")
     parser.add_argument("--storage", default="device", help="where states are kept: device, cpu or a folder")
     parser.add_argument(

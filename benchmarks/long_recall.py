@@ -107,7 +107,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     def row(model: PreTrainedModel, method: str | None, started: float, loss: float) -> dict[str, Any]:
         seconds = time.perf_counter() - started
         accuracies = {
-            name: evaluate(model.eval(), task, length, args.num_test, 8, args.piece_size)["accuracy"]
+            name: evaluate(model.eval(), task, length, args.num_test, 8, args.chunk_size)["accuracy"]
             for name, task, length in (
                 ("short", known, args.short_length),
                 ("known_mark", known, args.length),
@@ -117,12 +117,12 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
         return {"method": method, "loss": loss, "seconds": seconds, **accuracies}
 
     started = time.perf_counter()
-    short = {"piece_size": args.short_length, "learning_rate": args.short_learning_rate}
+    short = {"chunk_size": args.short_length, "learning_rate": args.short_learning_rate}
     loss = train(start, known, args.short_length, args.short_steps, args.short_batch_size, args, **short)
     rows = [row(start, None, started, loss)]
     for method in args.methods:
         model, started = copy.deepcopy(start), time.perf_counter()
-        long = {"piece_size": args.piece_size, "learning_rate": args.learning_rate}
+        long = {"chunk_size": args.chunk_size, "learning_rate": args.learning_rate}
         loss = train(
             model, new, args.length, args.steps, args.batch_size, args, backpropagation=method, **long
         )
@@ -149,7 +149,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--length", type=COUNT, default=131072, help="tokens of a long context")
     parser.add_argument("--steps", type=COUNT, default=60, help="on long contexts")
     parser.add_argument("--batch_size", type=COUNT, default=1, help="long contexts of a step")
-    parser.add_argument("--piece_size", type=COUNT, default=4096, help="tokens of a piece of them")
+    parser.add_argument("--chunk_size", type=COUNT, default=4096, help="tokens of a piece of them")
     parser.add_argument("--learning_rate", type=NOT_NEGATIVE, default=5e-3, help="on long contexts")
     parser.add_argument("--short_length", type=COUNT, default=128, help="tokens of a short context")
     parser.add_argument("--short_steps", type=COUNT, default=600, help="on short contexts")

@@ -6,7 +6,7 @@ side by side. At each step every one of them goes on by `context_length` tokens,
 gradients flow:
 
     python -m scripts.train_long --config configs/long-tiny.json --dataset enwik8 --data_path enwik8 \
-        --train_range 0:3600000 --eval_range 3600000:3800000 --context_length 16384 --piece_size 512 \
+        --train_range 0:3600000 --eval_range 3600000:3800000 --context_length 16384 --chunk_size 512 \
         --per_device_train_batch_size 4 --max_steps 100 --output_dir runs/long
 
 With states stored in files instead of computed backwards; with truncated backpropagation, to compare:

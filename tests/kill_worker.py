@@ -59,7 +59,7 @@ def commands(folder: Path) -> dict[str, tuple[Callable[[list[str]], Any], list[s
     preset.write_text(json.dumps(PRESET))
     text.write_bytes(TEXT)
     data = ["--config", str(preset), "--dataset", str(text), "--block_size", "16"]
-    long = ["--context_length", "12", "--piece_size", "6", "--num_documents", "3"]
+    long = ["--context_length", "12", "--chunk_size", "6", "--num_documents", "3"]
     task = [
         "--config", str(preset), "--task", "parity", "--test_lengths", "4", "--num_test", "4",
         "--train_length", "4",

@@ -238,16 +238,16 @@ def test_titans_needs_the_package(monkeypatch):
 
 
 def test_long_recall(tmp_path, capsys):
-    """Both methods go on from the same model; where a piece is a context, they are the same."""
+    """Both methods go on from the same model; where a chunk is a context, they are the same."""
     path = tmp_path / "result.json"
     argv = ["--length", "40", "--short_length", "24", "--steps", "4", "--short_steps", "2", "--num_test", "4"]
-    rows = long_recall.main([*argv, "--piece_size", "8", "--json", str(path)])["rows"]
+    rows = long_recall.main([*argv, "--chunk_size", "8", "--json", str(path)])["rows"]
     assert [row["method"] for row in rows] == [None, "reverse", "truncated"]
     assert rows[1]["loss"] != pytest.approx(rows[2]["loss"], rel=1e-4)
     assert json.loads(path.read_text())["rows"] == rows
     printed = capsys.readouterr().out
     assert "| 24 tokens | 40 tokens |" in printed and "| 40 tokens, new mark, truncated |" in printed
-    again = long_recall.main([*argv, "--piece_size", "40"])["rows"]
+    again = long_recall.main([*argv, "--chunk_size", "40"])["rows"]
     assert again[0]["loss"] == rows[0]["loss"]
     assert again[1]["loss"] == pytest.approx(again[2]["loss"], rel=1e-6)
 

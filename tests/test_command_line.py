@@ -191,7 +191,7 @@ CASES = {
         (NEW + " --num_documents 0", "num_documents=0: expected a whole number, at least 1"),
         (NEW + " --num_documents 9999", "num_documents=9999: expected 1 to 576"),
         (NEW + " --context_length 0", "`context_length` must be at least 1 or None, got 0"),
-        (NEW + " --piece_size 0", "`piece_size` must be at least 1, got 0"),
+        (NEW + " --chunk_size 0", "`chunk_size` must be at least 1, got 0"),
         (NEW + " --backpropagation sideways", "`backpropagation` must be one of"),
         (NEW + " --eval_range 1279:1280", "eval_range: expected at least 2 tokens to evaluate, got 1"),
     ],

@@ -215,7 +215,7 @@ def test_long_contexts_in_two_processes(folder, strategy):
     ids = [row["input_ids"] for row in rows]
     shallow, deep = torch.cat([ids[0], ids[4]]), torch.cat([ids[2], ids[6], ids[3], ids[7], ids[2]])
     torch.save([shallow, shallow[:9], deep, deep[:31]], folder / "rows.pt")
-    more = {"context_length": 16, "piece_size": 5, "num_train_epochs": 2, "max_steps": -1}
+    more = {"context_length": 16, "chunk_size": 5, "num_train_epochs": 2, "max_steps": -1}
     expected = train(folder, "single", batch_size=2 * BATCH, **more)
     assert len(expected["losses"]) == 8
     assert_same_training(launch(folder, strategy, **more), expected)

@@ -138,10 +138,10 @@ def test_depths_and_traces_of_packed_documents():
 
 @pytest.mark.parametrize("method", ["reverse", "stored", "truncated"])
 def test_long_contexts_have_stored_states(method):
-    """Whatever the method is called; truncated at pieces they are what one piece has."""
+    """Whatever the method is called; truncated at chunks they are what one chunk has."""
     model, expected, ids = tiny_model(**SHAPE).train(), tiny_model(**SHAPE).train(), random_ids(2, 11)
     long_context_backward(
-        model, ids, labels=ids, piece_size=11 if method == "truncated" else 3, method=method
+        model, ids, labels=ids, chunk_size=11 if method == "truncated" else 3, method=method
     )
     expected(ids, labels=ids).loss.backward()
     for parameter, reference in zip(model.parameters(), expected.parameters(), strict=True):

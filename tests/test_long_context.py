@@ -1,4 +1,4 @@
-"""Backpropagation through pieces is backpropagation through all tokens, in memory that does not grow."""
+"""Backpropagation through chunks is backpropagation through all tokens, in memory that does not grow."""
 
 import math
 
@@ -13,7 +13,7 @@ from tests.models import SHAPES, random_ids, tiny_model
 
 torch.set_num_threads(1)
 CLOSE = {"rtol": 1e-8, "atol": 1e-11}
-LENGTH, PIECE = 50, 8
+LENGTH, CHUNK = 50, 8
 
 CASES = {
     "plain core": {"bottleneck_size": None, "num_memory_banks": 1, "stack_depth": 1, "max_ponder_steps": 1},
@@ -25,7 +25,7 @@ CASES = {
 
 
 def batch(padding: bool = False, length: int = LENGTH) -> dict[str, torch.Tensor]:
-    """Three rows; with padding on the left, in between, and in all of the last pieces."""
+    """Three rows; with padding on the left, in between, and in all of the last chunks."""
     ids = random_ids(3, length)
     inputs = {"input_ids": ids, "labels": ids.masked_fill(ids % 5 == 0, -100)}
     if padding:
@@ -66,7 +66,7 @@ def test_gradients_are_those_of_full_backpropagation(case, padding):
     outputs.loss.backward()
     for method in ("reverse", "stored"):
         model = model_for(case)
-        result = long_context_backward(model, **inputs, piece_size=PIECE, method=method, max_log_decay=1.0)
+        result = long_context_backward(model, **inputs, chunk_size=CHUNK, method=method, max_log_decay=1.0)
         torch.testing.assert_close(result.loss, outputs.loss.detach(), rtol=1e-6, atol=0)  # float32 sums
         assert_same_gradients(model, expected)
         assert_same_state(result.cache, outputs.past_key_values)
@@ -81,13 +81,13 @@ def test_it_goes_on_from_a_state(method):
     """That of some rows at a time when not every slice was written, too; and leaves that state alone."""
     inputs = batch()
     first = {"input_ids": inputs["input_ids"][:, :5], "labels": inputs["labels"][:, :5]}
-    past = long_context_loss(model_for(), **first, piece_size=2).cache
+    past = long_context_loss(model_for(), **first, chunk_size=2).cache
     kept = past.clone()
     expected = model_for()
     outputs = expected(**inputs, past_key_values=past.clone())
     outputs.loss.backward()
     model = model_for()
-    result = long_context_backward(model, **inputs, cache=past, piece_size=PIECE, method=method)
+    result = long_context_backward(model, **inputs, cache=past, chunk_size=CHUNK, method=method)
     assert_same_gradients(model, expected)
     assert_same_state(result.cache, outputs.past_key_values)
     assert_same_state(past, kept)
@@ -96,39 +96,39 @@ def test_it_goes_on_from_a_state(method):
 def test_the_state_is_kept_anywhere(tmp_path):
     """Files are gone afterwards, also if something goes wrong."""
     inputs, expected = batch(), model_for("strong decay")
-    reference = long_context_backward(expected, **inputs, piece_size=PIECE)
+    reference = long_context_backward(expected, **inputs, chunk_size=CHUNK)
     for storage in ("cpu", str(tmp_path)):
         for method in ("reverse", "stored"):
             model = model_for("strong decay")
-            result = long_context_backward(model, **inputs, piece_size=PIECE, storage=storage, method=method)
+            result = long_context_backward(model, **inputs, chunk_size=CHUNK, storage=storage, method=method)
             assert_same_gradients(model, expected)
             assert method == "stored" or result.kept_bytes == reference.kept_bytes
     with pytest.raises(DriftError):
         long_context_backward(
-            model_for("strong decay"), **inputs, piece_size=PIECE, storage=str(tmp_path), max_drift=0
+            model_for("strong decay"), **inputs, chunk_size=CHUNK, storage=str(tmp_path), max_drift=0
         )
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("feedback", [False, True], ids=["parallel", "feedback"])
-def test_checkpointed_pieces(feedback):
+def test_checkpointed_chunks(feedback):
     inputs, expected, model = batch(), model_for(feedback=feedback), model_for(feedback=feedback)
-    long_context_backward(expected, **inputs, piece_size=PIECE)
+    long_context_backward(expected, **inputs, chunk_size=CHUNK)
     model.gradient_checkpointing_enable({"use_reentrant": False})
-    long_context_backward(model, **inputs, piece_size=PIECE)
+    long_context_backward(model, **inputs, chunk_size=CHUNK)
     assert_same_gradients(model, expected)
     model.gradient_checkpointing_enable({"use_reentrant": True})
     with pytest.raises(ValueError, match="must be {'use_reentrant': False} with feedback, or with a cache"):
-        long_context_backward(model, **inputs, piece_size=PIECE, method="truncated")
+        long_context_backward(model, **inputs, chunk_size=CHUNK, method="truncated")
 
 
 def test_truncated_is_a_loop_with_a_detached_state():
     inputs, expected, model = batch(), model_for(), model_for()
-    result = long_context_backward(model, **inputs, piece_size=PIECE, method="truncated")
+    result = long_context_backward(model, **inputs, chunk_size=CHUNK, method="truncated")
     labels = nn.functional.pad(inputs["labels"], (0, 1), value=-100)[:, 1:]
     cache = None
-    for start in range(0, LENGTH, PIECE):
-        ids, targets = (x[:, start : start + PIECE].contiguous() for x in (inputs["input_ids"], labels))
+    for start in range(0, LENGTH, CHUNK):
+        ids, targets = (x[:, start : start + CHUNK].contiguous() for x in (inputs["input_ids"], labels))
         outputs = expected(ids, labels=targets, shift_labels=targets, past_key_values=cache, use_cache=True,
                            num_items_in_batch=labels.ne(-100).sum())  # fmt: skip
         outputs.loss.backward()
@@ -136,12 +136,12 @@ def test_truncated_is_a_loop_with_a_detached_state():
     assert_same_gradients(model, expected)
     assert_same_state(result.cache, cache)
     whole = model_for()
-    long_context_backward(whole, **inputs, piece_size=PIECE)
+    long_context_backward(whole, **inputs, chunk_size=CHUNK)
     with pytest.raises(AssertionError):
         assert_same_gradients(whole, expected)
 
 
-def test_a_piece_draws_the_same_random_numbers_twice():
+def test_a_chunk_draws_the_same_random_numbers_twice():
     """Dropout in a projection that decides what is written: otherwise what is undone is not what was done."""
     peft = pytest.importorskip("peft")
 
@@ -150,7 +150,7 @@ def test_a_piece_draws_the_same_random_numbers_twice():
         torch.manual_seed(1)
         model = peft.get_peft_model(model_for(), config).train()
         torch.manual_seed(2)
-        result = long_context_backward(model, **batch(), piece_size=PIECE, method=method)
+        result = long_context_backward(model, **batch(), chunk_size=CHUNK, method=method)
         return result, {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
 
     reversed_, grads = run("reverse")
@@ -190,17 +190,17 @@ class _Held:
 
 
 def test_memory_does_not_grow_with_length():
-    """Activations: none more. What is kept: a few numbers per piece, unless something was forgotten."""
+    """Activations: none more. What is kept: a few numbers per chunk, unless something was forgotten."""
     model = model_for("no decay", torch.float32)
     peaks, kept, stored = [], [], []
     for length in (64, 256):
         inputs = batch(length=length)
         with SavedBytes() as saved:
-            result = long_context_backward(model, **inputs, piece_size=16)
+            result = long_context_backward(model, **inputs, chunk_size=16)
         peaks.append(saved.peak)
         kept.append(result.kept_bytes / length)
         stored.append(
-            long_context_backward(model, **inputs, piece_size=16, method="stored").kept_bytes / length
+            long_context_backward(model, **inputs, chunk_size=16, method="stored").kept_bytes / length
         )
         assert result.num_anchors == 0
     assert peaks[1] < 1.1 * peaks[0], peaks
@@ -211,7 +211,7 @@ def test_memory_does_not_grow_with_length():
 
 
 def test_inputs_of_the_recurrence_are_computed_once(monkeypatch):
-    """For each layer and piece in either pass, not again to find its state."""
+    """For each layer and chunk in either pass, not again to find its state."""
     counts = {"project": 0, "forward": 0}
 
     def count(name, method):
@@ -223,38 +223,38 @@ def test_inputs_of_the_recurrence_are_computed_once(monkeypatch):
 
     count("project", BankedLinearAttention.project)
     count("forward", BankedLinearAttention.forward)
-    output = long_context_backward(model_for("no decay"), **batch(), piece_size=PIECE)
+    output = long_context_backward(model_for("no decay"), **batch(), chunk_size=CHUNK)
     assert output.num_anchors == 0
-    assert counts["project"] == counts["forward"] > 2 * LENGTH // PIECE
+    assert counts["project"] == counts["forward"] > 2 * LENGTH // CHUNK
 
 
 def test_what_is_kept_lies_in_slabs():
     """Not in as many places as there are tensors, and it comes back as it was."""
-    pieces = [
+    chunks = [
         ({"mask": torch.rand(3, n) > 0.5, "empty": torch.randn(0, 2)}, [torch.randn(n, dtype=torch.float64)])
         for n in range(1, 40)
     ]
-    pieces.append(({"large": torch.randn(_Storage.SLAB_BYTES)}, []))
+    chunks.append(({"large": torch.randn(_Storage.SLAB_BYTES)}, []))
     with _Storage("device", torch.device("cpu")) as storage:
-        for piece in pieces:
-            storage.push(piece)
-        places = {leaf.untyped_storage().data_ptr() for leaf in tree_leaves(storage._pieces)}
+        for chunk in chunks:
+            storage.push(chunk)
+        places = {leaf.untyped_storage().data_ptr() for leaf in tree_leaves(storage._chunks)}
         assert len(places) == 2
-        for piece in reversed(pieces):
-            torch.testing.assert_close(storage.pop(), piece, rtol=0, atol=0)
+        for chunk in reversed(chunks):
+            torch.testing.assert_close(storage.pop(), chunk, rtol=0, atol=0)
 
 
 def test_anchors_grow_with_what_is_forgotten():
     def anchors(rate: float, bound: float, length: int) -> int:
         inputs = batch(length=length)
         model = model_for("plain core", max_decay_rate=rate)
-        return long_context_backward(model, **inputs, piece_size=PIECE, max_log_decay=bound).num_anchors
+        return long_context_backward(model, **inputs, chunk_size=CHUNK, max_log_decay=bound).num_anchors
 
     few, many, twice = anchors(0.05, 2.0, 96), anchors(0.2, 2.0, 96), anchors(0.2, 2.0, 192)
     memories = 2 * 2 * 3  # layers, heads, rows
-    assert 0 < few < many < 96 / PIECE * memories
+    assert 0 < few < many < 96 / CHUNK * memories
     assert many == pytest.approx(twice / 2, rel=0.2)
-    assert anchors(0.2, 0.0, 96) == (96 // PIECE - 1) * memories
+    assert anchors(0.2, 0.0, 96) == (96 // CHUNK - 1) * memories
 
 
 def test_anchors_bound_growth_too():
@@ -262,7 +262,7 @@ def test_anchors_bound_growth_too():
     inputs, drifts = batch(length=400), []
     for bound in (math.log(4), 100.0):
         model = model_for("no decay", torch.float32)
-        result = long_context_backward(model, **inputs, piece_size=4, max_log_decay=bound)
+        result = long_context_backward(model, **inputs, chunk_size=4, max_log_decay=bound)
         drifts.append(result.drift)
         memories = result.cache.layers[0].slices[0][0][..., 0, 0].numel() * 2  # layers
         assert (0 < result.num_anchors <= math.log(100, 4) * memories) == (bound < 10)
@@ -273,11 +273,11 @@ def test_drift_in_float32_is_told_as_it_is():
     """It grows with the decay that is undone, and the gradients are off by as much."""
     inputs = batch(length=200)
     expected = model_for("plain core", torch.float32, max_decay_rate=0.1)
-    long_context_backward(expected, **inputs, piece_size=PIECE, method="stored")
+    long_context_backward(expected, **inputs, chunk_size=CHUNK, method="stored")
     drifts = []
     for bound in (1.0, 4.0):
         model = model_for("plain core", torch.float32, max_decay_rate=0.1)
-        drifts.append(long_context_backward(model, **inputs, piece_size=PIECE, max_log_decay=bound).drift)
+        drifts.append(long_context_backward(model, **inputs, chunk_size=CHUNK, max_log_decay=bound).drift)
         assert_same_gradients(model, expected, tolerance=10 * drifts[-1])
     assert 1e-7 < drifts[0] < 0.1 * drifts[1] < 1e-4
 
@@ -285,10 +285,10 @@ def test_drift_in_float32_is_told_as_it_is():
 def test_too_much_drift_is_an_error():
     inputs = batch(length=400)
     with pytest.raises(
-        DriftError, match=r"off by .* of its size at the end of piece \d+ of 50.*max_log_decay"
+        DriftError, match=r"off by .* of its size at the end of chunk \d+ of 50.*max_log_decay"
     ):
         long_context_backward(
-            model_for("plain core", torch.float32), **inputs, piece_size=PIECE, max_log_decay=1e9
+            model_for("plain core", torch.float32), **inputs, chunk_size=CHUNK, max_log_decay=1e9
         )
 
 
@@ -296,9 +296,9 @@ def test_a_mixer_that_cannot_be_reversed_is_stored(monkeypatch):
     from stackformer.mixer_banked_linear_attention import BankedLinearAttention
 
     inputs, expected, model = batch(), model_for(), model_for()
-    stored = long_context_backward(expected, **inputs, piece_size=PIECE, method="stored")
+    stored = long_context_backward(expected, **inputs, chunk_size=CHUNK, method="stored")
     monkeypatch.setattr(BankedLinearAttention, "num_reversible", 0)
-    result = long_context_backward(model, **inputs, piece_size=PIECE)
+    result = long_context_backward(model, **inputs, chunk_size=CHUNK)
     assert_same_gradients(model, expected)
     assert result.kept_bytes == stored.kept_bytes
 
@@ -308,7 +308,7 @@ def test_any_shape(shape):
     """Also those with counters in their state, with states that grow, or with one that is read many times."""
     model, expected, inputs = tiny_model(**SHAPES[shape]), tiny_model(**SHAPES[shape]), batch(True, length=30)
     expected.train()(**inputs).loss.backward()
-    long_context_backward(model.train(), **inputs, piece_size=PIECE)
+    long_context_backward(model.train(), **inputs, chunk_size=CHUNK)
     assert_same_gradients(model, expected)
 
 
@@ -330,7 +330,7 @@ def test_known_depths_are_depths_found():
     "arguments, message",
     [
         ({"method": "magic"}, "`method` must be one of .*'magic'"),
-        ({"piece_size": 0}, "`piece_size` must be at least 1, got 0"),
+        ({"chunk_size": 0}, "`chunk_size` must be at least 1, got 0"),
         ({"max_drift": -1.0}, "`max_drift` must be at least 0, got -1.0"),
         ({"max_log_decay": math.nan}, "`max_log_decay` must be at least 0, got nan"),
         ({"storage": "nowhere"}, "`storage` must be .*'nowhere'"),

@@ -35,7 +35,7 @@ def arguments(tmp_path):
             "report_to": "none",
             "use_cpu": True,
             "disable_tqdm": True,
-            "piece_size": 8,
+            "chunk_size": 8,
             "context_length": 20,
         }
         return LongContextArguments(**(defaults | changes))
@@ -125,7 +125,7 @@ def test_bad_numbers_of_streams(number):
 @pytest.mark.parametrize(
     "name, value",
     [
-        ("context_length", 0), ("piece_size", 0), ("backpropagation", "magic"), ("max_log_decay", -1.0),
+        ("context_length", 0), ("chunk_size", 0), ("backpropagation", "magic"), ("max_log_decay", -1.0),
         ("max_drift", float("nan")), ("state_storage", "nowhere"),
     ],
 )  # fmt: skip

@@ -123,13 +123,13 @@ def test_memory_does_not_grow_with_time():
     assert peak_bytes(16 * CHUNK, stored=True) > 3 * peak_bytes(4 * CHUNK, stored=True)
 
 
-def test_reversed_over_pieces():
-    """Training piece by piece, from the last state on, is training on the whole."""
+def test_reversed_over_chunks():
+    """Training chunk by chunk, from the last state on, is training on the whole."""
     shape = SHAPES["coupled"] | {"mixer_types": ["coupled"] * 2}
     ids = random_ids(2, 23)
     expected, model = tiny_model(**shape).train(), tiny_model(**shape).train()
     expected(ids, labels=ids).loss.backward()
-    output = long_context_backward(model, ids, labels=ids, piece_size=6, method="reverse", max_log_decay=0)
+    output = long_context_backward(model, ids, labels=ids, chunk_size=6, method="reverse", max_log_decay=0)
     assert_same_gradients(model, expected)
     assert output.drift < 1e-12 and output.num_anchors == 0  # whatever it grows by: it is exact
 

@@ -25,9 +25,9 @@ def test_quickstart_runs(tmp_path):
 
 
 def test_the_map_is_complete():
-    listed = set(re.findall(r"^(stackformer/\w+\.py) ", README, re.MULTILINE))
+    listed = set(re.findall(r"^(stackformer/[\w/]+\.py) ", README, re.MULTILINE))
     present = {
-        str(path.relative_to(ROOT)) for path in ROOT.glob("stackformer/*.py") if path.stem != "__init__"
+        str(path.relative_to(ROOT)) for path in ROOT.glob("stackformer/**/*.py") if path.stem != "__init__"
     }
     assert listed == present
     for folder in re.findall(r"^(\w+)/ ", README, re.MULTILINE):

@@ -551,7 +551,7 @@ def test_train_long(tmp_path, text_file):
     """The bits per byte are those of the evaluation text read in one go."""
     config = ["--config", _preset(tmp_path), "--config_overrides", "initializer_range=0.02"]
     argv = _train_argv(tmp_path, text_file, "long", *config, "--max_steps", "3")
-    options = ["--context_length", "50", "--piece_size", "20", "--num_documents", "9"]
+    options = ["--context_length", "50", "--chunk_size", "20", "--num_documents", "9"]
     metrics = train_long.main([*argv, *options])
     assert (metrics["steps"], metrics["tokens"]) == (3, 3 * 8 * 50)
     assert metrics["bits_per_byte"] < metrics["bits_per_byte_before"] - 0.05

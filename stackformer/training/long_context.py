@@ -1,12 +1,12 @@
 # Copyright 2026 The Stackformer authors. Licensed under the Apache License, Version 2.0.
 """Full backpropagation through any number of tokens, in activation memory that does not grow with them.
 
-The tokens are read in pieces, without a graph. Then, from the last piece to the first, each is run again with
-a graph, from the state at its start, and backwards, with the gradient of its end state that the piece after
+The tokens are read in chunks, without a graph. Then, from the last chunk to the first, each is run again with
+a graph, from the state at its start, and backwards, with the gradient of its end state that the chunk after
 it gave. The losses and gradients are those of one forward and backward pass over all tokens. Three methods
-differ in how a piece gets its initial state:
+differ in how a chunk gets its initial state:
 
-- "reverse" computes it from the state at the piece's end. Ponder step k and layer l have a slice of the state
+- "reverse" computes it from the state at the chunk's end. Ponder step k and layer l have a slice of the state
   of their own, and what is written to it depends on lower slices only, so that one pass upward through the
   model inverts each slice as it comes to it and runs it with a graph at once. What has decayed by a nats
   comes back with its rounding errors amplified by exp(a) (MacKay et al. 2018, "Reversible Recurrent Neural
@@ -14,11 +14,11 @@ differ in how a piece gets its initial state:
   what a memory became, too: one that has grown by exp(b) comes back with errors that are as much larger
   beside what it was. So a memory is copied instead, it is anchored, where decay and growth since it was last
   copied would come to more than `max_log_decay`.
-- "stored" copies all of the state at the start of every piece: exact, for any mixer and any decay. It is
+- "stored" copies all of the state at the start of every chunk: exact, for any mixer and any decay. It is
   what "reverse" does, too, for mixers that cannot be run backwards, and for models with feedback.
-- "truncated" cuts the graph between pieces: truncated backpropagation through time, for comparison.
+- "truncated" cuts the graph between chunks: truncated backpropagation through time, for comparison.
 
-Besides states, a piece keeps the past of the convolutions, and the number of ponder steps of each token.
+Besides states, a chunk keeps the past of the convolutions, and the number of ponder steps of each token.
 
 Letters: B batch, T time, H heads, R memories per head, K key size, V value size; B' rows with active tokens.
 """
@@ -50,8 +50,8 @@ logger = logging.get_logger(__name__)
 
 METHODS = ("reverse", "stored", "truncated")
 
-# What a piece keeps of one slice of a layer's state: which memories are anchored [B, H, R], their tensors
-# before the piece, and the tensors that are not reversible. Or `None`, all tensors, and none.
+# What a chunk keeps of one slice of a layer's state: which memories are anchored [B, H, R], their tensors
+# before the chunk, and the tensors that are not reversible. Or `None`, all tensors, and none.
 Kept = tuple[Tensor | None, State, State]
 
 
@@ -64,11 +64,11 @@ class LongContextOutput:
     """What `long_context_backward` returns; the gradients are in the parameters.
 
     Args:
-        loss (`torch.FloatTensor`): mean over the labels of all pieces (or their sum by
+        loss (`torch.FloatTensor`): mean over the labels of all chunks (or their sum by
             `num_items_in_batch`), ponder loss included.
         cache ([`StackformerCache`]): the state after the last token, without a graph.
         drift (`float`): largest error of a memory that was computed backwards, relative to the largest memory
-            of its head. It is measured where it is largest: at the end of the pieces that start from an
+            of its head. It is measured where it is largest: at the end of the chunks that start from an
             anchor, or from the first token.
         num_anchors (`int`): memories (matrices, with their key sums) that were copied.
         kept_bytes (`int`): bytes that were kept between the forward and the backward pass, besides the tokens
@@ -90,30 +90,30 @@ def long_context_backward(
     attention_mask: Tensor | None = None,
     cache: StackformerCache | None = None,
     num_items_in_batch: Tensor | int | None = None,
-    piece_size: int = 1024,
+    chunk_size: int = 1024,
     method: str = "reverse",
     max_log_decay: float = 6.0,
     max_drift: float = 1e-2,
     storage: str = "device",
     scale_loss: Callable[[Tensor], Tensor] | None = None,
 ) -> LongContextOutput:
-    """Add the gradients of the loss over T tokens to those of the parameters, piece by piece.
+    """Add the gradients of the loss over T tokens to those of the parameters, chunk by chunk.
 
     Args:
         model: a causal language model with a recurrent state, possibly wrapped (DDP, FSDP2, PEFT).
-        input_ids: [B, T], on any device: pieces are moved to the model's.
+        input_ids: [B, T], on any device: chunks are moved to the model's.
         labels: [B, T], shifted inside, -100 is ignored; or `shift_labels`: [B, T], the label of each token.
         attention_mask: [B, T], 0 for padding.
         cache: a state to go on from. No gradient flows into it, and it is not changed.
         num_items_in_batch: what the summed loss is divided by; the number of labels if `None`.
-        piece_size: tokens that are run at once. Activation memory is proportional to it.
+        chunk_size: tokens that are run at once. Activation memory is proportional to it.
         method: "reverse", "stored" or "truncated".
         max_log_decay: nats by which a memory may decay, or grow, before it is anchored (method "reverse"):
             rounding errors are amplified by up to exp(max_log_decay).
         max_drift: relative error of a memory computed backwards that is an error.
         storage: where anchors and stored states are kept: "device", "cpu", or a folder for files, which are
             removed again.
-        scale_loss: applied to the loss of each piece before its backward pass (gradient scaling); not to the
+        scale_loss: applied to the loss of each chunk before its backward pass (gradient scaling); not to the
             loss that is returned.
 
     Raises:
@@ -121,26 +121,26 @@ def long_context_backward(
         DriftError: where memories computed backwards are off by more than `max_drift`; do not step the
             optimizer then.
     """
-    _check_options(piece_size, method, max_log_decay, max_drift, storage)
+    _check_options(chunk_size, method, max_log_decay, max_drift, storage)
     shift_labels = shifted_labels(input_ids, labels, shift_labels, attention_mask)
     _check_inputs(model, input_ids, shift_labels, num_items_in_batch)
     if num_items_in_batch is None:
         num_items_in_batch = shift_labels.ne(-100).sum().clamp(min=1)
 
-    pieces = _Pieces(model, input_ids, shift_labels, attention_mask, piece_size)
-    cache = pieces.initial(cache)
-    if pieces.config.feedback and method == "reverse":
+    chunks = _Chunks(model, input_ids, shift_labels, attention_mask, chunk_size)
+    cache = chunks.initial(cache)
+    if chunks.config.feedback and method == "reverse":
         logger.warning_once(
-            "A model with feedback cannot be run backwards: states are stored for every piece"
+            "A model with feedback cannot be run backwards: states are stored for every chunk"
         )
         method = "stored"
     run = {"num_items_in_batch": num_items_in_batch, "scale_loss": scale_loss or nn.Identity()}
     if method == "truncated":
-        return _truncated(pieces, cache, **run)
-    with _Storage(storage, pieces.device) as kept:
+        return _truncated(chunks, cache, **run)
+    with _Storage(storage, chunks.device) as kept:
         recorder = _with_layers(cache, lambda layer: _RecordingLayer(layer, method, max_log_decay))
-        _read(pieces, recorder, kept)
-        output = _rewind(pieces, recorder, kept, max_drift, **run)
+        _read(chunks, recorder, kept)
+        output = _rewind(chunks, recorder, kept, max_drift, **run)
         output.kept_bytes = kept.num_bytes
         return output
 
@@ -154,27 +154,27 @@ def long_context_loss(
     attention_mask: Tensor | None = None,
     cache: StackformerCache | None = None,
     num_items_in_batch: Tensor | int | None = None,
-    piece_size: int = 1024,
+    chunk_size: int = 1024,
 ) -> LongContextOutput:
     """The loss of `long_context_backward`, and the state after the last token, without any gradient."""
-    if piece_size < 1:
-        raise ValueError(f"`piece_size` must be at least 1, got {piece_size}")
+    if chunk_size < 1:
+        raise ValueError(f"`chunk_size` must be at least 1, got {chunk_size}")
     shift_labels = shifted_labels(input_ids, labels, shift_labels, attention_mask)
     _check_inputs(model, input_ids, shift_labels, num_items_in_batch)
     if num_items_in_batch is None:
         num_items_in_batch = shift_labels.ne(-100).sum().clamp(min=1)
-    pieces = _Pieces(model, input_ids, shift_labels, attention_mask, piece_size)
-    cache = pieces.initial(cache)
-    loss = torch.zeros((), device=pieces.device)
-    for number in range(len(pieces)):
-        loss = loss + pieces.loss(number, cache, num_items_in_batch)
+    chunks = _Chunks(model, input_ids, shift_labels, attention_mask, chunk_size)
+    cache = chunks.initial(cache)
+    loss = torch.zeros((), device=chunks.device)
+    for number in range(len(chunks)):
+        loss = loss + chunks.loss(number, cache, num_items_in_batch)
     return LongContextOutput(loss=loss, cache=cache)
 
 
-class _Pieces:
-    """The tokens in pieces, on the model's device, and one call of the model for each.
+class _Chunks:
+    """The tokens in chunks, on the model's device, and one call of the model for each.
 
-    Both calls of a piece, without and with a graph, draw the same random numbers (dropout).
+    Both calls of a chunk, without and with a graph, draw the same random numbers (dropout).
     """
 
     def __init__(
@@ -202,7 +202,7 @@ class _Pieces:
         self, number: int, cache: StackformerCache, num_items_in_batch: Tensor | int, **kwargs: Any
     ) -> Tensor:
         """Advance the state; the loss."""
-        labels = self._piece(self.shift_labels, number).contiguous()
+        labels = self._chunk(self.shift_labels, number).contiguous()
         targets = {"labels": labels, "shift_labels": labels, "num_items_in_batch": num_items_in_batch}
         return self.model(**self._inputs(number), **targets, cache=cache, **kwargs).loss
 
@@ -216,10 +216,10 @@ class _Pieces:
         scale_loss: Callable[[Tensor], Tensor],
         **kwargs: Any,
     ) -> Tensor:
-        """Run a piece forward and backward; its loss.
+        """Run a chunk forward and backward; its loss.
 
         Args:
-            ends: gives the piece's end states and their gradients, after the forward pass.
+            ends: gives the chunk's end states and their gradients, after the forward pass.
             last: whether this is the last backward pass: DDP exchanges gradients after that one only. FSDP2
                 does after each, because gradients that it did not reduce would not be sharded.
         """
@@ -234,9 +234,9 @@ class _Pieces:
 
     def _inputs(self, number: int) -> dict[str, Tensor]:
         inputs = {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
-        return {name: self._piece(x, number) for name, x in inputs.items() if x is not None}
+        return {name: self._chunk(x, number) for name, x in inputs.items() if x is not None}
 
-    def _piece(self, tensor: Tensor, number: int) -> Tensor:
+    def _chunk(self, tensor: Tensor, number: int) -> Tensor:
         return tensor[:, number * self.size : (number + 1) * self.size].to(self.device)
 
     @contextmanager
@@ -249,53 +249,53 @@ class _Pieces:
             yield
 
 
-def _truncated(pieces: _Pieces, cache: StackformerCache, **run: Any) -> LongContextOutput:
-    loss = torch.zeros((), device=pieces.device)
-    for number in range(len(pieces)):
-        loss = loss + pieces.backward(number, cache, list, number == len(pieces) - 1, **run)
+def _truncated(chunks: _Chunks, cache: StackformerCache, **run: Any) -> LongContextOutput:
+    loss = torch.zeros((), device=chunks.device)
+    for number in range(len(chunks)):
+        loss = loss + chunks.backward(number, cache, list, number == len(chunks) - 1, **run)
         cache = cache.detach()
     return LongContextOutput(loss=loss, cache=cache)
 
 
-def _read(pieces: _Pieces, recorder: StackformerCache, kept: "_Storage") -> None:
-    """The forward pass: `recorder` ends in the state after all tokens, `kept` with what each piece needs."""
+def _read(chunks: _Chunks, recorder: StackformerCache, kept: "_Storage") -> None:
+    """The forward pass: `recorder` ends in the state after all tokens, `kept` with what each chunk needs."""
     # With feedback there is no inverse whose errors could let a token halt at another step.
-    config = pieces.config
+    config = chunks.config
     halts = config.halting_threshold > 0 and config.max_ponder_steps > 1 and not config.feedback
-    for number in range(len(pieces)):
-        pieces.read(number, recorder)
+    for number in range(len(chunks)):
+        chunks.read(number, recorder)
         depths, states = zip(*(layer.take() for layer in recorder.layers), strict=True)
         kept.push((depths[0] if halts else None, states))
 
 
 def _rewind(
-    pieces: _Pieces, recorder: StackformerCache, kept: "_Storage", max_drift: float, **run: Any
+    chunks: _Chunks, recorder: StackformerCache, kept: "_Storage", max_drift: float, **run: Any
 ) -> LongContextOutput:
-    """The backward pass, from the last piece to the first."""
+    """The backward pass, from the last chunk to the first."""
     rewinder = _with_layers(recorder, _RewindingLayer)
-    loss, drift = torch.zeros((), device=pieces.device), 0.0
+    loss, drift = torch.zeros((), device=chunks.device), 0.0
 
     def ends() -> list[tuple[Tensor, Tensor]]:
         return [pair for layer in rewinder.layers for pair in layer.end_gradients()]
 
-    for number in reversed(range(len(pieces))):
+    for number in reversed(range(len(chunks))):
         depths, states = kept.pop()
         for layer, state in zip(rewinder.layers, states, strict=True):
             layer.begin(state)
-        loss = loss + pieces.backward(number, rewinder, ends, number == 0, ponder_depths=depths, **run)
+        loss = loss + chunks.backward(number, rewinder, ends, number == 0, ponder_depths=depths, **run)
         errors = [error for layer in rewinder.layers for error in layer.finish()]
         if errors:
             worst = float(torch.stack(errors).max())
             if not worst <= max_drift:  # nor is what is not a number
                 raise DriftError(
-                    f"A memory computed backwards is off by {worst:.1e} of its size at the end of piece "
-                    f"{number} of {len(pieces)}, `max_drift` is {max_drift:.1e}: lower `max_log_decay`, "
+                    f"A memory computed backwards is off by {worst:.1e} of its size at the end of chunk "
+                    f"{number} of {len(chunks)}, `max_drift` is {max_drift:.1e}: lower `max_log_decay`, "
                     "compute in float32 if it was less, or use the method 'stored'"
                 )
             drift = max(drift, worst)
-    cache = StackformerCache(pieces.config)
+    cache = StackformerCache(chunks.config)
     for plain, layer in zip(cache.layers, recorder.layers, strict=True):
-        plain.load(layer.slices, layer.seen_tokens, pieces.device)
+        plain.load(layer.slices, layer.seen_tokens, chunks.device)
     anchors = sum(layer.num_anchors for layer in recorder.layers)
     return LongContextOutput(loss=loss, cache=cache, drift=drift, num_anchors=anchors)
 
@@ -308,19 +308,19 @@ def _with_layers(cache: StackformerCache, make: Callable[[Any], StackformerCache
 
 
 class _RecordingLayer(StackformerCacheLayer):
-    """A layer of the forward pass: it notes what the backward pass will need to have each piece's start."""
+    """A layer of the forward pass: it notes what the backward pass will need to have each chunk's start."""
 
     def __init__(self, layer: StackformerCacheLayer, method: str, max_log_decay: float):
         super().__init__()
         self.slices, self.seen_tokens = dict(layer.slices), layer.seen_tokens
         self.num_anchors = 0
         self._reverse, self._max_log_decay = method == "reverse", max_log_decay
-        self._depths: Tensor | None = None  # [B, T], ponder steps of the piece's tokens
+        self._depths: Tensor | None = None  # [B, T], ponder steps of the chunk's tokens
         self._kept: dict[int, Kept] = {}
-        self._begun: set[int] = set()  # slices that were read in the piece; with feedback, they are again
-        # By slice, for the pieces that will be undone down to each memory's anchor: the nats by which it
+        self._begun: set[int] = set()  # slices that were read in the chunk; with feedback, they are again
+        # By slice, for the chunks that will be undone down to each memory's anchor: the nats by which it
         # decayed in them, and the least, over their starts, of these and the log of the size of its head's
-        # memories. The piece that begins with the anchor need not be undone, so it does not count.
+        # memories. The chunk that begins with the anchor need not be undone, so it does not count.
         self._undone: dict[int, tuple[Tensor | float, Tensor | float]] = {}
 
     def for_call(self) -> StackformerCacheLayer:
@@ -358,14 +358,14 @@ class _RecordingLayer(StackformerCacheLayer):
         self._undone.setdefault(index, (0.0, math.inf))
 
     def take(self) -> tuple[Tensor | None, dict[int, Kept]]:
-        """What has to be kept of the piece just read: the tokens' ponder steps, and for each slice that was
-        there before the piece, what it takes to know what it was."""
+        """What has to be kept of the chunk just read: the tokens' ponder steps, and for each slice that was
+        there before the chunk, what it takes to know what it was."""
         taken = self._depths, self._kept
         self._depths, self._kept, self._begun = None, {}, set()
         return taken
 
     def _keep(self, index: int, state: State, mixer: Mixer, decay: Tensor, layout: TokenLayout) -> Kept:
-        """What to keep of a state whose memories will decay by `decay` [B', ...] in the piece."""
+        """What to keep of a state whose memories will decay by `decay` [B', ...] in the chunk."""
         (decay,) = put_rows(None, (decay,), layout)
         memories, rest = state[: mixer.num_reversible], state[mixer.num_reversible :]
         sizes = memories[0].detach().flatten(decay.dim()).norm(dim=-1).log()
@@ -374,7 +374,7 @@ class _RecordingLayer(StackformerCacheLayer):
         largest = largest.masked_fill(largest.isneginf(), math.inf)  # nothing is there yet
         least = (decayed + largest).clamp(max=least)
         decayed = decayed + decay
-        if index not in self._undone:  # a state from before the first piece: nothing else tells what it was
+        if index not in self._undone:  # a state from before the first chunk: nothing else tells what it was
             anchored = torch.ones_like(decay, dtype=torch.bool)
         elif mixer.reverses_exactly:
             anchored = torch.zeros_like(decay, dtype=torch.bool)
@@ -401,19 +401,19 @@ class _RecordingSlot(Slot):
 
 
 class _RewindingLayer(StackformerCacheLayer):
-    """A layer of the backward pass: it holds the state, and its gradient, at the end of the piece at hand."""
+    """A layer of the backward pass: it holds the state, and its gradient, at the end of the chunk at hand."""
 
     def __init__(self, layer: StackformerCacheLayer):
         super().__init__()
         self._ends = dict(layer.slices)
         self._grads: dict[int, State] = {}
         self._kept: dict[int, Any] = {}
-        self._starts: dict[int, State] = {}  # leaves of the piece's graph
+        self._starts: dict[int, State] = {}  # leaves of the chunk's graph
         self._recomputed: dict[int, State] = {}  # its end states, with the graph
         self._reversible: dict[int, tuple[int, int]] = {}  # tensors, and their leading dimensions
 
     def begin(self, kept: dict[int, Kept]) -> None:
-        """Go on with the piece that kept `kept`."""
+        """Go on with the chunk that kept `kept`."""
         # What was not reversible is a leaf of the new graph as it is.
         self._kept = {index: (*start, _leaves(rest)) for index, (*start, rest) in kept.items()}
         self._starts, self._recomputed = {}, {}
@@ -451,18 +451,18 @@ class _RewindingLayer(StackformerCacheLayer):
         self._recomputed[index] = put_rows(old, state, layout)
 
     def end_gradients(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """The piece's end states, with their graph, and the gradients that the pieces after it gave them."""
+        """The chunk's end states, with their graph, and the gradients that the chunks after it gave them."""
         for index, grads in self._grads.items():
             if index in self._recomputed:
                 yield from zip(self._recomputed[index], grads, strict=True)
 
     def finish(self) -> list[Tensor]:
-        """Go over to the start of the piece, the end of the one before. Returns errors that can be told."""
+        """Go over to the start of the chunk, the end of the one before. Returns errors that can be told."""
         errors = [error for index in self._recomputed for error in self._errors(index)]
         for index in self._recomputed:
             self._grads.pop(index, None)
             del self._ends[index]
-            if index in self._starts:  # else the slice was not there before this piece
+            if index in self._starts:  # else the slice was not there before this chunk
                 start = self._starts[index]
                 self._ends[index] = tuple(tensor.detach() for tensor in start)
                 self._grads[index] = tuple(
@@ -472,7 +472,7 @@ class _RewindingLayer(StackformerCacheLayer):
 
     @torch.no_grad()
     def _rebuild(self, index: int, mixer: Mixer, inputs: Any, layout: TokenLayout) -> State:
-        """The state of slice `index` at the piece's start, from the mixer's inputs unless all was kept."""
+        """The state of slice `index` at the chunk's start, from the mixer's inputs unless all was kept."""
         anchored, kept, rest = self._kept[index]
         if anchored is None:
             return _leaves(kept)
@@ -485,7 +485,7 @@ class _RewindingLayer(StackformerCacheLayer):
 
     @torch.no_grad()
     def _errors(self, index: int) -> list[Tensor]:
-        """Of the memories at the end of the piece that were computed backwards, those whose start is known,
+        """Of the memories at the end of the chunk that were computed backwards, those whose start is known,
         because it was an anchor or there was none: how far they are from what comes of it, relative to the
         largest memory of their head."""
         anchored = self._kept[index][0] if index in self._kept else None
@@ -526,10 +526,10 @@ def _leaves(tensors: Iterable[Tensor]) -> State:
 
 
 class _Storage:
-    """What the pieces keep: a stack of nested tuples, lists and dicts of tensors, on a device or in files.
+    """What the chunks keep: a stack of nested tuples, lists and dicts of tensors, on a device or in files.
 
     In memory, tensors are copied into slabs: small ones that stay between large ones that go would keep the
-    freed memory in fragments, which then grows with the number of pieces.
+    freed memory in fragments, which then grows with the number of chunks.
     """
 
     SLAB_BYTES = 2**20
@@ -541,7 +541,7 @@ class _Storage:
         self._slab = torch.empty(0, dtype=torch.uint8, device="cpu" if place == "cpu" else device)
         self._free = 0  # where the slab's unused part begins
         self._files: tempfile.TemporaryDirectory | None = None
-        self._pieces: list[Any] = []
+        self._chunks: list[Any] = []
 
     def __enter__(self) -> "_Storage":
         if self._folder is not None:
@@ -552,23 +552,23 @@ class _Storage:
         if self._files is not None:
             self._files.cleanup()
 
-    def push(self, piece: Any) -> None:
-        self.num_bytes += sum(leaf.nbytes for leaf in tree_leaves(piece) if isinstance(leaf, Tensor))
+    def push(self, chunk: Any) -> None:
+        self.num_bytes += sum(leaf.nbytes for leaf in tree_leaves(chunk) if isinstance(leaf, Tensor))
         if self._files is not None:
-            path = Path(self._files.name) / f"{len(self._pieces)}.pt"
+            path = Path(self._files.name) / f"{len(self._chunks)}.pt"
             # Clones, since a view would bring all of its storage.
-            torch.save(tree_map_only(Tensor, torch.clone, piece), path)
-            piece = path
+            torch.save(tree_map_only(Tensor, torch.clone, chunk), path)
+            chunk = path
         else:
-            piece = tree_map_only(Tensor, self._copy, piece)
-        self._pieces.append(piece)
+            chunk = tree_map_only(Tensor, self._copy, chunk)
+        self._chunks.append(chunk)
 
     def pop(self) -> Any:
-        piece = self._pieces.pop()
+        chunk = self._chunks.pop()
         if self._files is not None:
-            path, piece = piece, torch.load(piece, map_location=self._device, weights_only=True)
+            path, chunk = chunk, torch.load(chunk, map_location=self._device, weights_only=True)
             path.unlink()
-        return tree_map_only(Tensor, lambda tensor: tensor.to(self._device), piece)
+        return tree_map_only(Tensor, lambda tensor: tensor.to(self._device), chunk)
 
     def _copy(self, tensor: Tensor) -> Tensor:
         start = -(-self._free // 16) * 16  # a tensor's storage begins at a multiple of its elements
@@ -597,10 +597,10 @@ def shifted_labels(
 
 
 def _check_options(
-    piece_size: int, method: str, max_log_decay: float, max_drift: float, storage: str
+    chunk_size: int, method: str, max_log_decay: float, max_drift: float, storage: str
 ) -> None:
-    if piece_size < 1:
-        raise ValueError(f"`piece_size` must be at least 1, got {piece_size}")
+    if chunk_size < 1:
+        raise ValueError(f"`chunk_size` must be at least 1, got {chunk_size}")
     if method not in METHODS:
         raise ValueError(f"`method` must be one of {METHODS}, got {method!r}")
     for name, value in (("max_log_decay", max_log_decay), ("max_drift", max_drift)):

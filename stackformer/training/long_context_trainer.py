@@ -29,9 +29,9 @@ class LongContextArguments(TrainingArguments):
         default=65536,
         metadata={"help": "Tokens of each stream per step, which gradients flow through; None: documents."},
     )
-    piece_size: int = field(default=1024, metadata={"help": "Tokens that are run at once."})
+    chunk_size: int = field(default=1024, metadata={"help": "Tokens that are run at once."})
     backpropagation: str = field(
-        default="reverse", metadata={"help": f"How pieces get their states: one of {METHODS}."}
+        default="reverse", metadata={"help": f"How chunks get their states: one of {METHODS}."}
     )
     max_log_decay: float = field(
         default=6.0, metadata={"help": "Nats that a memory may decay by before it is copied, with 'reverse'."}
@@ -66,8 +66,8 @@ class LongContextArguments(TrainingArguments):
                 )
         if self.context_length is not None and self.context_length < 1:
             raise ValueError(f"`context_length` must be at least 1 or None, got {self.context_length}")
-        if self.piece_size < 1:
-            raise ValueError(f"`piece_size` must be at least 1, got {self.piece_size}")
+        if self.chunk_size < 1:
+            raise ValueError(f"`chunk_size` must be at least 1, got {self.chunk_size}")
         if self.backpropagation not in METHODS:
             raise ValueError(f"`backpropagation` must be one of {METHODS}, got {self.backpropagation!r}")
         for name in ("max_log_decay", "max_drift"):
@@ -229,7 +229,7 @@ class LongContextTrainer(SelectiveDecay, WholeCheckpoints, EvaluatedFirst, Train
             attention_mask=inputs["attention_mask"],
             cache=_continued(self._carried, inputs["continues"]),
             num_items_in_batch=_at_least_one(num_items_in_batch),
-            piece_size=self.args.piece_size,
+            chunk_size=self.args.chunk_size,
             method=self.args.backpropagation,
             max_log_decay=self.args.max_log_decay,
             max_drift=self.args.max_drift,
@@ -258,7 +258,7 @@ class LongContextTrainer(SelectiveDecay, WholeCheckpoints, EvaluatedFirst, Train
             attention_mask=inputs["attention_mask"],
             cache=_continued(self._carried_in_evaluation, inputs["continues"]),
             num_items_in_batch=_at_least_one(num_items_in_batch),
-            piece_size=self.args.piece_size,
+            chunk_size=self.args.chunk_size,
         )
         self._carried_in_evaluation = output.cache
         scale = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
