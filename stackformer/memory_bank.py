@@ -35,7 +35,7 @@ from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from .dtypes import at_least_float32
-from .memory_bank_cpu import DTYPES, attend, is_available, mix_once
+from .memory_bank_cpu import DTYPES, attend, decode_token, is_available
 
 # Names the implementation for calls that name none. It is read once, so that no call waits for it.
 ENVIRONMENT_VARIABLE = "STACKFORMER_IMPLEMENTATION"
@@ -231,7 +231,7 @@ IMPLEMENTATIONS = {
 }
 
 
-def _mix_once_obstacle(hidden: Tensor) -> str | None:
+def _decode_token_obstacle(hidden: Tensor) -> str | None:
     if torch.is_grad_enabled():
         return "gradients are on"
     if _FROM_ENVIRONMENT not in (None, "cpp"):
@@ -242,7 +242,7 @@ def _mix_once_obstacle(hidden: Tensor) -> str | None:
 
 
 # One token of all of `BankedLinearAttention` between its projections, in the C++ library.
-DECODING = Implementation(_mix_once_obstacle, mix_once)
+DECODING = Implementation(_decode_token_obstacle, decode_token)
 
 
 def which_implementation(
@@ -274,10 +274,10 @@ def which_implementation(
     return implementation
 
 
-def can_mix_once(hidden: Tensor) -> bool:
-    """Returns whether `mix_once` can run for tokens with these hidden states, as far as tensors decide it.
+def can_decode_token(hidden: Tensor) -> bool:
+    """Returns whether `decode_token` can run for tokens with these hidden states, as far as tensors decide it.
 
-    `mix_once` runs in the C++ library, on plain tensors on the CPU, without gradients and outside of
+    `decode_token` runs in the C++ library, on plain tensors on the CPU, without gradients and outside of
     torch.compile, unless STACKFORMER_IMPLEMENTATION names an implementation other than "cpp".
     """
     return DECODING.obstacle(hidden) is None
@@ -378,7 +378,7 @@ def reverse_banked_linear_attention(
     return memory, normalizer
 
 
-def combine_spans(log_decay: Tensor, memory: Tensor, normalizer: Tensor) -> State:
+def combine_chunks(log_decay: Tensor, memory: Tensor, normalizer: Tensor) -> State:
     """The state after N spans of tokens, one after another, from what each makes of an empty state.
 
     A span turns a state into exp(log_decay) state + what it makes of an empty one: an associative operation

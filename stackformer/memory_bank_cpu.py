@@ -424,7 +424,7 @@ def _check_step(
     state: tuple[Tensor, ...],
     rows: Tensor | None,
 ) -> tuple[int, int, int, int, int, int, int]:
-    """The sizes that `_Step` begins with, of the arguments of `mix_once`, if these go together."""
+    """The sizes that `_Step` begins with, of the arguments of `decode_token`, if these go together."""
     dimensions = (projected.dim(), conv_weight.dim(), pointer.dim(), bank_weights[0].dim())
     if dimensions != (2, 3, 2, 3) or len(bank_weights) != 3 or len(state) != 3:
         raise ValueError(
@@ -470,7 +470,7 @@ def _check_step(
     return batch, count, heads, size, banks, levels, taps
 
 
-def mix_once(
+def decode_token(
     projected: Tensor,
     conv_weight: Tensor,
     pointer: Tensor,
@@ -508,7 +508,7 @@ def mix_once(
         raise ValueError("`in_place` must be true where `rows` are given, got False")
     tokens = (projected, conv_weight, norm_weight, gate)
     if torch.is_grad_enabled() and any(x.requires_grad for x in (*tokens, pointer, *bank_weights, *state)):
-        raise ValueError("`mix_once` must be called without gradients, got tensors that require them")
+        raise ValueError("`decode_token` must be called without gradients, got tensors that require them")
     dtype = projected.dtype
     low = dtype if dtype in _PRECISIONS else torch.float32
     high = torch.float64 if low == torch.float64 else torch.float32

@@ -17,9 +17,9 @@ from .fused_ops import RMSNorm, swish_gate
 from .layers_stackformer import ResidualProjection, ShortConvolution, convolve, past_spec
 from .memory_bank import (
     banked_linear_attention,
-    can_mix_once,
-    combine_spans,
-    mix_once,
+    can_decode_token,
+    combine_chunks,
+    decode_token,
     reverse_banked_linear_attention,
 )
 from .mixer import Mixed, Mixer
@@ -123,11 +123,11 @@ class BankedLinearAttention(Mixer):
         inputs: BankInputs | None = None,
         in_place: bool = False,
     ) -> Mixed:
-        """See [`Mixer.forward`]. A single token of each row is mixed by `_mix_once` where possible."""
-        if not in_place and state is not None and inputs is None and self._can_mix_once(hidden, layout):
-            return self._mix_once(hidden, pointer, None, state)
+        """See [`Mixer.forward`]. A single token of each row is mixed by `_decode_token` where possible."""
+        if not in_place and state is not None and inputs is None and self._can_decode_token(hidden, layout):
+            return self._decode_token(hidden, pointer, None, state)
         if in_place:
-            return self._mix_once(hidden, pointer, layout, cast(BankState, state))
+            return self._decode_token(hidden, pointer, layout, cast(BankState, state))
         if inputs is None:
             inputs = self.project(hidden, pointer, layout, state)
         return self.mix(hidden, inputs, layout, state)
@@ -163,13 +163,13 @@ class BankedLinearAttention(Mixer):
         output = self.o_proj(swish_gate(self.gate_proj(hidden), mixed))
         return output, BankState(memory, normalizer, inputs.past), inputs.bank_weights
 
-    def _mix_once(
+    def _decode_token(
         self, hidden: Tensor, pointer: Tensor, layout: TokenLayout | None, state: BankState
     ) -> Mixed:
         """Mixes one token of each row in one call of the C++ library. With a `layout`, it writes in place."""
         weights = self._gates(hidden, pointer.dtype)
         projected, gate = self.qkv_proj(hidden), self.gate_proj(hidden)
-        mixed, new = mix_once(
+        mixed, new = decode_token(
             projected,
             self.conv.weight,
             pointer,
@@ -183,13 +183,13 @@ class BankedLinearAttention(Mixer):
         )
         return self.o_proj(mixed), BankState(*new) if layout is None else state, weights
 
-    def _can_mix_once(self, hidden: Tensor, layout: TokenLayout) -> bool:
-        """Whether `_mix_once` gives the same result as `project` and `mix`.
+    def _can_decode_token(self, hidden: Tensor, layout: TokenLayout) -> bool:
+        """Whether `_decode_token` gives the same result as `project` and `mix`.
 
         This holds for one token of each row, on a CPU, without gradients, and with modules that no adapter or
         hook has changed.
         """
-        if layout.row_length != 1 or layout.thinking is not None or not can_mix_once(hidden):
+        if layout.row_length != 1 or layout.thinking is not None or not can_decode_token(hidden):
             return False
         if self.feature_map is not FEATURE_MAPS["elu_plus_one"]:
             return False
@@ -197,7 +197,11 @@ class BankedLinearAttention(Mixer):
 
     def writes_in_place(self, hidden: Tensor, layout: TokenLayout, state: State) -> bool:
         """See [`Mixer.writes_in_place`]."""
-        if len(state) != 3 or len(state[0]) != layout.batch_size or not self._can_mix_once(hidden, layout):
+        if (
+            len(state) != 3
+            or len(state[0]) != layout.batch_size
+            or not self._can_decode_token(hidden, layout)
+        ):
             return False
         dtype = at_least_float32(hidden)
         return all(tensor.is_contiguous() and tensor.dtype == dtype for tensor in state)
@@ -227,7 +231,7 @@ class BankedLinearAttention(Mixer):
         _, (memory, normalizer) = banked_linear_attention(
             *inputs.operands, chunk_size=self.chunk_size, max_decay=self.max_decay_rate
         )
-        memory, normalizer = combine_spans(*gather(-self.total_decay(inputs), memory, normalizer))
+        memory, normalizer = combine_chunks(*gather(-self.total_decay(inputs), memory, normalizer))
         return BankState(memory, normalizer, past), inputs
 
     def _gates(self, hidden: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:

@@ -16,8 +16,8 @@ from stackformer import memory_bank
 from stackformer.memory_bank import (
     banked_linear_attention,
     banked_linear_attention_step,
-    can_mix_once,
-    combine_spans,
+    can_decode_token,
+    combine_chunks,
     init_memory_bank,
     reverse_banked_linear_attention,
     which_implementation,
@@ -347,7 +347,7 @@ def test_combined_spans_that_wipe():
     log_decay[1, :, :, 0] = -torch.inf
     memory, normalizer = torch.rand(3, 1, 1, 2, 4, 5).double(), torch.rand(3, 1, 1, 2, 4).double()
     log_decay.requires_grad_()
-    combined, keys = combine_spans(log_decay, memory, normalizer)
+    combined, keys = combine_chunks(log_decay, memory, normalizer)
     kept = log_decay.exp()[..., None]
     torch.testing.assert_close(keys, normalizer[2] + kept[2] * (normalizer[1] + kept[1] * normalizer[0]))
     assert torch.equal(combined[..., 0, :, :], (memory[2] + kept[2, ..., None] * memory[1])[..., 0, :, :])
@@ -652,7 +652,7 @@ def test_a_wrong_tensor_of_spans_is_named(name, wrong):
         pytest.skip("a memory may have any number of values")
     inputs[name] = wrong(inputs[name])
     with pytest.raises(ValueError, match="must") as error:
-        combine_spans(**inputs)
+        combine_chunks(**inputs)
     assert f"`{name}`" in str(error.value)
 
 
@@ -725,7 +725,7 @@ def test_the_environment_names_an_implementation(monkeypatch, name):
     run(inputs, None)
     assert ran == [name]
     with torch.no_grad():
-        assert can_mix_once(inputs["query"]) == (name == "cpp")
+        assert can_decode_token(inputs["query"]) == (name == "cpp")
 
 
 def test_what_the_environment_may_not_name(monkeypatch):
@@ -759,11 +759,11 @@ def test_the_environment_is_read():
 
 def test_decoding_in_one_call_is_for_plain_tensors_without_gradients():
     hidden = torch.rand(2, 4)
-    assert not can_mix_once(hidden)
+    assert not can_decode_token(hidden)
     with torch.no_grad():
-        assert can_mix_once(hidden) == is_available()
-        assert not can_mix_once(hidden.to("meta"))
-        assert not can_mix_once(torch.nn.Parameter(hidden))
+        assert can_decode_token(hidden) == is_available()
+        assert not can_decode_token(hidden.to("meta"))
+        assert not can_decode_token(torch.nn.Parameter(hidden))
 
 
 def test_bad_numbers_of_steps_and_ways_back_are_named():

@@ -13,7 +13,7 @@ import torch
 
 from stackformer import memory_bank_cpu
 from stackformer.memory_bank import banked_linear_attention
-from stackformer.memory_bank_cpu import is_available, mix_once
+from stackformer.memory_bank_cpu import decode_token, is_available
 from tests.test_memory_bank import NAMES, WRONG, make_inputs, run
 
 SOURCE = Path(memory_bank_cpu.__file__).parent / "csrc" / "memory_bank.cpp"
@@ -22,7 +22,7 @@ built = pytest.mark.skipif(not is_available(), reason="the C++ library was not b
 
 
 def make_step(batch=3, heads=2, size=4, banks=3, levels=2, taps=4, dtype=torch.float64, rows=None):
-    """Arguments of `mix_once`."""
+    """Arguments of `decode_token`."""
     generator = torch.Generator().manual_seed(0)
     channels, count = 3 * heads * size, batch if rows is None else 5
 
@@ -46,11 +46,11 @@ def make_step(batch=3, heads=2, size=4, banks=3, levels=2, taps=4, dtype=torch.f
 
 
 def mix(arguments, **options):
-    """`mix_once` of those."""
+    """`decode_token` of those."""
     arguments = dict(arguments)
     weights = tuple(arguments.pop(name) for name in ("read", "write", "log_decay"))
     state = tuple(arguments.pop(name) for name in ("memory", "normalizer", "past"))
-    return mix_once(**arguments, bank_weights=weights, state=state, norm_eps=1e-6, **options)
+    return decode_token(**arguments, bank_weights=weights, state=state, norm_eps=1e-6, **options)
 
 
 STEP = [name for name in make_step() if name != "rows"]

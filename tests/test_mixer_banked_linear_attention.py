@@ -41,8 +41,8 @@ def in_one_call(monkeypatch):
         calls.append(options)
         return original(*args, **options)
 
-    original = mixer_banked_linear_attention.mix_once
-    monkeypatch.setattr(mixer_banked_linear_attention, "mix_once", counted)
+    original = mixer_banked_linear_attention.decode_token
+    monkeypatch.setattr(mixer_banked_linear_attention, "decode_token", counted)
     return calls
 
 

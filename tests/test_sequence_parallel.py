@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from stackformer import StackformerCache
-from stackformer.memory_bank import banked_linear_attention, combine_spans
+from stackformer.memory_bank import banked_linear_attention, combine_chunks
 from tests.models import random_ids
 from tests.sequence_parallel_worker import CASES, make_batch, make_model, read, train
 
@@ -89,7 +89,7 @@ def test_half_of_the_rows_split_over_half_of_the_processes(tmp_path):
             torch.testing.assert_close(part[key], expected[key], **CLOSE)
 
 
-def test_combine_spans_is_reading_them_one_after_another():
+def test_combine_chunks_is_reading_them_one_after_another():
     generator = torch.Generator().manual_seed(0)
     inputs = [torch.rand(2, 12, 3, n, generator=generator).double() for n in (4, 4, 5, 2, 2, 2)]
     inputs[-1] = -inputs[-1]
@@ -97,5 +97,5 @@ def test_combine_spans_is_reading_them_one_after_another():
     spans = [[tensor[:, start : start + 4] for tensor in inputs] for start in (0, 4, 8)]
     memories, normalizers = zip(*(banked_linear_attention(*span)[1] for span in spans), strict=True)
     decays = torch.stack([span[-1].sum(1) for span in spans])
-    actual = combine_spans(decays, torch.stack(memories), torch.stack(normalizers))
+    actual = combine_chunks(decays, torch.stack(memories), torch.stack(normalizers))
     torch.testing.assert_close(actual, expected, **CLOSE)
