@@ -452,11 +452,11 @@ class MemoryAsGate(Mixer):
 class MemoryAsContext(Mixer):
     """Softmax attention inside of segments, with the memory of earlier segments as context.
 
-    This is the paper's "memory as a context" (equations 21 to 25). A segment is a chunk of the memory. A token
-    attends to the persistent tokens, to the tokens of its segment up to itself, and for each of these to the
-    memory's answer to it. These answers come from the memory at
-    the start of the segment. Let y be the normalised sum of the token and the result of attention. The memory
-    is then written with y, and the output is y times the memory's answer to y.
+    This is the paper's "memory as a context" (equations 21 to 25). A segment is a chunk of the memory. A
+    token attends to the persistent tokens, to the tokens of its segment up to itself, and for each of these
+    to the memory's answer to it. These answers come from the memory at the start of the segment. Let y be the
+    normalised sum of the token and the result of attention. The memory is then written with y, and the output
+    is y times the memory's answer to y.
 
     In the paper, a token attends to the answers for all tokens of its segment, and reads a memory that has
     been written with all of them. Both would reveal later tokens. Here a token depends on no later token.
