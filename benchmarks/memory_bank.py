@@ -1,5 +1,5 @@
 # Copyright 2026 The Stackformer authors. Licensed under the Apache License, Version 2.0.
-"""Time and memory of the memory bank over the length, beside what a user would take instead.
+"""Time and memory of the memory bank over the length, beside its alternatives.
 
     python -m benchmarks.memory_bank --time 256 1024 4096 16384 --head_dim 64 --threads 1 2 \
         --json outputs/memory_bank.json --plot outputs/memory_bank.png
@@ -55,30 +55,30 @@ if is_available():
 
 
 def name_of(implementation: str, memories: int) -> str:
-    """The side that is ours with so many memories per head."""
+    """Returns the name of our side with so many memories per head."""
     return f"{OURS[implementation]}, R={memories}"
 
 
 def bank(implementation: str, query, key, value, read, write, log_decay) -> Tensor:
-    """Ours."""
+    """Runs our operator, with its feature map."""
     query, key = functional.elu(query) + 1, functional.elu(key) + 1
     options = {"max_decay": MAX_DECAY, "implementation": implementation.split()[0]}
     return banked_linear_attention(query, key, value, read, write, log_decay, **options)[0]
 
 
 def tokens_for(implementation: str, inputs: list[Tensor]) -> list[Tensor]:
-    """Query, key and value in the dtype that is meant, and the others."""
+    """Returns query, key and value in the dtype of the implementation, and the others as they are."""
     return [x.bfloat16() for x in inputs[:3]] + inputs[3:] if implementation == LOW else inputs
 
 
 def softmax_attention(query, key, value) -> Tensor:
-    """The quadratic peer."""
+    """Runs the quadratic peer."""
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
     return functional.scaled_dot_product_attention(query, key, value, is_causal=True).transpose(1, 2)
 
 
 def linear_attention(query, key, value) -> Tensor:
-    """The linear peer, with its feature map and normalizer."""
+    """Runs the linear peer, with its feature map and normalizer."""
     batch, length = query.shape[:2]
     lengths = LengthMask(torch.full((batch,), length))
     attention = CausalLinearAttention(query.shape[-1])
@@ -86,14 +86,14 @@ def linear_attention(query, key, value) -> Tensor:
 
 
 def gates(tokens: tuple[int, ...], memories: int, device: str = "cpu") -> list[Tensor]:
-    """Read weights, write weights and log decay [B, T, H, R], as the model makes them of its logits."""
+    """Returns read weights, write weights and log decay [B, T, H, R], made as the model makes them."""
     read, write, decay = torch.randn(3, *tokens, memories, device=device)
     write = write.softmax(-1)
     return [read.softmax(-1), write, -MAX_DECAY * write * decay.sigmoid()]
 
 
 def check(head_dim: int, memories: list[int]) -> None:
-    """Raise an error unless ours is the recurrence, with its gradients, and without gates the linear peer."""
+    """Raises an error unless ours equals the recurrence, gradients too, and without gates the linear peer."""
     torch.manual_seed(0)
     tokens = (1, 150, 2)
     for count in memories:
@@ -123,12 +123,12 @@ def check(head_dim: int, memories: list[int]) -> None:
 
 
 def flops(length: int, head_dim: int, memories: int | None) -> int:
-    """Operations per token and head of a forward pass, see above; of softmax attention for `None`."""
+    """Returns the operations per token and head of a forward pass, of softmax attention for `None`."""
     return 2 * length * head_dim if memories is None else 4 * memories * head_dim * (head_dim + 1)
 
 
 def sides(length: int, head_dim: int, args: argparse.Namespace) -> dict[str, tuple[Attention, list, int]]:
-    """Every side's function, its inputs and its operations per token and head."""
+    """Returns each side's function, its inputs and its operations per token and head."""
     torch.manual_seed(0)
     tokens = (args.batch_size, length, args.heads)
     inputs = list(torch.randn(3, *tokens, head_dim, device=args.device))
@@ -149,7 +149,7 @@ def sides(length: int, head_dim: int, args: argparse.Namespace) -> dict[str, tup
 
 
 def work(attention: Attention, inputs: list[Tensor], backward: bool) -> harness.Work:
-    """One call, with the gradients of all inputs or without any."""
+    """Returns a function that makes one call, with the gradients of all inputs or without any."""
     if not backward:
         return torch.no_grad()(lambda: attention(*inputs))
     inputs = [x.detach().requires_grad_() for x in inputs]
@@ -158,7 +158,7 @@ def work(attention: Attention, inputs: list[Tensor], backward: bool) -> harness.
 
 
 def measure(length: int, head_dim: int, mode: str, args: argparse.Namespace) -> list[harness.Row]:
-    """The rows of one case."""
+    """Measures one case and returns its rows."""
     every = sides(length, head_dim, args)
     calls = {name: work(*side[:2], backward=mode == BACKWARD) for name, side in every.items()}
     calls |= harness.machine_sides(args.device)
@@ -176,7 +176,7 @@ def measure(length: int, head_dim: int, mode: str, args: argparse.Namespace) -> 
 
 
 def tables(rows: list[harness.Row]) -> dict[str, str]:
-    """For every mode, thread count and head size: time, memory, and what is reached of the machine."""
+    """Returns tables of time, memory and share of the machine's speed, by mode, threads and head size."""
     result = {}
     for mode, threads, size in dict.fromkeys((r["mode"], r["threads"], r["K=V"]) for r in rows):
         chosen = [r for r in rows if (r["mode"], r["threads"], r["K=V"]) == (mode, threads, size)]
@@ -193,7 +193,7 @@ def tables(rows: list[harness.Row]) -> dict[str, str]:
 
 
 def plot(rows: list[harness.Row], path: str) -> None:
-    """Time over length."""
+    """Draws time over length."""
     rows = [row for row in rows if row["side"] not in harness.MACHINE]
     panels: dict[str, list] = {}
     for row in rows:
@@ -203,7 +203,7 @@ def plot(rows: list[harness.Row], path: str) -> None:
 
 
 def main(argv: list[str] | None = None) -> dict:
-    """Measure as `argv` says (default: the command line)."""
+    """Measures as `argv` says (default: the command line)."""
     parser = harness.parser(__doc__)
     harness.add_timing(parser, repeats=15)
     harness.add_plot(parser)

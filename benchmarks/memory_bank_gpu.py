@@ -1,5 +1,5 @@
 # Copyright 2026 The Stackformer authors. Licensed under the Apache License, Version 2.0.
-"""Time and memory of the Triton kernels, beside flash-linear-attention's and beside what the GPU can do.
+"""Time and memory of the Triton kernels, beside flash-linear-attention's and the limits of the GPU.
 
     pip install "flash-linear-attention>=0.5"
     python -m benchmarks.memory_bank_gpu --json outputs/memory_bank_gpu.json
@@ -39,7 +39,7 @@ Side = Callable[..., Tensor]
 
 
 class Sizes(NamedTuple):
-    """Of one comparison."""
+    """The sizes of one comparison."""
 
     batch: int
     time: int
@@ -49,7 +49,7 @@ class Sizes(NamedTuple):
 
 
 def ours(*inputs: Tensor, chunk_size: int = 64, implementation: str = "triton") -> Tensor:
-    """The bank, normalizer and gates included."""
+    """Runs the bank, normalizer and gates included."""
     options = {"chunk_size": chunk_size, "implementation": implementation, "max_decay": MAX_DECAY}
     return banked_linear_attention(*inputs, **options)[0]
 
@@ -57,7 +57,7 @@ def ours(*inputs: Tensor, chunk_size: int = 64, implementation: str = "triton") 
 def fla_sums(
     query: Tensor, key: Tensor, value: Tensor, read: Tensor, write: Tensor, log_decay: Tensor
 ) -> Tensor:
-    """What flash-linear-attention computes of it: everything but the normalizer."""
+    """Runs flash-linear-attention on the same inputs: everything but the normalizer."""
     if read.shape[-1] == 1:
         query, key = query * read.to(query), key * write.to(key)
         return chunk_simple_gla(query, key, value, g=log_decay.squeeze(-1), scale=1.0)[0]
@@ -68,14 +68,14 @@ def fla_sums(
 
 
 def fla_quotient(*inputs: Tensor) -> Tensor:
-    """With a normalizer from a second call, to compare results."""
+    """Runs flash-linear-attention with a normalizer from a second call, to compare results."""
     query, key, value, *gates = inputs
     ones = torch.ones_like(value)
     return fla_sums(*inputs) / (fla_sums(query, key, ones, *gates) + 1e-6)
 
 
 def make_inputs(sizes: Sizes, dtype: torch.dtype, device: str = "cuda") -> list[Tensor]:
-    """Random query, key, value in `dtype`, and gates in float32, as a model makes them."""
+    """Returns random query, key and value in `dtype`, and gates in float32, as a model makes them."""
     shape = sizes.batch, sizes.time, sizes.heads
     query, key = (torch.rand(*shape, sizes.head_dim, device=device, dtype=dtype) + 0.1 for _ in range(2))
     value = torch.randn(*shape, sizes.head_dim, device=device, dtype=dtype)
@@ -85,7 +85,7 @@ def make_inputs(sizes: Sizes, dtype: torch.dtype, device: str = "cuda") -> list[
 
 
 def work(sizes: Sizes, chunk_size: int, element_size: int, backward: bool) -> tuple[float, float]:
-    """Bytes that must move and FLOPs of matrix products: of a forward pass, or of forward and backward.
+    """Returns the bytes that must move and the FLOPs of matrix products, forward or forward and backward.
 
     Counted once each, recomputation aside: inputs, outputs and their gradients; states at boundaries of
     chunks, written and read, in the inputs' precision; half of every square product inside a chunk, since it
@@ -107,7 +107,7 @@ def work(sizes: Sizes, chunk_size: int, element_size: int, backward: bool) -> tu
 
 
 def milliseconds(call: Callable[[], object]) -> float:
-    """Of one call, between CUDA events."""
+    """Returns the milliseconds of one call, between CUDA events."""
     start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     call()
@@ -117,7 +117,7 @@ def milliseconds(call: Callable[[], object]) -> float:
 
 
 def peaks(dtype: torch.dtype, repeats: int = 20) -> tuple[float, float]:
-    """Measured here and now: bytes per second of a large copy, FLOPs per second of a large matrix product."""
+    """Measures bytes per second of a large copy, and FLOPs per second of a large matrix product."""
     source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     left, right = torch.randn(2, 8192, 8192, device="cuda", dtype=dtype)
@@ -130,7 +130,7 @@ def peaks(dtype: torch.dtype, repeats: int = 20) -> tuple[float, float]:
 
 
 def errors(side: Side, inputs: list[Tensor], reference: Side) -> dict[str, float]:
-    """Of output and gradients, as norm of the difference by norm of the reference, which runs in float32."""
+    """Returns the errors of output and gradients: norm of the difference by norm of the float32 reference."""
     exact = [tensor.detach().float().requires_grad_() for tensor in inputs]
     output, expected = side(*inputs), reference(*exact)
     gradient = torch.randn_like(expected)
@@ -143,7 +143,7 @@ def errors(side: Side, inputs: list[Tensor], reference: Side) -> dict[str, float
 
 
 def sides_for(sizes: Sizes, chunk_sizes: list[int]) -> dict[str, Side]:
-    """Ours with every chunk size, and the peer where it is installed."""
+    """Returns ours with every chunk size, and the peer if it is installed."""
     sides: dict[str, Side] = {f"bank, C={size}": partial(ours, chunk_size=size) for size in chunk_sizes}
     if chunk_gla is not None:
         sides["fla simple_gla" if sizes.memories == 1 else "fla gla, R*K keys"] = fla_sums
@@ -151,7 +151,7 @@ def sides_for(sizes: Sizes, chunk_sizes: list[int]) -> dict[str, Side]:
 
 
 def check(sizes: Sizes, chunk_sizes: list[int], dtype: torch.dtype, tolerance: float) -> dict[str, float]:
-    """The largest error of every side at a short length; raises where one is above `tolerance`."""
+    """Returns the largest error of each side at a short length, and raises if one is above `tolerance`."""
     inputs = make_inputs(sizes._replace(time=min(sizes.time, 1000)), dtype)
     largest = {}
     for name, side in sides_for(sizes, chunk_sizes).items():
@@ -167,7 +167,7 @@ def check(sizes: Sizes, chunk_sizes: list[int], dtype: torch.dtype, tolerance: f
 
 
 def measure(sizes: Sizes, args: argparse.Namespace, rates: tuple[float, float]) -> list[dict]:
-    """A row for every side: forward, and forward with backward."""
+    """Returns a row for each side: forward, and forward with backward."""
     dtype = getattr(torch, args.dtype)
     inputs = make_inputs(sizes, dtype)
     gradient = torch.randn_like(inputs[2])
@@ -211,7 +211,7 @@ def measure(sizes: Sizes, args: argparse.Namespace, rates: tuple[float, float]) 
 
 
 def table(rows: list[dict]) -> str:
-    """Markdown; the ratio is to our fastest of the same pass and sizes."""
+    """Returns Markdown; the ratio is to our fastest of the same pass and sizes."""
     lines = ["| T | R | pass | side | ms | ratio | GiB | of matrix rate | of bandwidth |", "|---" * 9 + "|"]
     for row in rows:
         same = [
@@ -235,7 +235,7 @@ def table(rows: list[dict]) -> str:
 
 
 def main(argv: list[str] | None = None) -> list[dict]:
-    """Measure as `argv` says (default: the command line) and print the table."""
+    """Measures as `argv` says (default: the command line) and prints the table."""
     parser = Parser(description=__doc__.split("\n")[0])
     lengths = [2048, 4096, 8192, 16384, 32768, 65536]
     parser.add_argument("--time", type=COUNT, nargs="+", default=lengths, help="lengths T")

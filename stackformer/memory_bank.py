@@ -1,5 +1,5 @@
 # Copyright 2026 The Stackformer authors. Licensed under the Apache License, Version 2.0.
-"""Banked linear attention: the operator, as a recurrence, in chunks, one step at a time, and run backwards.
+"""Banked linear attention: the operator, as a recurrence, in chunks, one token at a time, and in reverse.
 
 Per head, with memories m = 1..R, each a matrix `memory[m]` [K, V] and a key sum `normalizer[m]` [K]:
 
@@ -10,9 +10,9 @@ Per head, with memories m = 1..R, each a matrix `memory[m]` [K, V] and a key sum
 A read includes the token's own write. With one memory, unit gates and no decay this is the causal linear
 attention of Katharopoulos et al. 2020, "Transformers are RNNs" (equations 18 to 20).
 
-All forms are causal for NaN and infinities, too: the output before a token is the same, to the last bit,
-whatever is in its query, key, value, read or write. Its log decay may change the roundings of the outputs
-before it in its chunk, as the exponents of a chunk are centred; a NaN there changes no more than that.
+All forms are causal for NaN and infinities, too: the query, key, value, read and write of a token change no
+bit of the outputs before that token. Its log decay, NaN included, may change the roundings of the outputs
+before it in its chunk, since the exponents of a chunk are centred.
 
 Letters: B batch, T time, H heads, K key size, V value size, R memories per head, C chunk length.
 Plain tensors in, plain tensors out: nothing here knows of a configuration or a cache.
@@ -37,21 +37,21 @@ from torch.autograd.function import once_differentiable
 from .dtypes import at_least_float32
 from .memory_bank_cpu import DTYPES, attend, decode_token, is_available
 
-# Names the implementation for calls that name none. It is read once, so that no call waits for it.
+# The variable names the implementation for calls that name none. It is read once: reading it takes time.
 ENVIRONMENT_VARIABLE = "STACKFORMER_IMPLEMENTATION"
 _FROM_ENVIRONMENT = os.environ.get(ENVIRONMENT_VARIABLE) or None
 _HAS_LIBRARY = is_available()
 _HAS_TRITON = find_spec("triton") is not None
 
-# The centred exponents of a chunk stay within +-_MAX_EXPONENT: exp(80) squared still is no float32 infinity
-# in the products that are kept (their sum of exponents is at most 0), and exp(-80) is no denormal.
+# The centred exponents of a chunk stay within +-_MAX_EXPONENT: exp(80) times exp(80) is no float32 infinity
+# in the products that are kept, whose exponents add up to at most 0, and exp(-80) is no denormal.
 _MAX_EXPONENT = {torch.float32: 80.0, torch.float64: 400.0}
-# The logarithm of nothing: its exp is 0, so a memory that decays by that much, or more, is wiped. In chunks
-# it stands for all logarithms below it, -inf included: sums of infinite ones have no differences.
+# The exp of _NOTHING is 0: a memory that decays by that much, or more, is wiped. In chunks _NOTHING stands
+# for all logarithms below it, -inf included, since the difference of two infinite sums is no number.
 _NOTHING = {torch.float32: -104.0, torch.float64: -746.0}
-# Longer chunks are cut: their work space is larger than any memory, and its size than any integer in the end.
+# Longer chunks are cut: no machine has the work space for them.
 _MAX_CHUNK = 2**20
-# Elements of work space for one group of chunks: large enough for large products, small enough for a cache.
+# Elements of work space for one group of chunks: enough for large products, and few enough for a cache.
 _WORKSPACE = 2**19
 
 State = tuple[Tensor, Tensor]
@@ -70,18 +70,18 @@ def banked_linear_attention(
     max_decay: float | None = None,
     eps: float = 1e-6,
 ) -> tuple[Tensor, State]:
-    """Attend to a bank of linear-attention memories, causally.
+    """Attends to a bank of linear-attention memories, causally.
 
     Args:
         query, key: [B, T, H, K], after the feature map (non-negative, or the normalizer may vanish).
         value: [B, T, H, V].
         read, write: [B, T, H, R], weights of the memories, >= 0. A token whose write weights and log decays
             are zero leaves every memory as it was.
-        log_decay: [B, T, H, R], <= 0, logarithm of what is kept of each memory at each token. -inf wipes a
-            memory: nothing is left of it, and no gradient passes.
+        log_decay: [B, T, H, R], <= 0, the logarithm of the factor by which each token scales each memory.
+            -inf wipes a memory: nothing is left of it, and no gradient passes.
         initial_state: memory [B, H, R, K, V] and normalizer [B, H, R, K]; zeros if `None`.
-        chunk_size: tokens per chunk; changes speed and memory, not the result. `None` takes 64, or 128 from 4
-            memories on, since one state per chunk is kept for the backward pass.
+        chunk_size: tokens per chunk. It changes speed and memory, not the result. `None` takes 64, or 128
+            from 4 memories on, since the backward pass needs one state per chunk.
         implementation: "recurrent" (the definition, one token after another), "chunk" (a few large matrix
             products per chunk, with a backward pass of its own), "cpp" (the same in C++, for CPUs, where it
             was built) or "triton" (the same as kernels for a GPU). `None` takes the one that the environment
@@ -89,10 +89,10 @@ def banked_linear_attention(
             "recurrent" for one token, and "triton" if it can run or "chunk" for more.
             `which_implementation` says which one that is.
         max_decay: a bound on `-log_decay` of all tokens, if the caller knows one. Chunks are shortened as far
-            as the bound demands, so that no exponential overflows; infinity stands for no bound and shortens
-            them to a few tokens. `None` measures what each chunk decays by, so that a few tokens that wipe
-            memories shorten nothing; to measure costs a synchronisation on a GPU and a graph break under
-            `torch.compile`.
+            as the bound demands, so that no exponential overflows. Infinity stands for no bound and shortens
+            chunks to a few tokens. `None` measures the decay of each chunk, so that a few tokens that wipe
+            memories shorten no chunk. The measurement costs a synchronisation on a GPU and a graph break
+            under `torch.compile`.
         eps: added to the denominator.
 
     Returns:
@@ -293,17 +293,18 @@ def banked_linear_attention_step(
     state: State,
     eps: float = 1e-6,
 ) -> tuple[Tensor, State]:
-    """One token of `banked_linear_attention`: the recurrence itself, for decoding.
+    """Computes one token of `banked_linear_attention`: one step of the recurrence.
 
     Args:
         query, key: [B, H, K]; value: [B, H, V]; read, write, log_decay: [B, H, R].
-        state: memory [B, H, R, K, V] and normalizer [B, H, R, K]. It is not changed in place.
+        state: memory [B, H, R, K, V] and normalizer [B, H, R, K]. The state is not changed in place.
+        eps: added to the denominator.
 
     Returns:
         The output [B, H, V] and the new state.
 
     Raises:
-        ValueError: if shapes, dtypes or devices do not go together.
+        ValueError: if shapes, dtypes or devices do not go together, or `eps` is out of range.
     """
     keys, gates = {"query": query, "key": key}, {"read": read, "write": write, "log_decay": log_decay}
     _check_inputs(keys, value, gates, _named_state("state", state), dimensions=3)
@@ -321,7 +322,7 @@ def _step(
     state: State,
     eps: float,
 ) -> tuple[Tensor, State]:
-    """`banked_linear_attention_step` on tensors that were checked."""
+    """Computes `banked_linear_attention_step` for checked tensors."""
     memory, normalizer = state
     decay = log_decay.exp().unsqueeze(-1)  # [B, H, R, 1]
     written_key = write.unsqueeze(-1) * key.unsqueeze(-2)  # [B, H, R, K]
@@ -341,16 +342,16 @@ def reverse_banked_linear_attention(
     final_state: State,
     chunk_size: int = 512,
 ) -> State:
-    """The state before some tokens, from the state after them: their writes taken out, their decay undone.
+    """Returns the state before some tokens, from the state after them: it undoes their writes and decays.
 
-    What has decayed by exp(-a) comes back with its rounding error amplified by exp(a): undo only as much
-    decay as the dtype can bear. Of a memory that was wiped nothing comes back but NaN or infinities.
+    A memory that has decayed by exp(-a) comes back with its rounding error amplified by exp(a): undo only as
+    much decay as the dtype can bear. A memory that was wiped comes back as NaN or infinities.
 
     Args:
-        key: [B, T, H, K]; value: [B, T, H, V]; write, log_decay: [B, T, H, R], as they were on the way
-            forward.
+        key: [B, T, H, K]; value: [B, T, H, V]; write, log_decay: [B, T, H, R]: the arguments of
+            `banked_linear_attention`.
         final_state: memory [B, H, R, K, V] and normalizer [B, H, R, K] after the T tokens.
-        chunk_size: tokens that are undone at once.
+        chunk_size: tokens per chunk; a chunk is undone at once.
 
     Returns:
         The state before the T tokens, in the dtype of `final_state`.
@@ -364,29 +365,31 @@ def reverse_banked_linear_attention(
     memory, normalizer = final_state
     dtype = memory.dtype
     for stop in range(key.shape[1], 0, -chunk_size):
-        span = slice(max(stop - chunk_size, 0), stop)
-        gates = log_decay[:, span].to(dtype).transpose(1, 2).cumsum(2)  # [B, H, C, R]
-        total = gates[:, :, -1]
-        weight = write[:, span].to(dtype).transpose(1, 2) * (total.unsqueeze(2) - gates).exp()
-        keys = key[:, span].to(dtype).transpose(1, 2)
-        written_key = (weight.unsqueeze(-1) * keys.unsqueeze(-2)).flatten(-2)  # [B, H, C, R*K]
-        values = value[:, span].to(dtype).transpose(1, 2)
-        growth = (-total).exp().unsqueeze(-1)
-        written = (written_key.transpose(-1, -2) @ values).view_as(memory)
+        chunk = slice(max(stop - chunk_size, 0), stop)
+        gates = log_decay[:, chunk].to(dtype).transpose(1, 2).cumsum(2)  # [B, H, C, R]
+        total = gates[:, :, -1]  # [B, H, R]
+        weight = write[:, chunk].to(dtype).transpose(1, 2)  # [B, H, C, R]
+        weight = weight * (total.unsqueeze(2) - gates).exp()
+        keys = key[:, chunk].to(dtype).transpose(1, 2)  # [B, H, C, K]
+        values = value[:, chunk].to(dtype).transpose(1, 2)  # [B, H, C, V]
+        written_key = _expand(weight, keys)  # [B, H, C, R*K]
+        written = (written_key.transpose(-1, -2) @ values).view_as(memory)  # [B, H, R, K, V]
+        growth = (-total).exp().unsqueeze(-1)  # [B, H, R, 1]
         memory = (memory - written) * growth.unsqueeze(-1)
         normalizer = (normalizer - written_key.sum(2).view_as(normalizer)) * growth
     return memory, normalizer
 
 
 def combine_chunks(log_decay: Tensor, memory: Tensor, normalizer: Tensor) -> State:
-    """The state after N spans of tokens, one after another, from what each makes of an empty state.
+    """Returns the state after N spans of tokens, one after another, from the state that each makes alone.
 
-    A span turns a state into exp(log_decay) state + what it makes of an empty one: an associative operation
-    (Blelloch 1990, "Prefix Sums and Their Applications", section 4.1).
+    A span is the tokens that one process holds, of any number. It turns a state into exp(log_decay) times
+    that state, plus the state that it makes of an empty one. This is an associative operation (Blelloch 1990,
+    "Prefix Sums and Their Applications", section 4.1).
 
     Args:
-        log_decay: [N, B, H, R], sums over each span.
-        memory: [N, B, H, R, K, V] and normalizer: [N, B, H, R, K].
+        log_decay: [N, B, H, R], the sum over the tokens of each span.
+        memory: [N, B, H, R, K, V] and normalizer: [N, B, H, R, K], made of an empty state.
 
     Returns:
         memory [B, H, R, K, V] and normalizer [B, H, R, K]
@@ -401,13 +404,18 @@ def combine_chunks(log_decay: Tensor, memory: Tensor, normalizer: Tensor) -> Sta
     bank = (*log_decay.shape, *memory.shape[4:6])
     expected = (("log_decay", log_decay, bank[:4]), ("memory", memory, bank))
     _check_tensors("log_decay", log_decay.device, (*expected, ("normalizer", normalizer, bank[:5])))
+    # The decay over all later spans.
     later = torch.cat([log_decay[1:], torch.zeros_like(log_decay[:1])]).flip(0).cumsum(0).flip(0)
-    kept = later.exp().unsqueeze(-1)
+    kept = later.exp().unsqueeze(-1)  # [N, B, H, R, 1]
     return (kept.unsqueeze(-1) * memory).sum(0), (kept * normalizer).sum(0)
 
 
 def init_memory_bank(query: Tensor, value: Tensor, read: Tensor) -> State:
-    """Empty memories, float32 at least, for query, value and read of shapes [B, ..., H, K | V | R]."""
+    """Returns an empty memory [B, H, R, K, V] and normalizer [B, H, R, K], in float32 at least.
+
+    Args:
+        query: [B, ..., H, K]; value: [B, ..., H, V]; read: [B, ..., H, R].
+    """
     batch, heads, key_size = query.shape[0], query.shape[-2], query.shape[-1]
     dtype = at_least_float32(query)
     memory = torch.zeros(
@@ -431,6 +439,7 @@ def can_look_at(tensor: Tensor) -> bool:
 
 
 def _named_state(name: str, state: State | None) -> dict[str, Tensor]:
+    """Returns memory and normalizer by the names that errors give them; nothing for `None`."""
     if state is None:
         return {}
     if len(state) != 2:
@@ -496,6 +505,7 @@ def _check_tensors(
 
 
 def _without_autocast(device: torch.device) -> AbstractContextManager:
+    """Returns a context in which products keep the dtypes that they are given."""
     return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
@@ -529,12 +539,12 @@ def _safe_chunk_length(chunk_size: int, max_decay: float | None, tensors: Tensor
     largest = float(log_decay.detach().abs().amax())
     if (chunk_size - 1) * largest <= most:
         return chunk_size
-    # The decay of each whole chunk: a few tokens that forget much, or all, need not shorten every chunk. NaN
-    # shortens none, so that it does not change the roundings of tokens before it.
+    # Measure the decay of each whole chunk: a few tokens that forget much, or all, need not shorten them all.
+    # NaN shortens no chunk, so that it does not change the roundings of tokens before it.
     decays = log_decay.detach().to(dtype).abs().nan_to_num(nan=0.0).clamp(max=nothing)
     while chunk_size > 1:
         padding = (0, 0, 0, 0, 0, -decays.shape[1] % chunk_size)
-        chunks = torch.nn.functional.pad(decays, padding).unflatten(1, (-1, chunk_size))
+        chunks = torch.nn.functional.pad(decays, padding).unflatten(1, (-1, chunk_size))  # [B, N, C, H, R]
         if float(chunks[:, :, 1:].sum(2).amax()) <= most:
             break
         chunk_size //= 2
@@ -546,14 +556,14 @@ def _safe_chunk_length(chunk_size: int, max_decay: float | None, tensors: Tensor
 # Inside a chunk, with G the cumulative sum of log_decay and c its midpoint, token j weighs at i >= j
 #     (q_i . k_j) * sum_m [read_im exp(G_im - c_m)] [write_jm exp(c_m - G_jm)],
 # one product of queries and keys for all memories times a product of rank R; c_m keeps the exponents small.
-# Across chunks, the states are read and updated by two products with inner dimension R*K. The normalizer
-# rides along as one more value column, which is 1 for every token. Groups of chunks are processed together,
-# so that the work space is bounded and memory does not grow with T*R*K; the backward pass keeps one state per
-# group and recomputes the others.
+# Across chunks, two products with inner dimension R*K read and update the states. The normalizer is one more
+# value column, which is 1 for every token. A group of chunks is computed at once: that bounds the work space,
+# so that memory does not grow with T*R*K. The backward pass keeps one state per group, and recomputes the
+# others.
 
 
 class _ChunkGroup(NamedTuple):
-    """`chunks` of `length` tokens from token `start` on, which are processed together."""
+    """`chunks` of `length` tokens from token `start` on, which are computed at once."""
 
     start: int
     chunks: int
@@ -561,20 +571,20 @@ class _ChunkGroup(NamedTuple):
 
 
 def _in_chunks(tensor: Tensor, group: _ChunkGroup, dtype: torch.dtype) -> Tensor:
-    """The tokens of a group in [B, T, H, F] as [B*H, count, length, F]."""
+    """Returns the tokens of a group in [B, T, H, F] as [B*H, N, C, F], for N chunks of C tokens."""
     batch, _, heads, features = tensor.shape
     start, chunks, length = group
-    tensor = tensor[:, start : start + chunks * length].unflatten(1, (chunks, length)).permute(0, 3, 1, 2, 4)
-    return tensor.to(dtype).reshape(batch * heads, chunks, length, features)
+    tensor = tensor[:, start : start + chunks * length].unflatten(1, (chunks, length))  # [B, N, C, H, F]
+    return tensor.permute(0, 3, 1, 2, 4).to(dtype).reshape(batch * heads, chunks, length, features)
 
 
 def _from_chunks(tensor: Tensor, heads: int) -> Tensor:
-    """[B*H, count, length, F] as [B, count * length, H, F]."""
+    """Returns [B*H, N, C, F] as [B, N*C, H, F]."""
     return tensor.unflatten(0, (-1, heads)).permute(0, 2, 3, 1, 4).flatten(1, 2)
 
 
 def _chunk_groups(time: int, length: int, elements_per_chunk: int) -> list[_ChunkGroup]:
-    """Groups that fit the work space; the last one may be a single shorter chunk."""
+    """Returns groups that fit the work space; the last one may be a single shorter chunk."""
     length = min(length, time)
     whole = time // length
     per_group = max(1, _WORKSPACE // max(1, elements_per_chunk))
@@ -585,12 +595,13 @@ def _chunk_groups(time: int, length: int, elements_per_chunk: int) -> list[_Chun
 
 
 class _Gates:
-    """The exponentials of a group of chunks, each [B*H, count, C, R]; `decay` is [B*H, count, R]."""
+    """The exponentials of a group of chunks, each [B*H, N, C, R]; `decay` is [B*H, N, R]."""
 
     def __init__(self, read: Tensor, write: Tensor, log_decay: Tensor):
         total = log_decay.cumsum(-2)
         first, last = total[..., :1, :], total[..., -1:, :]
-        # Where a later token is no number, the tokens before it are: they get a center that does for all.
+        # With a NaN in the chunk there is no midpoint. The other center bounds the exponents of the tokens
+        # before the NaN, whatever they decay by.
         middle = torch.lerp(first, last, 0.5)
         center = torch.where(last <= first, middle, first - _MAX_EXPONENT[total.dtype])
         self.from_center, self.to_center = (total - center).exp_(), (center - total).exp_()
@@ -601,20 +612,26 @@ class _Gates:
 
 
 def _expand(weights: Tensor, features: Tensor) -> Tensor:
-    """[..., C, R] and [..., C, K] to [..., C, R*K]."""
+    """Returns the products of weights [..., C, R] and features [..., C, K] as [..., C, R*K]."""
     return (weights.unsqueeze(-1) * features.unsqueeze(-2)).flatten(-2)
 
 
 def _with_ones(value: Tensor) -> Tensor:
+    """Returns [..., V] with the column of the normalizer, as [..., V+1]."""
     return torch.cat([value, torch.ones_like(value[..., :1])], dim=-1)
 
 
 def _scan(state: Tensor, decay: Tensor, update: Tensor) -> tuple[Tensor, Tensor]:
-    """States at the start of each chunk [B*H, count, R*K, V+1], and the state after the last one.
+    """Hands a state on from chunk to chunk.
 
-    state: [B*H, R*K, V+1]; decay: [B*H, count, R]; update: [B*H, count, R*K, V+1].
+    Args:
+        state: [B*H, R*K, V+1]; decay: [B*H, N, R]; update: [B*H, N, R*K, V+1].
+
+    Returns:
+        The states at the start of each chunk [B*H, N, R*K, V+1], and the state after the last one.
     """
-    decay = decay.repeat_interleave(update.shape[-2] // decay.shape[-1], dim=-1).unsqueeze(-1)
+    key_size = update.shape[-2] // decay.shape[-1]
+    decay = decay.repeat_interleave(key_size, dim=-1).unsqueeze(-1)  # [B*H, N, R*K, 1]
     starts = []
     for chunk in range(update.shape[1]):
         starts.append(state)
@@ -623,7 +640,7 @@ def _scan(state: Tensor, decay: Tensor, update: Tensor) -> tuple[Tensor, Tensor]
 
 
 class _GroupResults(NamedTuple):
-    """What the groups of chunks make together."""
+    """The results of all groups of chunks."""
 
     groups: list[_ChunkGroup]
     output: Tensor  # [B, T, H, V]
@@ -635,10 +652,15 @@ class _GroupResults(NamedTuple):
 def _in_groups(
     inputs: tuple[Tensor, ...], memory: Tensor, normalizer: Tensor, length: int, eps: float, prepared: bool
 ) -> _GroupResults:
-    """The chunk form without gradients.
+    """Computes the chunk form, without gradients.
 
     Args:
-        inputs: query to log decay, the latter finite or NaN; prepared: for values that are not finite.
+        inputs: query, key, value, read, write and log decay; the log decay is finite or NaN.
+        memory, normalizer: the initial state.
+        length: tokens per chunk.
+        eps: added to the denominator.
+        prepared: whether values that are not finite stay in their column, from their token on. That takes
+            more time.
     """
     batch, time, heads, key_size = inputs[0].shape
     memories, value_size = inputs[3].shape[-1], inputs[2].shape[-1]
@@ -646,8 +668,8 @@ def _in_groups(
     groups = _chunk_groups(
         time, length, batch * heads * (length * (length + columns) + columns * (value_size + 1))
     )
-    state = torch.cat([memory, normalizer.unsqueeze(-1)], dim=-1)
-    state = state.reshape(batch * heads, columns, value_size + 1)
+    state = torch.cat([memory, normalizer.unsqueeze(-1)], dim=-1)  # [B, H, R, K, V+1]
+    state = state.reshape(batch * heads, columns, value_size + 1)  # [B*H, R*K, V+1]
     group_states, outputs, denominators = [], [], []
     for group in groups:
         q, k, v, r, w, g = (_in_chunks(tensor, group, memory.dtype) for tensor in inputs)
@@ -667,19 +689,21 @@ def _in_groups(
 
 
 def _bounded(log_decay: Tensor, dtype: torch.dtype) -> Tensor:
+    """Returns the log decay with _NOTHING in place of everything below it."""
     return log_decay.to(dtype).clamp(min=_NOTHING[dtype])
 
 
 class _ChunkedAttention(torch.autograd.Function):
-    """`banked_linear_attention` in chunks, with its gradients written out."""
+    """Computes `banked_linear_attention` in chunks, with gradients that are written out."""
 
     @staticmethod
     def forward(ctx, query, key, value, read, write, log_decay, memory, normalizer, length, eps):
         inputs = (query, key, value, read, write, _bounded(log_decay, memory.dtype))
-        # To be prepared for values that are no numbers takes time: only if there are any, where one may ask.
+        # Being prepared for values that are no numbers takes time. Where the results may be looked at, it is
+        # done only if there are such values.
         may_ask = can_look_at(value)
         results = _in_groups(inputs, memory, normalizer, length, eps, prepared=not may_ask)
-        # The last token has met all others, through a product or a state.
+        # The last token reads every other one, through a product or a state: it tells of all.
         if may_ask and not math.isfinite(results.output[:, -1].sum()):
             results = _in_groups(inputs, memory, normalizer, length, eps, prepared=True)
         output = results.output.to(value.dtype)
@@ -714,7 +738,7 @@ class _ChunkedAttention(torch.autograd.Function):
             for collected, grad in zip(grads, group_grads, strict=True):
                 collected.append(_from_chunks(grad, heads))
         results = [torch.cat(parts[::-1], dim=1) for parts in grads]
-        # Where all is wiped, nothing passes; the sum is the rounding errors of what cancels in it.
+        # No gradient passes a wiped memory; the sum has the rounding errors of terms that cancel.
         results[5].masked_fill_(inputs[5] <= _NOTHING[dtype], 0.0)
         results = [grad.to(x.dtype) for grad, x in zip(results, ctx.saved_tensors, strict=False)]
         grad_state = grad_state.view(*grad_memory.shape[:-1], grad_memory.shape[-1] + 1)
@@ -722,16 +746,18 @@ class _ChunkedAttention(torch.autograd.Function):
 
 
 def _inside(gates: _Gates) -> Tensor:
-    """How much of token j is read at token i of the same chunk, all memories together [B*H, count, C, C], if
-    j <= i; anything, infinities and NaN included, if not."""
+    """Returns the weight of token j at token i of the same chunk, over all memories, as [B*H, N, C, C].
+
+    Only j <= i has a meaning: the other elements may be infinities or NaN.
+    """
     return gates.read_inside @ gates.write_inside.transpose(-1, -2)
 
 
 def _causal_product(weights: Tensor, value: Tensor) -> Tensor:
-    """`weights` [B*H, count, C, C], lower triangular, times `value` [B*H, count, C, V].
+    """Returns lower triangular `weights` [B*H, N, C, C] times `value` [B*H, N, C, V].
 
-    The product multiplies later values with 0, which is NaN for values that are not finite. These are left
-    out of it, and set their own column to NaN from their own token on.
+    A plain product multiplies later values by 0, which is NaN for values that are not finite. This one leaves
+    such values out, and sets their column to NaN from their token on.
     """
     return weights @ value.nan_to_num(0.0, 0.0, 0.0) + (value - value).cumsum(-2)
 
@@ -739,13 +765,20 @@ def _causal_product(weights: Tensor, value: Tensor) -> Tensor:
 def _group_backward(
     chunks: list[Tensor], state: Tensor, grad_sums: Tensor, grad_state: Tensor
 ) -> tuple[tuple[Tensor, ...], Tensor]:
-    """Gradients of a group's inputs and initial state, from those of its sums and its final state."""
+    """Computes the gradients of a group's inputs and initial state.
+
+    Args:
+        chunks: query, key, value, read, write and log decay of the group, each [B*H, N, C, F].
+        state: the state at the start of the group [B*H, R*K, V+1].
+        grad_sums: the gradients of numerators and denominators [B*H, N, C, V+1].
+        grad_state: the gradient of the state after the group [B*H, R*K, V+1].
+    """
     q, k, v, r, w, g = chunks
     v = _with_ones(v)
     gates = _Gates(r, w, g)
     read_query, written_key = _expand(gates.read_state, q), _expand(gates.write_state, k)
     starts, _ = _scan(state, gates.decay, written_key.transpose(-1, -2) @ v)
-    # From the last chunk to the first: gradients of the chunks' final states and of the group's initial one.
+    # From the last chunk to the first: gradients of each chunk's final state and of the group's initial one.
     decay = gates.decay.flip(1)
     grad_ends, grad_state = _scan(grad_state, decay, (read_query.transpose(-1, -2) @ grad_sums).flip(1))
     grad_ends = grad_ends.flip(1)

@@ -27,7 +27,7 @@ _PRECISIONS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
 
 
 class _Tokens(ctypes.Structure):
-    """Pointer and strides of a tensor [B, T, H, ...] whose last dimension is dense."""
+    """The pointer and the strides of a tensor [B, T, H, ...] whose last dimension is dense."""
 
     _fields_ = [("data", ctypes.c_void_p)] + [(name, ctypes.c_int64) for name in ("batch", "time", "head")]
 
@@ -60,12 +60,17 @@ class _Step(ctypes.Structure):
     )
 
 
-# `stackformer_abi` of csrc/memory_bank.cpp: a number that both sides change together, and the structs' sizes.
+# `stackformer_abi` of csrc/memory_bank.cpp is the same number: it changes with what the functions do, here
+# and there, and with the sizes of the structs.
 _ABI = (2 * 10000 + ctypes.sizeof(_Problem)) * 10000 + ctypes.sizeof(_Step)
 
 
 def _load_library(folder: Path) -> ctypes.CDLL | None:
-    """The library in a folder that was built for this platform and for this file; `None` if there is none."""
+    """Loads the library in a folder that was built for this platform and for this file.
+
+    Returns:
+        The library, or `None` if there is none, with a warning if there is one for another version.
+    """
     others = []
     for path in sorted(folder.glob("_memory_bank.*")):
         try:
@@ -88,7 +93,7 @@ def _load_library(folder: Path) -> ctypes.CDLL | None:
 
 
 def _abi_of(library: ctypes.CDLL) -> int | None:
-    """The number that a library was built with; `None` for one from before there were numbers."""
+    """Returns the number that a library was built with; `None` for one from before there were numbers."""
     try:
         function = library.stackformer_abi
     except AttributeError:
@@ -101,7 +106,7 @@ _LIBRARY = _load_library(Path(__file__).parent)
 
 
 def is_available() -> bool:
-    """Whether the library was built for this platform."""
+    """Returns whether the library was built for this platform."""
     return _LIBRARY is not None
 
 
@@ -145,6 +150,7 @@ def check_call(inputs: Sequence[Tensor], state: Sequence[Tensor], prefix: str = 
 
 
 def _pointer(tensor: Tensor) -> int:
+    """Returns the address of the elements, and raises a ValueError if they are not in memory."""
     pointer = tensor.data_ptr()
     if not pointer and tensor.numel() > 0:
         raise ValueError(
@@ -159,8 +165,8 @@ def _tokens(tensor: Tensor) -> _Tokens:
 
 
 def _dense(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """In the dtype, with a last dimension that is dense, and with the sign that is in memory."""
-    if tensor.dtype != dtype:  # to ask takes a tenth of `to`, of which a token of decoding has many
+    """Returns the tensor in the dtype, with a dense last dimension, and with the sign that is in memory."""
+    if tensor.dtype != dtype:  # `to` takes ten times as long, and decoding has many tensors
         tensor = tensor.to(dtype)
     if tensor.is_neg():
         tensor = tensor.resolve_neg()
@@ -168,24 +174,28 @@ def _dense(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _contiguous(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """In the dtype, with all dimensions dense, and with the sign that is in memory."""
+    """Returns the tensor in the dtype, with all dimensions dense, and with the sign that is in memory."""
     if tensor.dtype == dtype and tensor.is_contiguous() and not tensor.is_neg():
         return tensor
     return tensor.to(dtype).contiguous().resolve_neg()
 
 
 def _dtypes(inputs: Sequence[Tensor], dtype: torch.dtype) -> list[torch.dtype]:
-    """What the library takes the inputs in: the dtype of the state; bfloat16 for query, key and value if all
-    of them are."""
+    """Returns the dtypes in which the library takes the inputs.
+
+    They are the dtype of the state, and bfloat16 for query, key and value if all three are bfloat16.
+    """
     low = dtype == torch.float32 and all(tensor.dtype == torch.bfloat16 for tensor in inputs[:3])
     return [torch.bfloat16 if low else dtype] * 3 + [dtype] * 3
 
 
 def _as_taken(inputs: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Returns the inputs as the library takes them, for states in the dtype."""
     return [_dense(tensor, taken) for tensor, taken in zip(inputs, _dtypes(inputs, dtype), strict=True)]
 
 
 def _run(problem: _Problem, dtype: torch.dtype, backwards: bool) -> None:
+    """Calls the library. `dtype` is the one of queries, keys, values and output."""
     assert _LIBRARY is not None
     if _LIBRARY.stackformer_memory_bank(problem, _PRECISIONS[dtype], backwards, torch.get_num_threads()):
         raise MemoryError("no memory for the work space of banked linear attention")
@@ -194,6 +204,7 @@ def _run(problem: _Problem, dtype: torch.dtype, backwards: bool) -> None:
 def _problem(
     inputs: Sequence[Tensor], output: Tensor, denominator: Tensor, length: int, eps: float
 ) -> _Problem:
+    """Returns what forward and backward pass share of a problem."""
     query, _, value, read, _, _ = inputs
     batch, time, heads, key_size = query.shape
     return _Problem(
@@ -214,9 +225,13 @@ def _problem(
 def _forward(
     inputs: Sequence[Tensor], memory: Tensor, normalizer: Tensor, length: int, eps: float, keep_states: bool
 ) -> list[Tensor]:
-    """Output [B, T, H, V], in bfloat16 if the tokens are, else the dtype of the state; denominator
-    [B, T, H, 1], the final state, and the states at the start of each chunk [B, H, chunks, ...], empty if not
-    `keep_states`."""
+    """Computes the forward pass on tensors that were checked.
+
+    Returns:
+        The output [B, T, H, V], in bfloat16 if the tokens are, else in the dtype of the state; the
+        denominator [B, T, H, 1]; the final memory and normalizer; and those at the start of each chunk,
+        [B, H, chunks, ...], which are empty without `keep_states`.
+    """
     inputs = _as_taken(inputs, memory.dtype)
     memory, normalizer = (_contiguous(tensor, memory.dtype) for tensor in (memory, normalizer))
     results = _empty_results(inputs, memory, normalizer, length, eps, keep_states)
@@ -232,7 +247,7 @@ def _forward(
 def _checked_forward(
     inputs: Sequence[Tensor], memory: Tensor, normalizer: Tensor, length: int, eps: float, keep_states: bool
 ) -> list[Tensor]:
-    """`_forward` for anybody who calls the operator."""
+    """Checks the tensors and computes the forward pass, for anybody who calls the operator."""
     _check_forward(inputs, memory, normalizer, length)
     return _forward(inputs, memory, normalizer, length, eps, keep_states)
 
@@ -261,6 +276,7 @@ def _check_precision(name: str, tensor: Tensor) -> None:
 
 
 def _empty_results(inputs, memory, normalizer, length, eps, keep_states) -> list[Tensor]:
+    """Returns the results of `_forward`, not yet computed."""
     batch, time, heads, _ = inputs[0].shape
     chunks = -(-time // min(length, time)) if keep_states else 0
     return [
@@ -285,7 +301,7 @@ def _backward(
     length: int,
     eps: float,
 ) -> list[Tensor]:
-    """Gradients of the six inputs and of the initial state, from those of output and final state."""
+    """Computes the gradients of the six inputs and of the initial state, on tensors that it checks."""
     tensors = (output, denominator, start_memory, start_normalizer)
     _check_backward(inputs, *tensors, grad_output, grad_memory, grad_normalizer, length)
     dtype = denominator.dtype
@@ -358,7 +374,11 @@ if is_available():
 
 
 class CompiledAttention(torch.autograd.Function):
-    """`banked_linear_attention` in C++; inputs as there, then the initial state, chunk length and `eps`."""
+    """Computes `banked_linear_attention` in C++, through the operators of torch.
+
+    The arguments are the six inputs, the initial state, the chunk length, `eps`, and whether there will be a
+    backward pass.
+    """
 
     @staticmethod
     def forward(ctx, query, key, value, read, write, log_decay, memory, normalizer, length, eps, keep_states):
@@ -395,13 +415,16 @@ def attend(
     length: int,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`banked_linear_attention` in chunks of `length` tokens, on tensors that were checked: output and final
-    state."""
+    """Computes `banked_linear_attention` in chunks of `length` tokens, on tensors that were checked.
+
+    Returns:
+        The output [B, T, H, V] in the dtype of `value`, and the final memory and normalizer.
+    """
     tensors = (query, key, value, read, write, log_decay, memory, normalizer)
     keep_states = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     if keep_states or torch.compiler.is_compiling() or not is_plain(*tensors):
         return CompiledAttention.apply(*tensors, length, eps, keep_states)
-    # Without a graph, and without the ways through torch, which take longer than a token.
+    # Call the library directly: the way through torch's operators takes longer than a token.
     results = _forward(tensors[:6], memory, normalizer, length, eps, False)
     return results[0].to(value.dtype), results[2], results[3]
 
@@ -424,7 +447,7 @@ def _check_step(
     state: tuple[Tensor, ...],
     rows: Tensor | None,
 ) -> tuple[int, int, int, int, int, int, int]:
-    """The sizes that `_Step` begins with, of the arguments of `decode_token`, if these go together."""
+    """Checks the arguments of `decode_token`, and returns the sizes that `_Step` begins with."""
     dimensions = (projected.dim(), conv_weight.dim(), pointer.dim(), bank_weights[0].dim())
     if dimensions != (2, 3, 2, 3) or len(bank_weights) != 3 or len(state) != 3:
         raise ValueError(
@@ -483,7 +506,10 @@ def decode_token(
     in_place: bool = False,
     eps: float = 1e-6,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """One token of `BankedLinearAttention` in one call, without gradients: what lies between its projections.
+    """Computes one token of `BankedLinearAttention` between its projections, in one call, without gradients.
+
+    It takes the convolution, the feature map `elu_plus_one`, the gates, one pass over the state, the norm and
+    the output gate.
 
     Args:
         projected: [B, 3 H F], queries, keys and values before the convolution; conv_weight: [3 H F, 1, taps].
@@ -491,12 +517,15 @@ def decode_token(
         norm_weight: [F]; gate: [B, H F].
         state: memory [B, H, S N, F, F], normalizer [B, H, S N, F], past of the convolution
             [B, taps - 1, 3 H F].
-        rows: [B], ascending, whose states these are, if the state has more; written in place then.
-        in_place: whether to write the new state in place of the old one, which is dense and in float32
+        norm_eps: added to the mean square in the norm.
+        rows: [B], ascending, the rows of the state that the tokens belong to, if the state has more rows. The
+            state is written in place then.
+        in_place: whether to write the new state in place of the old one, which must be dense and in float32
             (float64 for float64 tokens) then.
+        eps: added to the denominator.
 
     Returns:
-        What the output is projected from [B, H F], in the dtype of `projected`, and the new state.
+        The input of the output projection [B, H F], in the dtype of `projected`, and the new state.
 
     Raises:
         ValueError: if shapes, dtypes or devices do not go together, for rows that the state does not have,
@@ -522,7 +551,7 @@ def decode_token(
             f"`state` must be dense and in {high} to be written in place, got "
             f"{[(tensor.dtype, tensor.stride()) for tensor in state]}"
         )
-    else:  # nobody else tells autograd
+    else:  # autograd does not see what the library writes
         torch.autograd.graph.increment_version([tensor for tensor in state if not tensor.is_inference()])
     output = torch.empty_like(gate)
     tensors = (
@@ -531,7 +560,7 @@ def decode_token(
     )
     pointers = [tensor.data_ptr() for tensor in tensors]
     if not all(pointers):
-        pointers = list(map(_pointer, tensors))  # of tensors without elements, or it raises
+        pointers = list(map(_pointer, tensors))  # raises, unless a tensor without elements is the reason
     step = _Step(
         *sizes, eps, norm_eps, *pointers, None if rows is None else _pointer(rows := rows.contiguous())
     )

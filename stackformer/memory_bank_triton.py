@@ -31,7 +31,7 @@ import re
 import torch
 from torch import Tensor
 
-# In a `try`, since transformers asks the users of remote code to install whatever is imported elsewhere.
+# The import is in a `try`, since transformers asks users of remote code to install all other imports.
 try:
     import triton
     import triton.language as tl
@@ -67,17 +67,17 @@ def obstacle(query: Tensor, key: Tensor, value: Tensor, read: Tensor) -> str | N
     return None
 
 
-# Kernels. A row is a token of a head in a contiguous [B, T, H, ...], or a line of a state in [..., K, V]; a
-# slot is one of B*H. Tiles are padded to powers of two, with zeros that change no sum. Only the first
-# dimension of a grid may be large.
+# Kernels. A row is a token of a head in a contiguous [B, T, H, ...], or a line of a state in [..., K, V]. A
+# slot is one of B*H. A block is the tokens of a chunk that one tile holds. Tiles are padded to powers of two,
+# with zeros that change no sum. Only the first dimension of a grid may be large.
 
-# Of these sizes it does not matter which they are: a new one is no reason to compile again.
+# Machine code does not depend on these sizes: a new one is no reason to compile again.
 _kernel = triton.jit(do_not_specialize=("time", "chunks", "slots", "parts", "tokens"))
 
 
 @triton.jit
 def _load(pointer, rows, valid, first, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """Columns `first` to `first + BLOCK` of rows of WIDTH elements, zeros where there are none."""
+    """Loads columns `first` to `first + BLOCK` of rows of WIDTH elements, with zeros past their end."""
     columns = first + tl.arange(0, BLOCK)
     mask = valid[:, None] & (columns < WIDTH)[None, :]
     return tl.load(pointer + rows[:, None] * WIDTH + columns[None, :], mask=mask, other=0.0)
@@ -97,14 +97,14 @@ def _load_gates(pointer, rows, valid, R: tl.constexpr, BLOCK_R: tl.constexpr):
 
 @triton.jit
 def _load_row(pointer, row, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """One row [BLOCK]."""
+    """Loads one row [BLOCK]."""
     columns = tl.arange(0, BLOCK)
     return tl.load(pointer + row * WIDTH + columns, mask=columns < WIDTH, other=0.0)
 
 
 @triton.jit
 def _column(tile, index):
-    """Column `index` [rows] of a tile [rows, columns] in registers."""
+    """Returns column `index` [rows] of a tile [rows, columns] in registers."""
     columns = tl.arange(0, tile.shape[1])
     return tl.sum(tl.where(columns[None, :] == index, tile, 0.0), 1)
 
@@ -114,7 +114,7 @@ def _total_kernel(
     log_decay, total, time, chunks, H: tl.constexpr, R: tl.constexpr, CHUNK: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """G. Grid: B*H*N."""
+    """Computes G. Grid: B*H*N."""
     slot, chunk = tl.program_id(0).to(tl.int64) // chunks, tl.program_id(0) % chunks
     batch, head = slot // H, slot % H
     tokens = chunk * CHUNK + tl.arange(0, CHUNK)
@@ -131,12 +131,12 @@ def _scan_kernel(
     K: tl.constexpr, V: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr, REVERSE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """States [K, V] and vectors [K] of one memory at all boundaries of chunks, handed on from chunk to chunk.
+    """Computes states [K, V] and vectors [K] of one memory at all boundaries, from chunk to chunk.
 
-    Forward, features and columns are keys and values, weighted with what was written and lasts to the end of
-    the chunk; with REVERSE, they are queries and gradients of the sums, weighted with what is read of the
-    chunk's beginning, `extra` are the gradients of the denominators, and `inner` [parts, B*H, N, R] becomes
-    parts of the inner products with `other_states` and `other_vectors`.
+    Forward, features and columns are keys and values, weighted with their writes as they are at the chunk's
+    end. With REVERSE, they are queries and gradients of the sums, weighted with their reads of the chunk's
+    beginning, `extra` are the gradients of the denominators, and `inner` [parts, B*H, N, R] becomes parts of
+    the inner products with `other_states` and `other_vectors`.
     Grid: B*H*R, blocks of K, blocks of V.
     """
     slot, memory = tl.program_id(0).to(tl.int64) // R, tl.program_id(0) % R
@@ -191,18 +191,19 @@ def _gates(
     weight, total, batch, head, tokens, valid, start, stop, time, H: tl.constexpr, R: tl.constexpr,
     BLOCK_R: tl.constexpr, WRITES: tl.constexpr,
 ):  # fmt: skip
-    """Weights of a block of tokens, and what they are multiplied with inside the chunk and beyond it.
+    """Loads the weights of a block of tokens, and computes their factors inside the chunk and beyond it.
 
-    Returns three tiles [BLOCK, BLOCK_R]: the weights; exp(G - c), or exp(c - G) where the weights are of what
-    is written, with c the chunk's midpoint of G; exp(G), or exp(G_last - G).
+    Returns three tiles [BLOCK, BLOCK_R]: the weights; exp(G - c) for reads, or exp(c - G) for writes, with c
+    the chunk's midpoint of G; exp(G) for reads, or exp(G_last - G) for writes.
     """
     weights = _load(weight, (batch * time + tokens) * H + head, valid, 0, R, BLOCK_R).to(tl.float32)
-    # After the chunk's last token G stays what it is there: exponents of tokens that are none are small, too.
+    # After the chunk's last token G stays what it is there: the exponents of the padding are small, too.
     rows = (batch * time + tl.minimum(tokens, stop - 1)) * H + head
     gates = _load(total, rows, tokens >= 0, 0, R, BLOCK_R)
     first = _load_row(total, (batch * time + start) * H + head, R, BLOCK_R)
     last = _load_row(total, (batch * time + stop - 1) * H + head, R, BLOCK_R)
-    # Where a later token is no number, the tokens before it are: they get a center that does for all.
+    # With a NaN in the chunk there is no midpoint. The other center bounds the exponents of the tokens before
+    # the NaN, whatever they decay by.
     center = tl.where(last <= first, (first + last) / 2, first - _MAX_EXPONENT)
     centered = gates - center[None, :]
     if WRITES:
@@ -217,10 +218,10 @@ def _inside(
     PER_CHUNK: tl.constexpr, BLOCK: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr, REVERSE: tl.constexpr, FINITE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Sums and denominators of a block of tokens over those of its chunk.
+    """Computes sums and denominators of a block of tokens over the tokens of its chunk.
 
-    The product multiplies columns of later tokens with 0, which is NaN where a column is not FINITE: such are
-    left out of it, and the sums of their own tokens and of later ones are set to NaN.
+    A plain product multiplies columns of later tokens by 0, which is NaN where a column is not FINITE. Such
+    columns are left out of it, and the sums of their own tokens and of later ones are set to NaN.
     """
     dtype = own.dtype
     sums = tl.zeros([BLOCK, BLOCK_V], tl.float32)
@@ -259,7 +260,7 @@ def _sums_kernel(
     CHUNK: tl.constexpr, BLOCK: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr, REVERSE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Outputs and denominators of tokens that read; with REVERSE, gradients of value of tokens that are read.
+    """Computes outputs and denominators of tokens that read; with REVERSE, gradients of the values.
 
     Forward, features and weight are query and read, the other ones key, value and write, and states are those
     at the chunk's beginning; with REVERSE, features and weight are key and write, the other ones query,
@@ -320,7 +321,7 @@ def _grad_kernel(
     V: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, REVERSE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of query and read of tokens that read; with REVERSE, of key and write of those that are read.
+    """Computes gradients of query and read; with REVERSE, of key and write.
 
     Features, weight and states are those of `_sums_kernel`, columns the gradients of the sums (with REVERSE
     values), other columns values (gradients of the sums). `extra`, the gradients of the denominators, are the
@@ -392,7 +393,7 @@ def _grad_sums_kernel(
     grad_output, output, denominator, grad_sums, grad_denominator, tokens, V: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of the sums that outputs are quotients of. Grid: blocks of the B*T*H rows."""
+    """Computes gradients of numerators and denominators. Grid: blocks of the B*T*H rows."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     valid = rows < tokens
     denominators = tl.load(denominator + rows, mask=valid, other=1.0)
@@ -407,7 +408,7 @@ def _grad_decay_kernel(
     read, write, log_decay, grad_read, grad_write, inner, grad_decay, time, chunks, slots, parts,
     H: tl.constexpr, R: tl.constexpr, CHUNK: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of log_decay, as in the module's docstring. Grid: B*H*N."""
+    """Computes gradients of log_decay, as in the module's docstring. Grid: B*H*N."""
     slot, chunk = tl.program_id(0).to(tl.int64) // chunks, tl.program_id(0) % chunks
     batch, head = slot // H, slot % H
     tokens = chunk * CHUNK + tl.arange(0, CHUNK)
@@ -417,7 +418,7 @@ def _grad_decay_kernel(
     gradient = tl.cumsum(reads - writes, 0, reverse=True)
     for part in range(parts):
         gradient += _load_row(inner, (part * slots + slot) * chunks + chunk, R, BLOCK_R)[None, :]
-    # Where all is wiped, nothing passes; the sum would be the rounding errors of what cancels in it.
+    # No gradient passes a wiped memory; the sum has the rounding errors of terms that cancel.
     decays = _load_gates(log_decay, rows, valid, R, BLOCK_R)
     gradient = tl.where(decays <= _NOTHING, 0.0, gradient)
     _store(grad_decay, rows, valid, 0, gradient, R, BLOCK_R)
@@ -462,13 +463,16 @@ class _Plan:
         self.token_sizes |= {"num_warps": 4 if small else 8, "num_stages": 2}
 
     def total(self, log_decay: Tensor) -> Tensor:
+        """Returns G [B, T, H, R]."""
         total = torch.empty_like(log_decay, dtype=torch.float32)
         _total_kernel[self.per_chunk](log_decay, total, self.time, self.chunks, **self.gates)
         return total
 
     def scan(self, features, columns, extra, weight, total, state, others=None):
-        """States and vectors at all boundaries, the ones handed on at the end, and inner products with
-        `others`."""
+        """Returns states and vectors at all boundaries, the last ones in float32, and the inner products.
+
+        With `others` the scan goes from the end to the beginning, and inner products are those with `others`.
+        """
         block_k = min(_tile(self.key_size), _MAX_BLOCK)
         blocks = (triton.cdiv(self.key_size, block_k), triton.cdiv(self.value_size, self.sizes["BLOCK_V"]))
         shape = (self.slots, self.chunks + 1, self.memories, self.key_size)
@@ -484,30 +488,32 @@ class _Plan:
         return (states, vectors), final, inner
 
     def sums(self, *tensors, eps: float = 0.0, reverse: bool = False) -> None:
+        """Computes outputs and denominators, or the gradients of the values, into the last two tensors."""
         grid = (*self.per_block, triton.cdiv(self.value_size, self.sizes["BLOCK_V"]))
         _sums_kernel[grid](*tensors, eps, self.time, self.chunks, **self.token_sizes, REVERSE=reverse)
 
     def gradients(self, *tensors, reverse: bool = False) -> None:
+        """Computes the gradients of query and read, or of key and write, into the last two tensors."""
         _grad_kernel[self.per_block](*tensors, self.time, self.chunks, **self.token_sizes, REVERSE=reverse)
 
 
 def chunk_length(chunk_size: int) -> int:
-    """The tokens of a chunk for which up to `chunk_size` are asked: a power of two."""
+    """Returns the tokens per chunk for up to `chunk_size`: a power of two, at most 256."""
     return 1 << (min(chunk_size, _MAX_CHUNK).bit_length() - 1)
 
 
 def _tile(size: int) -> int:
-    """The tile for so many columns: a power of two that matrix units take."""
+    """Returns the width of a tile for so many columns: a power of two that matrix units take."""
     return max(16, triton.next_power_of_2(size))
 
 
 def _dense(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """All dense, and with the sign that is in memory: kernels see nothing else."""
+    """Returns the tensors dense, and with the sign that is in memory: kernels see nothing else."""
     return tuple(tensor.contiguous().resolve_neg() for tensor in tensors)
 
 
 def _check(query, key, value, read, write, log_decay, memory, normalizer, *others: Tensor) -> None:
-    """Raise a ValueError unless the tensors of an operator go together: kernels follow any pointer.
+    """Raises a ValueError unless the tensors of an operator go together: kernels follow any pointer.
 
     Args:
         others: of the backward pass: output, denominator, and gradients of the output and of the final state.
@@ -536,7 +542,7 @@ def _forward(
     chunk_size: int,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Output [B, T, H, V], final memory and normalizer, and denominators [B, T, H]."""
+    """Returns the output [B, T, H, V], final memory and normalizer, and denominators [B, T, H]."""
     _check(query, key, value, read, write, log_decay, memory, normalizer)
     query, key, value, read, write, log_decay, memory, normalizer = _dense(
         query, key, value, read, write, log_decay, memory, normalizer
@@ -567,7 +573,7 @@ def _backward(
     grad_normalizer: Tensor,
     chunk_size: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of the first eight arguments."""
+    """Returns the gradients of the first eight arguments."""
     tensors = (query, key, value, read, write, log_decay, memory, normalizer)
     _check(*tensors, output, denominator, grad_output, grad_memory, grad_normalizer)
     query, key, value, read, write, log_decay, memory, normalizer = _dense(
@@ -580,7 +586,7 @@ def _backward(
     grad_sums = torch.empty_like(value, dtype=plan.dtype)
     grad_denominator = torch.empty_like(denominator)
     grad_query, grad_key, grad_value = (torch.empty_like(x) for x in (query, key, value))
-    # In float32, whatever the gates are: the gradients of the decay are made of them.
+    # These two are float32, whatever the gates are: the gradients of the decay are made of them.
     grad_read, grad_write = (torch.empty_like(x, dtype=torch.float32) for x in (read, write))
     grad_decay = torch.empty_like(log_decay)
     with torch.cuda.device_of(query):

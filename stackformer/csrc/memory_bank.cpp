@@ -1,8 +1,8 @@
 // Copyright 2026 The Stackformer authors. Licensed under the Apache License, Version 2.0.
 //
-// The chunk form of banked linear attention for CPUs: what memory_bank.py does in batched matrix products, with one
-// chunk of one head at a time in the first levels of the cache. The mathematics and its names are those of
-// memory_bank.py; this file only arranges them so that every product is one of small dense matrices, row by row.
+// The chunk form of banked linear attention for CPUs. memory_bank.py computes it in batched matrix products; this file
+// takes one chunk of one head at a time, which stays in the first levels of the cache. The mathematics and its names are
+// those of memory_bank.py; this file only arranges them so that every product is one of small dense matrices, row by row.
 //
 // Plain C interface, no dependency but a C++17 compiler with GNU vector extensions: the library is loaded with ctypes
 // and never sees torch. Tensors are described by a pointer and strides in elements; the last dimension is dense.
@@ -42,7 +42,7 @@ struct Problem {
     Tokens grad_output, grad_query, grad_key, grad_value, grad_read, grad_write, grad_log_decay;
 };
 
-// One token of a whole mixer, from the projections of its input to what its output is projected from: short convolution,
+// One token of a whole mixer, from the projections of its input to the input of its output projection: convolution,
 // feature map, recurrence, normalisation, gate. All dense; F is the head size, N banks, S levels, R = S N. The state has
 // `count` rows.
 struct Step {
@@ -78,7 +78,7 @@ INLINE float number(bfloat16 value) { return same_bits<float>(uint32_t(value.bit
 
 INLINE void assign(double& to, double value) { to = value; }
 INLINE void assign(float& to, float value) { to = value; }
-// To the nearest, ties to even; what is no number stays none.
+// Rounds to the nearest, ties to even; a NaN stays a NaN.
 INLINE void assign(bfloat16& to, float value) {
     const uint32_t bits = same_bits<uint32_t>(value);
     to.bits = value != value ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
@@ -91,7 +91,7 @@ INLINE real* at(const Tokens& tokens, int64_t b, int64_t t, int64_t h) {
 
 INLINE int64_t round_up(int64_t size, int64_t multiple) { return (size + multiple - 1) / multiple * multiple; }
 
-// What is zero in a product A B of square matrices, and therefore skipped.
+// The part that is zero in a product A B of square matrices, and is skipped.
 enum Shape { FULL, LOWER_A, UPPER_A, LOWER_RESULT };
 
 // One chunk of one head. `token` is the type of queries, keys, values and output, `real` that of all else; `BYTES` is the
@@ -215,8 +215,8 @@ struct Chunk {
         return sum(sums);
     }
 
-    // The logarithm of nothing: exp of it is 0, and so what decays by it, or by more, is wiped. Sums of finite numbers
-    // have differences, as those of infinite ones have not.
+    // exp of it is 0: a memory that decays by it, or by more, is wiped. It stands for all logarithms below it, since
+    // the difference of two infinite sums is no number.
     static constexpr real NOTHING = sizeof(real) == 4 ? -104 : -746;
     // Elements on the stack of a thread that takes one token of one head; more are on the heap.
     static constexpr int64_t LOCAL = 4096;
@@ -420,9 +420,9 @@ struct Chunk {
             }
     }
 
-    // What is read of the chunk's own tokens, to `sums`. The product multiplies later values with 0, which is NaN for
-    // values that are not finite: these are left out of it then, and added to the tokens from their own on. Whether there
-    // are any, the last token tells: its sums are of all values.
+    // Adds the reads of the chunk's own tokens to `sums`. A plain product multiplies later values by 0, which is NaN for
+    // values that are not finite: such values are left out of it, and added to the tokens from their own on. The last
+    // token tells whether there are any: its sums are of all values.
     INLINE void read_chunk(const Problem& p, int64_t b, int64_t t, int64_t h) {
         for (bool again = false;; again = true) {
             product<LOWER_A>(Cp, Vp, Cp, weights, Cp, 1, v, Vp, sums, Vp, 0);
@@ -702,7 +702,7 @@ struct Chunk {
                 if (i == length - 1) later += leaving + grad_decay;
                 later += grad_read_inside[n] * read_inside[n] + grad_read_state[n] * read_state[n] -
                          grad_write_inside[n] * write_inside[n] - grad_write_state[n] * write_state[n];
-                // Where all is wiped, nothing passes; the sum would be the rounding errors of what cancels in it.
+                // No gradient passes a wiped memory; the sum has the rounding errors of terms that cancel.
                 if (wipes && at<real>(p.log_decay, b, t + i, h)[r] <= NOTHING) later = 0;
                 at<real>(p.grad_log_decay, b, t + i, h)[r] = later;
             }
@@ -811,13 +811,13 @@ Functions choose(int precision) {
                                    : choose<float, float>();
 }
 
-// A single token is too little work to wake other threads for, unless there are many heads of it.
+// A single token is too little work to wake other threads, unless it has many heads.
 bool is_much(int64_t heads) { return heads >= 16; }
 
 }  // namespace
 
-// What a caller has to agree with: it hands over structs, and nothing else tells it which. To be changed with the fields
-// of `Problem` and `Step` and with what the functions do, here and in memory_bank_cpu.py; the sizes are part of it.
+// The number that caller and library must agree on, since the caller hands over structs. Change it, here and in
+// memory_bank_cpu.py, with what the functions do and with the fields of `Problem` and `Step`, whose sizes are part of it.
 extern "C" int64_t stackformer_abi() { return (2 * 10000 + int64_t(sizeof(Problem))) * 10000 + int64_t(sizeof(Step)); }
 
 // Runs all heads on `threads` threads. Returns 0, or 1 if there was no memory for the work space.
