@@ -275,7 +275,7 @@ def which_implementation(
 
 
 def can_decode_token(hidden: Tensor) -> bool:
-    """Returns whether `decode_token` can run for tokens with these hidden states, as far as tensors decide it.
+    """Returns whether `decode_token` can run for tokens with these hidden states, as far as tensors decide.
 
     `decode_token` runs in the C++ library, on plain tensors on the CPU, without gradients and outside of
     torch.compile, unless STACKFORMER_IMPLEMENTATION names an implementation other than "cpp".

@@ -30,7 +30,7 @@ from tests.models import SHAPES, random_ids, tiny_model
 CASES: dict[str, dict[str, Any]] = {
     **{f"{name}, 2": {"size": 2, "fields": SHAPES[name]} for name in list(SHAPES)[:4]},
     "halting stack, 3": {"size": 3, "fields": {"ponder_loss_coef": 0.1}, "length": 20},
-    "spans shorter than the kernel": {"size": 3, "fields": {}, "length": 5},
+    "chunks shorter than the kernel": {"size": 3, "fields": {}, "length": 5},
     "kernel of one": {"size": 2, "fields": {"conv_kernel_size": 1}},
     "left padding": {"size": 3, "fields": {}, "length": 12, "padding": [(7, 12), (0, 12), (5, 12)]},
     "ragged": {"size": 3, "fields": {}, "length": 12, "padding": [(0, 3), (2, 10), (0, 12)]},

@@ -238,7 +238,7 @@ def test_what_is_kept_lies_in_slabs():
     with _Storage("device", torch.device("cpu")) as storage:
         for chunk in chunks:
             storage.push(chunk)
-        places = {leaf.untyped_storage().data_ptr() for leaf in tree_leaves(storage._chunks)}
+        places = {leaf.untyped_storage().data_ptr() for leaf in tree_leaves(storage._entries)}
         assert len(places) == 2
         for chunk in reversed(chunks):
             torch.testing.assert_close(storage.pop(), chunk, rtol=0, atol=0)

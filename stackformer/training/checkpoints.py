@@ -1,9 +1,9 @@
 # Copyright 2026 The Stackformer authors. Licensed under the Apache License, Version 2.0.
-"""Checkpoints of a Trainer that are complete: saved so that they are, and found by whether they are.
+"""Complete checkpoints of a Trainer: written so that none is incomplete, and checked before they are used.
 
-A process may be killed at any time. [`WholeCheckpoints`], before a Trainer class, makes sure that what is
-then found as `checkpoint-N` is complete. `newest_checkpoint` looks for one among checkpoints of any Trainer,
-some of which may be incomplete, and says what it passes by.
+A process may be killed at any time. [`WholeCheckpoints`], put before a Trainer class, ensures that every
+folder called `checkpoint-N` is complete. `newest_checkpoint` finds the newest complete checkpoint of any
+Trainer, and warns of the incomplete ones that it skips.
 """
 
 import filecmp
@@ -25,12 +25,12 @@ from ..files import sync
 
 logger = logging.get_logger(__name__)
 
-# Under these names nobody looks for a checkpoint, and nothing is uploaded to the Hub.
+# Folders with these names are not taken for checkpoints, and are not uploaded to the Hub.
 PARTIAL, REPLACED = "_partial-checkpoint", "_replaced-checkpoint"
 
-CONFIG = "config.json"  # without which there is no model
+CONFIG = "config.json"  # a folder without this file holds no model
 
-# What the Trainer takes the weights of a checkpoint from, one of them, in the order in which it looks.
+# The files that may hold a checkpoint's weights, in the order in which the Trainer looks for them.
 WEIGHTS = (
     "pytorch_model.bin",
     "model.safetensors",
@@ -42,15 +42,15 @@ WEIGHTS = (
     "adapter_model.bin",
 )
 OPTIMIZERS = ("optimizer.pt", "optimizer.bin", "optimizer_0")
-# Weights of a saved model, in one file or several, and the list of these.
+# The weights of a saved model, in one file or several, and the index of these.
 _WEIGHT_FILE = re.compile(r"(?:model|pytorch_model)(?:-\d+-of-\d+)?\.(?:safetensors|bin)(?:\.index\.json)?")
 
 
 class WholeCheckpoints:
-    """Put before a Trainer class so that a checkpoint has its name only when it is complete.
+    """Put before a Trainer class so that a checkpoint gets its name only when it is complete.
 
-    It is written to another folder, to the disk, and then renamed; only then older ones are deleted. One of
-    the same name, of a run that went further and was resumed before, stays until then.
+    A checkpoint is written to another folder, synchronised to the disk, and renamed. Older checkpoints are
+    deleted after that. A checkpoint of the same name, from before the run resumed, stays until the renaming.
     """
 
     _saving = False
@@ -60,7 +60,7 @@ class WholeCheckpoints:
         return os.path.join(folder, PARTIAL) if self._saving else folder
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if not self._saving:  # it is uploaded in the background, under its own name
+        if not self._saving:  # the upload in the background starts later, with the final name
             super()._push_from_checkpoint(checkpoint_folder)  # type: ignore[misc]
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -70,7 +70,7 @@ class WholeCheckpoints:
         name = f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
         partial, final = run_folder / PARTIAL / name, run_folder / name
         if args.should_save or args.local_process_index == 0:
-            shutil.rmtree(run_folder / PARTIAL, ignore_errors=True)  # of a process that was killed
+            shutil.rmtree(run_folder / PARTIAL, ignore_errors=True)  # left by a process that was killed
         wait()
         self._saving = True
         try:
@@ -81,8 +81,8 @@ class WholeCheckpoints:
             state.best_model_checkpoint = str(final)
             if args.should_save:
                 state.save_to_json(str(partial / "trainer_state.json"))
-        # First by the process that saves. Then on every machine whose disk is its own, where the other
-        # processes have written their parts.
+        # The process that saves publishes first. Then so does one process of every machine with a disk of its
+        # own, where the other processes have written their parts.
         for mine in (args.should_save, args.local_process_index == 0):
             wait()
             if mine and partial.is_dir():
@@ -100,7 +100,7 @@ class WholeCheckpoints:
 
 
 def _publish(partial: Path, final: Path) -> None:
-    """Give a folder, all of which is on the disk, its name."""
+    """Synchronise a folder to the disk and give it its final name."""
     for path in (*partial.rglob("*"), partial):
         sync(path)
     replaced = final.with_name(REPLACED)
@@ -114,11 +114,11 @@ def _publish(partial: Path, final: Path) -> None:
 
 
 def replace_model(new: str | Path, folder: str | Path) -> None:
-    """Move a saved model to a folder that may have another one, and remove where it was.
+    """Move a saved model to a folder that may have another model, and remove its old folder.
 
-    Each file is replaced in one step. If only one makes a difference, as the weights of a run that went on
-    do, a reader finds either model at any time. Otherwise there is no config.json until all others are in
-    place: a reader finds no model then, rather than parts of two.
+    Each file is replaced in one step. If only one file differs, such as the weights after more training, a
+    reader finds the old or the new model at any time. Otherwise config.json is missing until all other files
+    are in place: meanwhile a reader finds no model, rather than parts of two.
     """
     new, folder = Path(new), Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -149,9 +149,9 @@ def _same_content(first: Path, second: Path) -> bool:
 def newest_checkpoint(
     folder: str | Path, num_processes: int = 1, model_only: bool = False, files: Sequence[str] = ()
 ) -> str | None:
-    """The newest complete checkpoint in a run's folder, or None; a warning tells of newer ones that are not.
+    """Returns the newest complete checkpoint in a run's folder, or None. Warns of newer incomplete ones.
 
-    Args: as for `checkpoint_fault`.
+    The other arguments are those of `checkpoint_fault`.
     """
     checkpoints = _checkpoints(folder)
     for path in reversed(checkpoints):
@@ -165,17 +165,18 @@ def newest_checkpoint(
 def checkpoint_fault(
     checkpoint: str | Path, num_processes: int = 1, model_only: bool = False, files: Sequence[str] = ()
 ) -> str | None:
-    """Why a run cannot go on from a checkpoint as if it had not stopped: the file that is missing or cut off.
-    None if it can.
+    """Returns the reason why a run cannot resume exactly from a checkpoint, or None if it can.
+
+    The reason names a file that is missing or cut off.
 
     Args:
-        num_processes: that will go on; each needs its random state.
-        model_only: saved without the optimiser (`save_only_model`).
-        files: that it must have, too.
+        num_processes: number of processes that will resume; each needs its random state.
+        model_only: whether the checkpoint was saved without the optimiser (`save_only_model`).
+        files: names of other files that the checkpoint must have.
     """
     checkpoint = Path(checkpoint)
     is_deepspeed = (checkpoint / "latest").is_file()
-    # The state is written last, but by the first process only; others may still be writing.
+    # The first process writes the state last, but other processes may still be writing then.
     needed: list[tuple[str, ...]] = [("trainer_state.json",), WEIGHTS]
     if not model_only:
         if not is_deepspeed:
@@ -195,7 +196,7 @@ def checkpoint_fault(
 
 
 def _checkpoints(folder: str | Path) -> list[Path]:
-    """The folders of checkpoints, oldest first."""
+    """Returns the folders of checkpoints, oldest first."""
     if not Path(folder).is_dir():
         return []
     pattern = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
@@ -211,18 +212,18 @@ def _one_of(names: Sequence[str]) -> str:
 
 
 def _has_adapters(checkpoint: Path) -> bool:
-    """Several adapters are in a folder each."""
+    """Whether the checkpoint has adapters in folders of their own, as it has if there are several."""
     return any(checkpoint.glob("*/adapter_model.*"))
 
 
 def _fault_of(path: Path) -> str | None:
-    """What is wrong with a file of a checkpoint, by itself; None for files that cannot be told."""
+    """Returns the fault of a single file of a checkpoint; None if it has none, or is of another kind."""
     if path.is_dir():
         return _shards_fault(path) if path.name in ("pytorch_model_fsdp_0", "optimizer_0") else None
     if path.suffix == ".safetensors":
         return _safetensors_fault(path)
     if path.suffix in (".bin", ".pt", ".pth"):
-        try:  # torch's files are zip archives, whose list of contents is at their end
+        try:  # torch's files are zip archives, which end with their list of contents
             zipfile.ZipFile(path).close()
         except zipfile.BadZipFile:
             return f"{path.name} is cut off"
@@ -239,7 +240,7 @@ def _fault_of(path: Path) -> str | None:
 
 
 def _safetensors_fault(path: Path) -> str | None:
-    """Whether the file is as long as its header says."""
+    """Returns a fault unless the file is as long as its header says."""
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -253,7 +254,7 @@ def _safetensors_fault(path: Path) -> str | None:
 
 
 def _shards_fault(folder: Path) -> str | None:
-    """Whether all parts of a sharded (FSDP) state are there, by its list of them, which is written last."""
+    """Returns a fault unless a sharded (FSDP) state has all parts of its list, which is written last."""
     if not (folder / ".metadata").is_file():
         return f"{folder.name} has no .metadata"
     metadata = FileSystemReader(folder).read_metadata()
@@ -267,7 +268,7 @@ def _shards_fault(folder: Path) -> str | None:
 
 
 def _deepspeed_fault(checkpoint: Path, num_processes: int) -> str | None:
-    """Whether DeepSpeed's own folder has what each process saved."""
+    """Returns a fault unless DeepSpeed's own folder has the files of each process."""
     folder = checkpoint / (checkpoint / "latest").read_text(encoding="utf-8").strip()
     patterns = ["*model_states.pt", *(f"*zero_pp_rank_{i}_*optim_states.pt" for i in range(num_processes))]
     return next((f"{folder.name} has no {name}" for name in patterns if not any(folder.glob(name))), None)

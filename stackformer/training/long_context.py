@@ -1,24 +1,23 @@
 # Copyright 2026 The Stackformer authors. Licensed under the Apache License, Version 2.0.
 """Full backpropagation through any number of tokens, in activation memory that does not grow with them.
 
-The tokens are read in chunks, without a graph. Then, from the last chunk to the first, each is run again with
-a graph, from the state at its start, and backwards, with the gradient of its end state that the chunk after
-it gave. The losses and gradients are those of one forward and backward pass over all tokens. Three methods
-differ in how a chunk gets its initial state:
+The model first reads the tokens in chunks, without a graph. Then it runs each chunk again with a graph, from
+the last chunk to the first: forward from the state at the chunk's start, and backward with the gradient of
+its end state, which comes from the chunk after it. Losses and gradients are those of one forward and backward
+pass over all tokens. The methods differ in how they find the state at the start of a chunk:
 
-- "reverse" computes it from the state at the chunk's end. Ponder step k and layer l have a slice of the state
-  of their own, and what is written to it depends on lower slices only, so that one pass upward through the
-  model inverts each slice as it comes to it and runs it with a graph at once. What has decayed by a nats
-  comes back with its rounding errors amplified by exp(a) (MacKay et al. 2018, "Reversible Recurrent Neural
-  Networks", section 3: finite precision cannot forget and reverse). Rounding errors are in proportion to
-  what a memory became, too: one that has grown by exp(b) comes back with errors that are as much larger
-  beside what it was. So a memory is copied instead, it is anchored, where decay and growth since it was last
-  copied would come to more than `max_log_decay`.
-- "stored" copies all of the state at the start of every chunk: exact, for any mixer and any decay. It is
-  what "reverse" does, too, for mixers that cannot be run backwards, and for models with feedback.
+- "reverse" computes it from the state at the chunk's end. Each ponder step and layer has a slice of the state
+  of its own, and writes to a slice depend on lower slices only, so one pass upward through the model reverses
+  each slice and runs it with a graph at once. Reversing a decay of a nats amplifies rounding errors by exp(a)
+  (MacKay et al. 2018, "Reversible Recurrent Neural Networks", section 3: finite precision cannot forget and
+  reverse). Rounding errors are in proportion to the size of a memory at the end, so a memory that grew by
+  exp(b) comes back with relative errors that are larger by exp(b). Therefore a memory is anchored, which
+  means copied, before its decay and growth since the last copy come to more than `max_log_decay`.
+- "stored" copies the whole state at the start of every chunk. It is exact, for any mixer and any decay.
+  "reverse" does the same for mixers that cannot be run backwards, and for models with feedback.
 - "truncated" cuts the graph between chunks: truncated backpropagation through time, for comparison.
 
-Besides states, a chunk keeps the past of the convolutions, and the number of ponder steps of each token.
+With each chunk, the past of the convolutions and the number of ponder steps of each token are kept, too.
 
 Letters: B batch, T time, H heads, R memories per head, K key size, V value size; B' rows with active tokens.
 """
@@ -50,29 +49,29 @@ logger = logging.get_logger(__name__)
 
 METHODS = ("reverse", "stored", "truncated")
 
-# What a chunk keeps of one slice of a layer's state: which memories are anchored [B, H, R], their tensors
-# before the chunk, and the tensors that are not reversible. Or `None`, all tensors, and none.
+# The parts of one slice of a layer's state that are kept with a chunk: a mask [B, H, R] of the anchored
+# memories, their tensors before the chunk, and the tensors that are not reversible. For a state that is
+# stored as a whole: `None`, all tensors, and ().
 Kept = tuple[Tensor | None, State, State]
 
 
 class DriftError(RuntimeError):
-    """States that were computed backwards are too far from what they were."""
+    """Reconstructed states differ from the originals by more than `max_drift`."""
 
 
 @dataclass
 class LongContextOutput:
-    """What `long_context_backward` returns; the gradients are in the parameters.
+    """The result of `long_context_backward`. The gradients are in the parameters.
 
     Args:
-        loss (`torch.FloatTensor`): mean over the labels of all chunks (or their sum by
+        loss (`torch.FloatTensor`): mean over the labels of all chunks (or their sum divided by
             `num_items_in_batch`), ponder loss included.
         cache ([`StackformerCache`]): the state after the last token, without a graph.
-        drift (`float`): largest error of a memory that was computed backwards, relative to the largest memory
-            of its head. It is measured where it is largest: at the end of the chunks that start from an
-            anchor, or from the first token.
-        num_anchors (`int`): memories (matrices, with their key sums) that were copied.
-        kept_bytes (`int`): bytes that were kept between the forward and the backward pass, besides the tokens
-            themselves.
+        drift (`float`): largest error of a reconstructed memory, relative to the largest memory of its head.
+            It is measured where it is largest: at the end of chunks that start from an anchor, or from the
+            first token.
+        num_anchors (`int`): number of copied memories (a matrix with its key sum is one).
+        kept_bytes (`int`): bytes kept between the forward and the backward pass, besides the tokens.
     """
 
     loss: Tensor
@@ -97,29 +96,27 @@ def long_context_backward(
     storage: str = "device",
     scale_loss: Callable[[Tensor], Tensor] | None = None,
 ) -> LongContextOutput:
-    """Add the gradients of the loss over T tokens to those of the parameters, chunk by chunk.
+    """Add the gradients of the loss over T tokens to the gradients of the parameters, chunk by chunk.
 
     Args:
         model: a causal language model with a recurrent state, possibly wrapped (DDP, FSDP2, PEFT).
-        input_ids: [B, T], on any device: chunks are moved to the model's.
+        input_ids: [B, T], on any device; each chunk is moved to the model's device.
         labels: [B, T], shifted inside, -100 is ignored; or `shift_labels`: [B, T], the label of each token.
         attention_mask: [B, T], 0 for padding.
-        cache: a state to go on from. No gradient flows into it, and it is not changed.
-        num_items_in_batch: what the summed loss is divided by; the number of labels if `None`.
-        chunk_size: tokens that are run at once. Activation memory is proportional to it.
+        cache: the state to start from. No gradient flows into the cache, and it is not changed.
+        num_items_in_batch: divisor of the summed loss; the number of labels if `None`.
+        chunk_size: number of tokens that run at once. Activation memory is proportional to it.
         method: "reverse", "stored" or "truncated".
-        max_log_decay: nats by which a memory may decay, or grow, before it is anchored (method "reverse"):
-            rounding errors are amplified by up to exp(max_log_decay).
-        max_drift: relative error of a memory computed backwards that is an error.
-        storage: where anchors and stored states are kept: "device", "cpu", or a folder for files, which are
-            removed again.
-        scale_loss: applied to the loss of each chunk before its backward pass (gradient scaling); not to the
-            loss that is returned.
+        max_log_decay: nats by which a memory may decay or grow before it is anchored (method "reverse").
+            Rounding errors are amplified by up to exp(max_log_decay).
+        max_drift: largest relative error that a reconstructed memory may have.
+        storage: the place of anchors and stored states: "device", "cpu", or a folder for temporary files.
+        scale_loss: applied to the loss of each chunk before its backward pass (gradient scaling). The
+            returned loss is not scaled.
 
     Raises:
         ValueError: for an argument out of range.
-        DriftError: where memories computed backwards are off by more than `max_drift`; do not step the
-            optimizer then.
+        DriftError: if a reconstructed memory is off by more than `max_drift`. Do not step the optimizer then.
     """
     _check_options(chunk_size, method, max_log_decay, max_drift, storage)
     shift_labels = shifted_labels(input_ids, labels, shift_labels, attention_mask)
@@ -156,7 +153,7 @@ def long_context_loss(
     num_items_in_batch: Tensor | int | None = None,
     chunk_size: int = 1024,
 ) -> LongContextOutput:
-    """The loss of `long_context_backward`, and the state after the last token, without any gradient."""
+    """Compute the loss of `long_context_backward`, and the state after the last token, without gradients."""
     if chunk_size < 1:
         raise ValueError(f"`chunk_size` must be at least 1, got {chunk_size}")
     shift_labels = shifted_labels(input_ids, labels, shift_labels, attention_mask)
@@ -172,9 +169,9 @@ def long_context_loss(
 
 
 class _Chunks:
-    """The tokens in chunks, on the model's device, and one call of the model for each.
+    """The tokens in chunks, on the model's device, and the model's calls on them.
 
-    Both calls of a chunk, without and with a graph, draw the same random numbers (dropout).
+    The two calls on a chunk, without and with a graph, draw the same random numbers (dropout).
     """
 
     def __init__(
@@ -190,18 +187,18 @@ class _Chunks:
         return -(-self.input_ids.shape[1] // self.size)
 
     def initial(self, past: StackformerCache | None) -> StackformerCache:
-        """A state of one's own to begin with."""
+        """Returns the cache to start with: an empty one, or `past` without its graph."""
         return StackformerCache(self.config) if past is None else past.detach()
 
     def read(self, number: int, cache: StackformerCache) -> None:
-        """Advance the state, without a graph."""
+        """Advance the state by a chunk, without a graph."""
         with torch.no_grad(), self._randomness(number):
             self.model(**self._inputs(number), cache=cache, logits_to_keep=1)
 
     def loss(
         self, number: int, cache: StackformerCache, num_items_in_batch: Tensor | int, **kwargs: Any
     ) -> Tensor:
-        """Advance the state; the loss."""
+        """Advance the state by a chunk. Returns the loss."""
         labels = self._chunk(self.shift_labels, number).contiguous()
         targets = {"labels": labels, "shift_labels": labels, "num_items_in_batch": num_items_in_batch}
         return self.model(**self._inputs(number), **targets, cache=cache, **kwargs).loss
@@ -216,12 +213,12 @@ class _Chunks:
         scale_loss: Callable[[Tensor], Tensor],
         **kwargs: Any,
     ) -> Tensor:
-        """Run a chunk forward and backward; its loss.
+        """Run a chunk forward and backward. Returns the loss.
 
         Args:
-            ends: gives the chunk's end states and their gradients, after the forward pass.
-            last: whether this is the last backward pass: DDP exchanges gradients after that one only. FSDP2
-                does after each, because gradients that it did not reduce would not be sharded.
+            ends: returns the chunk's end states and their gradients. It is called after the forward pass.
+            last: whether this is the last backward pass. DDP exchanges gradients after the last pass only.
+                FSDP2 exchanges them after each, because gradients that are not reduced are not sharded.
         """
         wait = not last and isinstance(self.model, DistributedDataParallel)
         with self.model.no_sync() if wait else nullcontext(), self._randomness(number):
@@ -258,8 +255,9 @@ def _truncated(chunks: _Chunks, cache: StackformerCache, **run: Any) -> LongCont
 
 
 def _read(chunks: _Chunks, recorder: StackformerCache, kept: "_Storage") -> None:
-    """The forward pass: `recorder` ends in the state after all tokens, `kept` with what each chunk needs."""
-    # With feedback there is no inverse whose errors could let a token halt at another step.
+    """Run the forward pass. `recorder` ends in the state after all tokens; `kept` gets an entry per chunk."""
+    # Depths are kept so that no token halts at another step because of errors in a reconstructed state. With
+    # feedback, no state is reconstructed.
     config = chunks.config
     halts = config.halting_threshold > 0 and config.max_ponder_steps > 1 and not config.feedback
     for number in range(len(chunks)):
@@ -271,7 +269,7 @@ def _read(chunks: _Chunks, recorder: StackformerCache, kept: "_Storage") -> None
 def _rewind(
     chunks: _Chunks, recorder: StackformerCache, kept: "_Storage", max_drift: float, **run: Any
 ) -> LongContextOutput:
-    """The backward pass, from the last chunk to the first."""
+    """Run the backward pass, from the last chunk to the first."""
     rewinder = _with_layers(recorder, _RewindingLayer)
     loss, drift = torch.zeros((), device=chunks.device), 0.0
 
@@ -286,11 +284,11 @@ def _rewind(
         errors = [error for layer in rewinder.layers for error in layer.finish()]
         if errors:
             worst = float(torch.stack(errors).max())
-            if not worst <= max_drift:  # nor is what is not a number
+            if not worst <= max_drift:  # true for NaN, too
                 raise DriftError(
-                    f"A memory computed backwards is off by {worst:.1e} of its size at the end of chunk "
+                    f"A reconstructed memory is off by {worst:.1e} of its size at the end of chunk "
                     f"{number} of {len(chunks)}, `max_drift` is {max_drift:.1e}: lower `max_log_decay`, "
-                    "compute in float32 if it was less, or use the method 'stored'"
+                    "compute in float32 if the dtype has less precision, or use the method 'stored'"
                 )
             drift = max(drift, worst)
     cache = StackformerCache(chunks.config)
@@ -301,14 +299,14 @@ def _rewind(
 
 
 def _with_layers(cache: StackformerCache, make: Callable[[Any], StackformerCacheLayer]) -> StackformerCache:
-    """A cache whose layers are made of those of `cache`."""
+    """Returns a copy of `cache` with the layers that `make` returns for its layers."""
     result = copy.copy(cache)
     result.layers = [make(layer) for layer in cache.layers]
     return result
 
 
 class _RecordingLayer(StackformerCacheLayer):
-    """A layer of the forward pass: it notes what the backward pass will need to have each chunk's start."""
+    """A layer of the forward pass. It keeps what the backward pass needs to find the start of each chunk."""
 
     def __init__(self, layer: StackformerCacheLayer, method: str, max_log_decay: float):
         super().__init__()
@@ -317,24 +315,25 @@ class _RecordingLayer(StackformerCacheLayer):
         self._reverse, self._max_log_decay = method == "reverse", max_log_decay
         self._depths: Tensor | None = None  # [B, T], ponder steps of the chunk's tokens
         self._kept: dict[int, Kept] = {}
-        self._begun: set[int] = set()  # slices that were read in the chunk; with feedback, they are again
-        # By slice, for the chunks that will be undone down to each memory's anchor: the nats by which it
-        # decayed in them, and the least, over their starts, of these and the log of the size of its head's
-        # memories. The chunk that begins with the anchor need not be undone, so it does not count.
+        self._begun: set[int] = set()  # slices that the chunk has read; feedback reads them again
+        # For each slice, over the chunks that are reversed down to a memory's anchor: the memory's decay in
+        # nats, and the minimum, over the starts of these chunks, of the decay until there plus the log of the
+        # size of the largest memory in the head. The chunk that starts with the anchor does not count, since
+        # it is not reversed.
         self._undone: dict[int, tuple[Tensor | float, Tensor | float]] = {}
 
     def for_call(self) -> StackformerCacheLayer:
-        """See the base class: always this layer."""
+        """See the base class. Returns this layer."""
         return self
 
     def open(
         self, index: int, layer: nn.Module, hidden: Tensor, pointer: Tensor, layout: TokenLayout
     ) -> Slot:
-        """The slot of slice `index`. With feedback, it is opened again, and finds what was written since."""
+        """See the base class. Feedback opens a slice again, and each slot starts from the newest state."""
         return Slot(self, index, layout) if index in self._begun else _RecordingSlot(self, index, layout)
 
     def start(self, index: int, mixer: Mixer, hidden: Tensor, pointer: Tensor, layout: TokenLayout) -> Start:
-        """Note what the backward pass needs of the state of slice `index`, which a mixer goes on from."""
+        """Keep what the backward pass needs of slice `index`. Returns the state, for the mixer."""
         self._begun.add(index)
         self._count_step(layout, hidden.device)
         state = self.slices.get(index)
@@ -358,23 +357,23 @@ class _RecordingLayer(StackformerCacheLayer):
         self._undone.setdefault(index, (0.0, math.inf))
 
     def take(self) -> tuple[Tensor | None, dict[int, Kept]]:
-        """What has to be kept of the chunk just read: the tokens' ponder steps, and for each slice that was
-        there before the chunk, what it takes to know what it was."""
+        """Returns and clears what was kept with the chunk just read: the tokens' ponder steps, and the parts
+        of each slice that existed before the chunk."""
         taken = self._depths, self._kept
         self._depths, self._kept, self._begun = None, {}, set()
         return taken
 
     def _keep(self, index: int, state: State, mixer: Mixer, decay: Tensor, layout: TokenLayout) -> Kept:
-        """What to keep of a state whose memories will decay by `decay` [B', ...] in the chunk."""
+        """Select the parts to keep of a state whose memories decay by `decay` [B', ...] in the chunk."""
         (decay,) = put_rows(None, (decay,), layout)
         memories, rest = state[: mixer.num_reversible], state[mixer.num_reversible :]
         sizes = memories[0].detach().flatten(decay.dim()).norm(dim=-1).log()
         decayed, least = self._undone.get(index, (0.0, math.inf))
         largest = sizes.amax(-1, keepdim=True).expand_as(sizes)
-        largest = largest.masked_fill(largest.isneginf(), math.inf)  # nothing is there yet
+        largest = largest.masked_fill(largest.isneginf(), math.inf)  # the memories are empty
         least = (decayed + largest).clamp(max=least)
         decayed = decayed + decay
-        if index not in self._undone:  # a state from before the first chunk: nothing else tells what it was
+        if index not in self._undone:  # a state of the caller, which exists nowhere else
             anchored = torch.ones_like(decay, dtype=torch.bool)
         elif mixer.reverses_exactly:
             anchored = torch.zeros_like(decay, dtype=torch.bool)
@@ -394,14 +393,14 @@ class _RecordingLayer(StackformerCacheLayer):
 
 
 class _RecordingSlot(Slot):
-    """A slot of a [`_RecordingLayer`], which is asked for the state when the mixer's tokens are known."""
+    """A slot of a [`_RecordingLayer`]. It asks the layer for the state once the mixer's tokens are known."""
 
     def start(self, mixer: Mixer, hidden: Tensor, pointer: Tensor, layout: TokenLayout) -> Start:
         return cast(_RecordingLayer, self._layer).start(self._index, mixer, hidden, pointer, layout)
 
 
 class _RewindingLayer(StackformerCacheLayer):
-    """A layer of the backward pass: it holds the state, and its gradient, at the end of the chunk at hand."""
+    """A layer of the backward pass. It holds the state at the end of the current chunk, and its gradient."""
 
     def __init__(self, layer: StackformerCacheLayer):
         super().__init__()
@@ -409,23 +408,23 @@ class _RewindingLayer(StackformerCacheLayer):
         self._grads: dict[int, State] = {}
         self._kept: dict[int, Any] = {}
         self._starts: dict[int, State] = {}  # leaves of the chunk's graph
-        self._recomputed: dict[int, State] = {}  # its end states, with the graph
-        self._reversible: dict[int, tuple[int, int]] = {}  # tensors, and their leading dimensions
+        self._recomputed: dict[int, State] = {}  # end states of the chunk, with the graph
+        self._reversible: dict[int, tuple[int, int]] = {}  # number of tensors, and of leading dimensions
 
     def begin(self, kept: dict[int, Kept]) -> None:
-        """Go on with the chunk that kept `kept`."""
-        # What was not reversible is a leaf of the new graph as it is.
+        """Begin the chunk with which `kept` was kept."""
+        # Tensors that are not reversible are leaves of the new graph.
         self._kept = {index: (*start, _leaves(rest)) for index, (*start, rest) in kept.items()}
         self._starts, self._recomputed = {}, {}
 
     def for_call(self) -> StackformerCacheLayer:
-        """See the base class: always this layer."""
+        """See the base class. Returns this layer."""
         return self
 
     def open(
         self, index: int, layer: nn.Module, hidden: Tensor, pointer: Tensor, layout: TokenLayout
     ) -> Slot:
-        """The slot of slice `index`. With feedback, it is opened again, and finds what was written since."""
+        """See the base class. Feedback opens a slice again, and each slot starts from the newest state."""
         return _RewindingSlot(self, index, layout)
 
     def start(self, index: int, mixer: Mixer, hidden: Tensor, pointer: Tensor, layout: TokenLayout) -> Start:
@@ -437,32 +436,32 @@ class _RewindingLayer(StackformerCacheLayer):
         if anchored is not None and not anchored.all():
             stored = _stored(mixer, cast(State, take_rows(rest, layout.rows)))
             inputs = mixer.project(hidden, pointer, layout, stored)
-        if index not in self._starts:  # it is there when a layer is checkpointed
+        if index not in self._starts:  # a checkpointed layer asks twice
             self._starts[index] = self._rebuild(index, mixer, inputs, layout)
         return Start(take_rows(self._starts[index], layout.rows), inputs)
 
     def written(self, index: int) -> State | None:
-        """The end state of slice `index`, as far as it is written in this chunk."""
+        """The newest state of slice `index`; `None` before the chunk writes one."""
         return self._recomputed.get(index)
 
     def write(self, index: int, state: State, layout: TokenLayout) -> None:
-        """Take the end state of slice `index` for the rows of `layout`, with its graph."""
+        """Replace the end state of slice `index`, with its graph, for the rows of `layout`."""
         old = self._recomputed.get(index, self._starts.get(index))
         self._recomputed[index] = put_rows(old, state, layout)
 
     def end_gradients(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """The chunk's end states, with their graph, and the gradients that the chunks after it gave them."""
+        """Yields the chunk's end states, with their graph, and their gradients from the chunks after it."""
         for index, grads in self._grads.items():
             if index in self._recomputed:
                 yield from zip(self._recomputed[index], grads, strict=True)
 
     def finish(self) -> list[Tensor]:
-        """Go over to the start of the chunk, the end of the one before. Returns errors that can be told."""
+        """Move to the start of the chunk, which is the end of the one before. Returns the known errors."""
         errors = [error for index in self._recomputed for error in self._errors(index)]
         for index in self._recomputed:
             self._grads.pop(index, None)
             del self._ends[index]
-            if index in self._starts:  # else the slice was not there before this chunk
+            if index in self._starts:  # otherwise the slice did not exist before this chunk
                 start = self._starts[index]
                 self._ends[index] = tuple(tensor.detach() for tensor in start)
                 self._grads[index] = tuple(
@@ -472,7 +471,7 @@ class _RewindingLayer(StackformerCacheLayer):
 
     @torch.no_grad()
     def _rebuild(self, index: int, mixer: Mixer, inputs: Any, layout: TokenLayout) -> State:
-        """The state of slice `index` at the chunk's start, from the mixer's inputs unless all was kept."""
+        """Reconstruct slice `index` at the chunk's start. `inputs` are `None` if all memories were kept."""
         anchored, kept, rest = self._kept[index]
         if anchored is None:
             return _leaves(kept)
@@ -485,9 +484,12 @@ class _RewindingLayer(StackformerCacheLayer):
 
     @torch.no_grad()
     def _errors(self, index: int) -> list[Tensor]:
-        """Of the memories at the end of the chunk that were computed backwards, those whose start is known,
-        because it was an anchor or there was none: how far they are from what comes of it, relative to the
-        largest memory of their head."""
+        """Returns the largest errors of reconstructed memories at the chunk's end, relative to the largest
+        memory of their head.
+
+        An error is known where the chunk started from an anchor, or from nothing: then the chunk has computed
+        the true memories anew.
+        """
         anchored = self._kept[index][0] if index in self._kept else None
         if index not in self._reversible or (index in self._kept and anchored is None):
             return []
@@ -502,7 +504,7 @@ class _RewindingLayer(StackformerCacheLayer):
 
 
 class _RewindingSlot(Slot):
-    """A slot of a [`_RewindingLayer`], which is asked for the state when the mixer's tokens are known."""
+    """A slot of a [`_RewindingLayer`]. It asks the layer for the state once the mixer's tokens are known."""
 
     def __init__(self, layer: _RewindingLayer, index: int, layout: TokenLayout):
         super().__init__(layer, index, layout)
@@ -515,21 +517,22 @@ class _RewindingSlot(Slot):
 
 
 def _stored(mixer: Mixer, rest: State) -> Any:
-    """The mixer's state, of which only the tensors that are not reversible are known."""
-    count = len(mixer.state_spec()) - mixer.num_reversible  # the feed-forward's past may come after these
+    """Returns the mixer's state with `None` in place of its reversible tensors."""
+    count = len(mixer.state_spec()) - mixer.num_reversible  # the feed-forward's past may follow
     return mixer.state_type(*[None] * mixer.num_reversible, *rest[:count])
 
 
 def _leaves(tensors: Iterable[Tensor]) -> State:
-    """The same, as leaves of a new graph; counters and the like have no gradient."""
+    """Returns the tensors as leaves of a new graph. Integers, such as counters, have no gradient."""
     return tuple(tensor.detach().requires_grad_(tensor.is_floating_point()) for tensor in tensors)
 
 
 class _Storage:
-    """What the chunks keep: a stack of nested tuples, lists and dicts of tensors, on a device or in files.
+    """A stack with an entry for each chunk, on a device or in files.
 
-    In memory, tensors are copied into slabs: small ones that stay between large ones that go would keep the
-    freed memory in fragments, which then grows with the number of chunks.
+    An entry is a nested tuple, list or dict of tensors. In memory, tensors are copied into slabs. Otherwise
+    small tensors that stay between large ones that are freed would fragment the memory, which would then grow
+    with the number of chunks.
     """
 
     SLAB_BYTES = 2**20
@@ -539,9 +542,9 @@ class _Storage:
         self._device = device
         self._folder = None if place in ("device", "cpu") else place
         self._slab = torch.empty(0, dtype=torch.uint8, device="cpu" if place == "cpu" else device)
-        self._free = 0  # where the slab's unused part begins
+        self._free = 0  # offset of the slab's unused part
         self._files: tempfile.TemporaryDirectory | None = None
-        self._chunks: list[Any] = []
+        self._entries: list[Any] = []
 
     def __enter__(self) -> "_Storage":
         if self._folder is not None:
@@ -552,26 +555,26 @@ class _Storage:
         if self._files is not None:
             self._files.cleanup()
 
-    def push(self, chunk: Any) -> None:
-        self.num_bytes += sum(leaf.nbytes for leaf in tree_leaves(chunk) if isinstance(leaf, Tensor))
+    def push(self, entry: Any) -> None:
+        self.num_bytes += sum(leaf.nbytes for leaf in tree_leaves(entry) if isinstance(leaf, Tensor))
         if self._files is not None:
-            path = Path(self._files.name) / f"{len(self._chunks)}.pt"
-            # Clones, since a view would bring all of its storage.
-            torch.save(tree_map_only(Tensor, torch.clone, chunk), path)
-            chunk = path
+            path = Path(self._files.name) / f"{len(self._entries)}.pt"
+            # Clones, because a view is saved with all of its storage.
+            torch.save(tree_map_only(Tensor, torch.clone, entry), path)
+            entry = path
         else:
-            chunk = tree_map_only(Tensor, self._copy, chunk)
-        self._chunks.append(chunk)
+            entry = tree_map_only(Tensor, self._copy, entry)
+        self._entries.append(entry)
 
     def pop(self) -> Any:
-        chunk = self._chunks.pop()
+        entry = self._entries.pop()
         if self._files is not None:
-            path, chunk = chunk, torch.load(chunk, map_location=self._device, weights_only=True)
+            path, entry = entry, torch.load(entry, map_location=self._device, weights_only=True)
             path.unlink()
-        return tree_map_only(Tensor, lambda tensor: tensor.to(self._device), chunk)
+        return tree_map_only(Tensor, lambda tensor: tensor.to(self._device), entry)
 
     def _copy(self, tensor: Tensor) -> Tensor:
-        start = -(-self._free // 16) * 16  # a tensor's storage begins at a multiple of its elements
+        start = -(-self._free // 16) * 16  # an offset must be a multiple of the element size
         if start + tensor.nbytes > len(self._slab):
             self._slab, start = self._slab.new_empty(max(tensor.nbytes, self.SLAB_BYTES)), 0
         self._free = start + tensor.nbytes
@@ -581,7 +584,7 @@ class _Storage:
 def shifted_labels(
     input_ids: Tensor, labels: Tensor | None, shift_labels: Tensor | None, attention_mask: Tensor | None
 ) -> Tensor:
-    """The label of each token [B, T], from exactly one of `labels` and `shift_labels`."""
+    """Returns the label of each token [B, T], from exactly one of `labels` and `shift_labels`."""
     if (labels is None) == (shift_labels is None):
         raise ValueError("You must specify exactly one of `labels` and `shift_labels`")
     if input_ids.dim() != 2 or input_ids.numel() == 0:

@@ -1,9 +1,9 @@
 # Copyright 2026 The Stackformer authors. Licensed under the Apache License, Version 2.0.
-"""transformers' Trainer on documents of any length: the state is carried, gradients go all the way.
+"""transformers' Trainer for documents of any length, with full gradients and a state that is carried on.
 
-A batch is so many streams of documents, one after another. At every optimizer step each stream goes on by a
-segment of `context_length` tokens. Gradients flow through all of the segment; the state that it ends in is
-carried to the next step, until the document ends.
+Each row of a batch is a stream, which reads documents one after the other. At every optimizer step, each
+stream reads a segment of `context_length` tokens. Gradients flow through the whole segment. The state at its
+end is carried to the next step until the document ends.
 """
 
 import heapq
@@ -25,22 +25,27 @@ from .trainer import EvaluatedFirst, SelectiveDecay
 
 @dataclass
 class LongContextArguments(TrainingArguments):
+    """The `TrainingArguments` of a [`LongContextTrainer`]."""
+
     context_length: int | None = field(
         default=65536,
-        metadata={"help": "Tokens of each stream per step, which gradients flow through; None: documents."},
+        metadata={"help": "Tokens of each stream per step, with full gradients; None: a whole document."},
     )
-    chunk_size: int = field(default=1024, metadata={"help": "Tokens that are run at once."})
+    chunk_size: int = field(default=1024, metadata={"help": "Tokens that run at once."})
     backpropagation: str = field(
-        default="reverse", metadata={"help": f"How chunks get their states: one of {METHODS}."}
+        default="reverse",
+        metadata={"help": f"Method to find the state at the start of a chunk: one of {METHODS}."},
     )
     max_log_decay: float = field(
-        default=6.0, metadata={"help": "Nats that a memory may decay by before it is copied, with 'reverse'."}
+        default=6.0,
+        metadata={"help": "With 'reverse': nats by which a memory may decay or grow before it is copied."},
     )
     max_drift: float = field(
-        default=1e-2, metadata={"help": "Error of a state computed backwards that stops the training."}
+        default=1e-2,
+        metadata={"help": "Training stops if a reconstructed state has a larger relative error."},
     )
     state_storage: str = field(
-        default="device", metadata={"help": "Where copied states are kept: device, cpu, or a folder."}
+        default="device", metadata={"help": "Place of copied states: device, cpu, or a folder."}
     )
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Must be False: streams have columns the model does not take."}
@@ -80,22 +85,23 @@ class LongContextArguments(TrainingArguments):
 
 
 class DocumentStreams(torch.utils.data.Dataset):
-    """Documents on `num_streams` streams, cut into segments. Item `step * num_streams + stream` is what the
-    stream reads at that step.
+    """Distributes documents over `num_streams` streams, and cuts them into segments.
 
-    An item has `input_ids`, `attention_mask` and `shift_labels` (also called `labels`), each as long as the
-    longest segment of its step, and `continues`, whether it goes on where the stream's last one ended.
+    Item `step * num_streams + stream` is the segment that the stream reads at that step. It has `input_ids`,
+    `attention_mask` and `shift_labels` (also called `labels`), padded to the longest segment of the step, and
+    `continues`: whether it continues the document of the stream's segment before.
 
     Args:
-        documents: token ids, each at least two, or dicts with `input_ids` and, optionally, `labels` (not
-            shifted). A list, a `datasets.Dataset`, anything that has a length and gives one by its number.
-        num_streams: streams that are read side by side. Documents are given to them in order, each to the
-            one that has least to read.
+        documents: a list, a `datasets.Dataset`, or anything else with a length and numbered items. A document
+            is its token ids, at least two, or a dict with `input_ids` and, optionally, `labels` that are not
+            shifted.
+        num_streams: streams that are read side by side. Each document, in order, goes to the stream that has
+            the fewest tokens.
         context_length: tokens of a segment; `None` for whole documents.
-        vocab_size: that ids and labels must be below; any if `None`.
+        vocab_size: upper limit of ids and labels; `None` for no limit.
 
     Raises:
-        ValueError: for a document that is no sequence of token ids, with its number.
+        ValueError: for a document that is no sequence of token ids; the message has its number.
     """
 
     def __init__(
@@ -114,7 +120,7 @@ class DocumentStreams(torch.utils.data.Dataset):
         if context_length is not None and context_length < 1:
             raise ValueError(f"`context_length` must be at least 1 or None, got {context_length}")
         self.documents, self.num_streams = documents, num_streams
-        # By stream, (document, start, stop) of each segment. The last token of a document predicts nothing.
+        # For each stream, (document, start, stop) of its segments. A document's last token predicts nothing.
         self.segments: list[list[tuple[int, int, int]]] = [[] for _ in range(num_streams)]
         shortest = [(0, stream) for stream in range(num_streams)]
         for number in range(len(documents)):
@@ -162,9 +168,9 @@ class DocumentStreams(torch.utils.data.Dataset):
 class LongContextTrainer(SelectiveDecay, WholeCheckpoints, EvaluatedFirst, Trainer):
     """A Trainer with [`LongContextArguments`], whose datasets are documents (see [`DocumentStreams`]).
 
-    Checkpoints have the states of the streams, so that a run goes on in the middle of its documents. Beside
-    what the Trainer logs, there are `drift`, and `kept_bytes_per_token` (see [`LongContextOutput`]). The
-    evaluation loss is the mean over steps; only the loss is evaluated.
+    Checkpoints have the states of the streams, so a run resumes in the middle of its documents. The log also
+    has `drift` and `kept_bytes_per_token` (see [`LongContextOutput`]). An evaluation computes the loss only,
+    as the mean over steps.
     """
 
     args: LongContextArguments
@@ -189,7 +195,7 @@ class LongContextTrainer(SelectiveDecay, WholeCheckpoints, EvaluatedFirst, Train
             streams = DocumentStreams(train_dataset, num_streams, args.context_length, size)
         self._carried: StackformerCache | None = None
         self._carried_in_evaluation: StackformerCache | None = None
-        # Since the last log: the drift of each step, and its kept bytes per token.
+        # The drift of each step since the last log, and its kept bytes per token.
         self._drifts: list[float] = []
         self._kept: list[float] = []
         super().__init__(model, args, data_collator, streams, eval_dataset, **kwargs)
@@ -197,7 +203,7 @@ class LongContextTrainer(SelectiveDecay, WholeCheckpoints, EvaluatedFirst, Train
             raise ValueError("DeepSpeed runs the backward pass itself: use DDP or FSDP2")
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> torch.utils.data.DataLoader:
-        """The streams of `eval_dataset`, or of the one by that name."""
+        """Returns the loader of the streams of `eval_dataset`, or of the dataset with that name."""
         documents = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(documents, str):
             documents = self.eval_dataset[documents]
@@ -213,10 +219,10 @@ class LongContextTrainer(SelectiveDecay, WholeCheckpoints, EvaluatedFirst, Train
         inputs: dict[str, Tensor],
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
-        """Read a segment of each stream and add the gradients of its loss to the parameters'."""
+        """Read a segment of each stream, and add the gradients of the loss to those of the parameters."""
         model.train()
         scale = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
-        scaler = self.accelerator.scaler  # of float16
+        scaler = self.accelerator.scaler  # with float16
 
         def scale_loss(loss: Tensor) -> Tensor:
             return loss * scale if scaler is None else scaler.scale(loss * scale)
@@ -248,7 +254,7 @@ class LongContextTrainer(SelectiveDecay, WholeCheckpoints, EvaluatedFirst, Train
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Read a segment of each stream: its loss, and no predictions."""
+        """Read a segment of each stream. Returns the loss, and no predictions."""
         inputs = self._prepare_inputs(inputs)
         num_items_in_batch = self._get_num_items_in_batch([inputs], self.args.device)
         output = long_context_loss(
@@ -265,14 +271,14 @@ class LongContextTrainer(SelectiveDecay, WholeCheckpoints, EvaluatedFirst, Train
         return output.loss * scale, None, None
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log, and with the training loss what the steps since the last log cost (of this process)."""
+        """Log. With the training loss, add drift and kept bytes of this process since the last log."""
         if "loss" in logs and self._drifts:
             logs["drift"] = max(self._drifts)
             logs["kept_bytes_per_token"] = round(sum(self._kept) / len(self._kept), 1)
             self._drifts, self._kept = [], []
         super().log(logs, start_time)
 
-    # What a process needs to go on as it was: its random state, and the states of its streams.
+    # A process resumes with its random state and the states of its streams.
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
@@ -299,19 +305,19 @@ class LongContextTrainer(SelectiveDecay, WholeCheckpoints, EvaluatedFirst, Train
 
 
 def streams_files(args: TrainingArguments) -> list[str]:
-    """The files of a checkpoint that have the states of the streams, one of each process."""
+    """Returns the names of a checkpoint's files with the states of the streams, one for each process."""
     return [f"streams_{number}_of_{args.world_size}.pt" for number in range(args.world_size)]
 
 
 def _token_ids(document: Any) -> tuple[Any, Any]:
-    """The token ids of a document, and its labels."""
+    """Returns the token ids and the labels of a document."""
     if isinstance(document, dict):
         return document["input_ids"], document.get("labels", document["input_ids"])
     return document, document
 
 
 def _checked_length(document: Any, number: int, vocab_size: int | None) -> int:
-    """The tokens of a document, all of which, and all labels, are ids."""
+    """Returns the number of tokens of a document. Raises a ValueError if a token or label is no id."""
     if isinstance(document, str | bytes) or (isinstance(document, dict) and "input_ids" not in document):
         kind = f"a {type(document).__name__}" if not isinstance(document, dict) else f"{sorted(document)}"
         raise ValueError(
@@ -344,14 +350,14 @@ def _checked_length(document: Any, number: int, vocab_size: int | None) -> int:
 
 
 def _at_least_one(num_items_in_batch: Tensor | int | None) -> Tensor | int | None:
-    """Where no token of a step has a label, the loss is a sum of none, and not of none divided by none."""
+    """Returns the divisor of the loss, at least 1: the loss of a step without labels is 0, not 0 / 0."""
     if isinstance(num_items_in_batch, Tensor):
         return num_items_in_batch.clamp(min=1)
     return num_items_in_batch if num_items_in_batch is None else max(num_items_in_batch, 1)
 
 
 def _continued(cache: StackformerCache | None, continues: Tensor) -> StackformerCache | None:
-    """The state for a step in which only some rows continue their documents; the others start from zeros."""
+    """Returns the state for a step: zeros in the rows that start a new document; `None` if all rows do."""
     if not continues.any():
         return None
     if cache is None or cache.batch_size != len(continues):

@@ -1,15 +1,16 @@
 # Copyright 2026 The Stackformer authors. Licensed under the Apache License, Version 2.0.
-"""Sequences whose tokens are split over processes: each reads a span of its own, all of them at once.
+"""Sequences whose tokens are split over processes: each process reads a chunk of its own, all at once.
 
     shard = shard_sequence(**batch, group=group)
     loss = model(**shard, cache=SequenceParallelCache(model.config, group)).loss
     loss.backward()
 
-What a span of tokens does to a slice of the state is a decay and an update. Each process computes these for
-its span, all exchange them, and each combines those of the spans before its own into the state that it
-starts from (Sun et al. 2025, "LASP-2: Rethinking Sequence Parallelism for Linear Attention and Its Hybrid").
-What is exchanged does not grow with the tokens. The backward pass sends the gradients the other way. Logits,
-losses and gradients are those of one process that reads everything.
+A chunk of tokens changes a slice of the state by a decay and an update. Each process computes the decay and
+the update of its chunk, and the processes exchange them. Then each process combines those of the chunks
+before its own into the state that its chunk starts from (Sun et al. 2025, "LASP-2: Rethinking Sequence
+Parallelism for Linear Attention and Its Hybrid"). The exchanged data do not grow with the number of tokens.
+The backward pass sends the gradients the other way. Logits, losses and gradients are those of one process
+that reads everything.
 
 Letters: B batch, T time, N processes; B' rows with active tokens.
 """
@@ -37,18 +38,18 @@ def shard_sequence(
     num_items_in_batch: Tensor | int | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> dict[str, Any]:
-    """What the model is to be called with on this process, of a batch that all processes have.
+    """Returns the model's arguments on this process, from a batch that all processes have.
 
-    The processes take spans of the tokens in the order of their ranks, as equal as can be. The last token of
-    a span predicts the first of the next. The losses of all processes add up to the loss of the whole batch,
-    and their gradients to its gradients: where gradients are averaged (DDP, FSDP), multiply the loss by the
-    number of processes.
+    The processes take chunks of the tokens in the order of their ranks, of equal length or one token more.
+    The last token of a chunk predicts the first of the next. The losses of all processes add up to the loss
+    of the whole batch, and so do their gradients. DDP and FSDP average gradients: there, multiply the loss by
+    the number of processes.
 
     Args:
         input_ids: [B, T], T at least the number of processes.
         labels: [B, T], shifted inside, -100 is ignored; or `shift_labels`: [B, T], the label of each token.
         attention_mask: [B, T], 0 for padding.
-        num_items_in_batch: what the summed loss is divided by; the number of labels of the batch if `None`.
+        num_items_in_batch: divisor of the summed loss; the number of labels of the batch if `None`.
         group: the processes; all if `None`.
 
     Raises:
@@ -61,15 +62,15 @@ def shard_sequence(
             f"{tuple(input_ids.shape)}"
         )
 
-    def span(tensor: Tensor) -> Tensor:
+    def chunk(tensor: Tensor) -> Tensor:
         return tensor.tensor_split(size, dim=1)[rank].contiguous()
 
-    shard: dict[str, Any] = {"input_ids": span(input_ids)}
+    shard: dict[str, Any] = {"input_ids": chunk(input_ids)}
     if attention_mask is not None:
-        shard["attention_mask"] = span(attention_mask)
+        shard["attention_mask"] = chunk(attention_mask)
     if labels is not None or shift_labels is not None:
         shift_labels = shifted_labels(input_ids, labels, shift_labels, attention_mask)
-        shard["labels"] = shard["shift_labels"] = span(shift_labels)
+        shard["labels"] = shard["shift_labels"] = chunk(shift_labels)
         if num_items_in_batch is None:
             num_items_in_batch = shift_labels.ne(-100).sum().clamp(min=1)
         shard["num_items_in_batch"] = num_items_in_batch
@@ -77,25 +78,25 @@ def shard_sequence(
 
 
 class SequenceParallelCache(StackformerCache):
-    """The memory of a model that reads a span of a sequence while other processes read the others.
+    """The cache of a model that reads a chunk of a sequence while other processes read the other chunks.
 
-    It is for one call of the model, from the beginning of the sequences, on each process, with as many rows
-    on each. Afterwards it holds the state after the process' span. All processes run the backward pass, or
-    none.
+    The cache is for one call of the model on each process, which starts at the beginning of the sequences.
+    All processes must have the same number of rows, and all or none must run the backward pass. After the
+    call, the cache holds the state after the process' chunk.
 
     Args:
-        config ([`StackformerConfig`]): of the model that it is for.
-        group: the processes; all if `None`. Give it a group of its own (`torch.distributed.new_group`) beside
-            anything that communicates during the backward pass, such as DDP.
+        config ([`StackformerConfig`]): of the model.
+        group: the processes; all if `None`. Where something else communicates during the backward pass, such
+            as DDP, give the cache a group of its own (`torch.distributed.new_group`).
     """
 
     def __init__(self, config: StackformerConfig, group: dist.ProcessGroup | None = None):
         super().__init__(config)
         self._config, self._exchange = config, _Exchange(group)
-        self.layers = [_PartLayer(self._exchange) for _ in range(config.num_hidden_layers)]
+        self.layers = [_ChunkLayer(self._exchange) for _ in range(config.num_hidden_layers)]
 
     def whole(self) -> StackformerCache:
-        """The state after the whole sequence, on every process, without a graph: to generate from."""
+        """Returns the state after the whole sequence, without a graph, on every process: to generate from."""
         cache = StackformerCache(self._config)
         device = self.layers[0].slices[0][0].device
         length = torch.tensor(self.get_seq_length(), device=device)
@@ -109,8 +110,8 @@ class SequenceParallelCache(StackformerCache):
         return cache
 
 
-class _PartLayer(StackformerCacheLayer):
-    """A layer that asks the processes before this one for the state before the part of this one."""
+class _ChunkLayer(StackformerCacheLayer):
+    """A layer that gets the state before the process' chunk from the processes before it."""
 
     is_shared = True
 
@@ -119,27 +120,27 @@ class _PartLayer(StackformerCacheLayer):
         self._exchange = exchange
 
     def for_call(self) -> StackformerCacheLayer:
-        """See the base class: always this layer."""
+        """See the base class. Returns this layer."""
         return self
 
     def open(
         self, index: int, layer: nn.Module, hidden: Tensor, pointer: Tensor, layout: TokenLayout
     ) -> Slot:
-        """The slot of slice `index`, once for each."""
+        """See the base class. Raises a ValueError if slice `index` was opened before."""
         if index in self.slices:
             raise ValueError(
                 f"A SequenceParallelCache must be new for each call, slice {index} was read before"
             )
-        return _PartSlot(self, index, layout, self._exchange)
+        return _ChunkSlot(self, index, layout, self._exchange)
 
 
-class _PartSlot(Slot):
-    """A slot that computes the state before the process' part, as soon as it is known what is read there."""
+class _ChunkSlot(Slot):
+    """A slot that computes the state before the process' chunk, once the mixer's tokens are known."""
 
-    def __init__(self, layer: _PartLayer, index: int, layout: TokenLayout, exchange: "_Exchange"):
+    def __init__(self, layer: _ChunkLayer, index: int, layout: TokenLayout, exchange: "_Exchange"):
         super().__init__(layer, index, layout)
         self._exchange = exchange
-        # A layer that is checkpointed runs again in the backward pass, when no other process can be asked.
+        # A checkpointed layer runs again in the backward pass, where it cannot ask the other processes.
         self._received: list[Tensor] = []
 
     def start(self, mixer: Mixer, hidden: Tensor, pointer: Tensor, layout: TokenLayout) -> Start:
@@ -168,17 +169,17 @@ class _PartSlot(Slot):
 
 
 class _Exchange:
-    """What the processes of a group tell each other."""
+    """The communication between the processes of a group."""
 
     def __init__(self, group: dist.ProcessGroup | None):
         self.group = group
         self._chain: Tensor | None = None
 
     def __call__(self, numbers: Tensor, known: Tensor | None = None) -> Tensor:
-        """The numbers [n] of each process [N, n], zeros for this one and those after it.
+        """Returns the numbers [n] of each process as [N, n], with zeros for this process and those after it.
 
         Args:
-            known: what was received when this was asked for the first time.
+            known: the result of the first call, if a checkpointed layer calls again.
         """
         if self._chain is None:
             self._chain = torch.zeros((), device=numbers.device, requires_grad=True)
@@ -188,18 +189,18 @@ class _Exchange:
         return gathered
 
     def from_last(self, tensor: Tensor) -> Tensor:
-        """What the last process has in place of `tensor`."""
+        """Returns the tensor of the last process in place of `tensor`."""
         tensor = tensor.detach().clone(memory_format=torch.contiguous_format)
         dist.broadcast(tensor, group=self.group, group_src=dist.get_world_size(self.group) - 1)
         return tensor
 
 
 class _GatherEarlier(torch.autograd.Function):
-    """Numbers [n] of all processes [N, n], zeros for this one and those after it.
+    """Gathers numbers [n] of all processes as [N, n], with zeros for this process and those after it.
 
-    Every process must exchange gradients as often as the others, and in the same order, whatever its tokens
-    have read and whatever autograd finds first. A chain through all exchanges sees to that: none runs
-    backwards before the one after it did.
+    All processes must exchange gradients equally often and in the same order, although their tokens and the
+    order of autograd differ. A chain through all exchanges ensures this: the backward pass of an exchange
+    waits for that of the next one.
     """
 
     @staticmethod

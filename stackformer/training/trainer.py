@@ -1,9 +1,8 @@
 # Copyright 2026 The Stackformer authors. Licensed under the Apache License, Version 2.0.
-"""transformers' Trainer with ponder steps in its log, so that a collapse of the depth is seen as it happens,
-with weight decay for weights only, and with checkpoints that are complete.
+"""transformers' Trainer with ponder steps in its log, decay for weights only, and complete checkpoints.
 
-Not needed to train: the model's loss is complete without it. Each of these is a class of its own, to be put
-before any other Trainer.
+The log shows a collapse of the depth as it happens. Any other Trainer can train the model, too, with the same
+loss. Each addition is a class of its own, which can be put before any Trainer class.
 """
 
 import re
@@ -25,48 +24,48 @@ from .checkpoints import WholeCheckpoints
 
 logger = logging.get_logger(__name__)
 
-# Below both, practically every token is done after one step, and stays so: what is no more computed has no
-# gradient.
+# Below both thresholds, nearly every token is done after one step. This is final, because steps that are not
+# computed have no gradient.
 COLLAPSED_STEPS, COLLAPSED_ENTROPY = 1.05, 0.2
 
 
-# Parameters of the model without weight decay, beside biases and norms: by a part of their name, which is how
-# the Trainer tells those. A mark on the parameter (`_no_weight_decay` in other models) would be lost in
-# loading, copying and sharding, and the Trainer does not ask for it.
+# Parameters without weight decay, besides biases and norms, by a part of their names. The Trainer goes by
+# names, too. A mark on the parameter (`_no_weight_decay` in other models) would be lost in loading, copying
+# and sharding, and the Trainer does not read it.
 UNDECAYED = re.compile(r"(?:^|\.)(?:step_gate|time_decay|time_first|shift|initial_memory|persistent)(?:$|\.)")
 
 
 class PonderLogging:
     """Put before a Trainer class to log how deep the model ponders: `class Mine(PonderLogging, SFTTrainer)`.
 
-    Logged are means over the tokens, padding apart, since the last log entry, over all processes; for an
-    evaluation they are among its metrics, over its tokens alone, with the prefix of these ("eval_", or
-    "eval_NAME_" where there are several data sets; "test_" of `predict`):
+    The log has means over all tokens except padding, since the last log entry, over all processes. An
+    evaluation has them among its metrics, over its own tokens, with its prefix ("eval_", "eval_NAME_" for one
+    of several data sets, "test_" for `predict`):
 
-    - `ponder_steps`, `ponder_steps_std`: mean of the tokens' expected ponder steps, and its spread
-    - `ponder_entropy`: of the step at which mass is dropped, in nats; 0 if all of it is at the same
+    - `ponder_steps`, `ponder_steps_std`: mean and spread of the tokens' expected ponder steps
+    - `ponder_entropy`: of the step at which mass is dropped, in nats; 0 if all mass is dropped at one step
     - `ponder_computed`: share of the token-steps that were computed, up to `halting_threshold`
     - `ponder_dropped_1` ...: mass dropped at each step
 
-    A warning, once, tells that the depth collapsed in training. Nothing is read from a GPU but when a log
-    entry is written.
+    If the depth collapses in training, a warning says so, once. A GPU is read only when a log entry is
+    written.
 
-    The tokens are those that the model reads for the loss, whatever the Trainer makes the loss of; what it
-    generates in between (as GRPO does) does not count.
+    The tokens are those that the model reads for the loss, for any kind of loss. Tokens that the Trainer
+    generates in between (as GRPO does) do not count.
     """
 
-    # Sums of `ponder_sums`, by whether in training; shared defaults, replaced by each Trainer's own.
+    # Sums of `ponder_sums` in training (True) and evaluation (False). A Trainer replaces the shared default.
     _ponder_sums: Mapping[bool, Tensor] = MappingProxyType({})
     _watching = False
     _warned_of_collapse = False
 
     def compute_loss(self, model, *args, **kwargs):
-        """As in the Trainer; what the model's outputs say of its depth is added up."""
+        """As in the Trainer. Adds up the depth that the model's outputs report."""
         with self._watch(model):
             return super().compute_loss(model, *args, **kwargs)  # type: ignore[misc]
 
     def prediction_step(self, model, inputs, *args, **kwargs):
-        """As in the Trainer, which calls the model itself where rows have no labels, and so no loss."""
+        """As in the Trainer. Adds up the depth here if rows have no labels, and thus no loss."""
         names = self.label_names  # type: ignore[attr-defined]
         unlabelled = isinstance(inputs, Mapping) and any(inputs.get(name) is None for name in names)
         with self._watch(model) if unlabelled else nullcontext():
@@ -85,7 +84,7 @@ class PonderLogging:
         return output
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
-        """As in the Trainer; with the training loss goes the depth since the last time."""
+        """As in the Trainer, with the depth since the last entry beside the training loss."""
         if "loss" in logs and (metrics := self._take_metrics(training=True)):
             self._warn_of_collapse(metrics)
             logs = {**logs, **metrics}
@@ -93,8 +92,11 @@ class PonderLogging:
 
     @contextmanager
     def _watch(self, model: nn.Module) -> Iterator[None]:
-        """Add up the depth of all that `model` reads meanwhile. A hook sees the outputs, because not every
-        Trainer returns them, and those of TRL replace the forward of the head, which then drops the depth."""
+        """Add up the depth of all tokens that `model` reads in the block.
+
+        A hook reads the outputs, because not every Trainer returns them, and because TRL's Trainers replace
+        the forward of the head, which then drops the depth.
+        """
         if self._watching:
             yield
             return
@@ -114,7 +116,7 @@ class PonderLogging:
             self._ponder_sums = {**self._ponder_sums, model.training: before + sums}
 
     def _take_sums(self, training: bool) -> Tensor | None:
-        """What was added up since the last time."""
+        """Returns the sums since the last call, and clears them."""
         sums = self._ponder_sums.get(training)
         self._ponder_sums = {key: x for key, x in self._ponder_sums.items() if key != training}
         return sums
@@ -137,33 +139,34 @@ class PonderLogging:
 
 
 class SelectiveDecay:
-    """Put before a Trainer class to keep its weight decay to weights.
+    """Put before a Trainer class to restrict its weight decay to weights.
 
-    The Trainer exempts biases and norms, by their names. Here `UNDECAYED` are exempt, too: gates that start
-    small, rates of forgetting, mixtures with the token before, and what a memory starts from. A decay pulls
-    these to zero, which is no neutral value of theirs: a ponder step with a gate of zero is none.
+    The Trainer exempts biases and norms, by their names. This class also exempts `UNDECAYED`: gates that
+    start small, rates of forgetting, mixtures with the token before, and the initial value of a memory.
+    Weight decay pulls a parameter to zero, which is not neutral for these: a gate of zero turns a ponder step
+    off.
     """
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """The names of the parameters that weight decay is for."""
+        """Returns the names of the parameters with weight decay."""
         names = super().get_decay_parameter_names(model)  # type: ignore[misc]
         return [name for name in names if not UNDECAYED.search(name)]
 
 
 class EvaluatedFirst:
-    """Put before a Trainer class that may evaluate a model before it trains it, in several processes.
+    """Put before a Trainer class that may evaluate a model before training, in several processes.
 
-    An evaluation prepares the model without wrapping it, and accelerate prepares nothing twice: the training
-    after it would not exchange gradients, and every process would train a model of its own.
+    An evaluation prepares the model without wrapping it for training, and accelerate prepares a model only
+    once. So the training after it would not exchange gradients, and each process would train its own model.
     """
 
     def train(self, *args, **kwargs):
-        """As in the Trainer, with a model that is prepared for training."""
+        """As in the Trainer, with the model prepared for training again."""
         trainer: Any = self
         wraps = trainer.args.parallel_mode == ParallelMode.DISTRIBUTED
         wraps = wraps and not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
         if wraps and not isinstance(trainer.model_wrapped, nn.parallel.DistributedDataParallel):
-            # Taken out of what an evaluation put around it: autocast, a compiler.
+            # Remove the wrappers of an evaluation: autocast, a compiler.
             extract_model_from_parallel(trainer.model, keep_fp32_wrapper=False, keep_torch_compile=True)
             trainer.model_wrapped = trainer.model
             vars(trainer.model).pop("_is_accelerate_prepared", None)
@@ -171,10 +174,10 @@ class EvaluatedFirst:
 
 
 class StackformerTrainer(PonderLogging, SelectiveDecay, WholeCheckpoints, EvaluatedFirst, Trainer):
-    """transformers' [`Trainer`] that logs how deep the model ponders, decays no gate and no memory, leaves no
-    checkpoint half-written, and may be evaluated first: see [`PonderLogging`], [`SelectiveDecay`],
+    """transformers' [`Trainer`] with the depth in its log, weight decay for weights only, complete
+    checkpoints, and evaluation before training: see [`PonderLogging`], [`SelectiveDecay`],
     [`WholeCheckpoints`] and [`EvaluatedFirst`]. Its losses are means over the labels that the model counts,
-    which are none of padding.
+    without padding.
     """
 
     def __init__(self, *args, **kwargs):
@@ -183,12 +186,15 @@ class StackformerTrainer(PonderLogging, SelectiveDecay, WholeCheckpoints, Evalua
             self._check_deepspeed()
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Tensor | int | None:
-        """As in the Trainer, of the labels that the model's loss counts."""
+        """As in the Trainer, for the labels that the model's loss counts."""
         return super()._get_num_items_in_batch([_with_counted_labels(x) for x in batch_samples], device)
 
     def _check_deepspeed(self) -> None:
-        """ZeRO-2 and ZeRO-3 add up the gradients of the processes in the order in which each has them. Where
-        tokens halt at different depths that order differs, and parameters get the gradients of others."""
+        """Raises a ValueError for ZeRO-2 and ZeRO-3 if tokens can halt at different depths.
+
+        These stages add up the gradients of the processes in the order in which each process computes them.
+        The order differs between depths, and parameters would get the gradients of other parameters.
+        """
         settings = self.accelerator.state.deepspeed_plugin.deepspeed_config
         stage = settings.get("zero_optimization", {}).get("stage", 0)
         config = self.model.config.to_dict()
@@ -201,8 +207,10 @@ class StackformerTrainer(PonderLogging, SelectiveDecay, WholeCheckpoints, Evalua
 
 
 def _with_counted_labels(batch: Any) -> Any:
-    """A batch whose labels are those that the model's loss counts: what padding, or the end of the document
-    before, would predict is no label."""
+    """Returns a batch with only the labels that the model's loss counts.
+
+    Padding predicts no label, nor does the last token of a packed document.
+    """
     if not isinstance(batch, Mapping) or "shift_labels" in batch or batch.get("labels") is None:
         return batch
     labels = batch["labels"]
@@ -213,31 +221,33 @@ def _with_counted_labels(batch: Any) -> Any:
 
 
 def _reader(model: nn.Module) -> nn.Module:
-    """The part of `model` that reads the tokens: the innermost model, without head and wrappers. A compiled
-    model is taken as it is, since a hook inside would be compiled, too; so is one that is copied to several
-    GPUs."""
+    """Returns the part of `model` that reads the tokens: the innermost model, without head and wrappers.
+
+    A compiled model is returned as it is, because a hook inside would be compiled, too. So is a model that is
+    copied to several GPUs.
+    """
     if isinstance(model, nn.DataParallel) or is_compiled_module(model):
         return model
     return [model, *(module for module in model.modules() if isinstance(module, PreTrainedModel))][-1]
 
 
 def ponder_sums(distribution: Tensor) -> Tensor:
-    """Sums over the tokens of a distribution over halting steps [B, T, P], for `ponder_metrics`: [4 + P].
+    """Returns sums [4 + P] over the tokens of a distribution over halting steps [B, T, P].
 
-    They are of 1, the expected steps, their square, and the computed steps; then of the mass dropped at each
-    step.
+    The sums, for `ponder_metrics`, are of 1, the expected steps, their square, the computed steps, and the
+    mass dropped at each of the P steps.
     """
     tokens = distribution.flatten(0, 1).float()
     ones = tokens.any(-1).float()  # not padding
     mean = expected_steps(tokens)
     numbers = torch.arange(1, tokens.shape[-1] + 1, device=tokens.device)
-    # The step at which the rest of its mass was flushed is the last at which a token was computed.
+    # The last step at which a token was computed is the one that flushed the rest of its mass.
     computed = ((tokens > 0) * numbers).amax(-1).float()
     return torch.cat([torch.stack([ones, mean, mean.square(), computed], dim=-1), tokens], dim=-1).sum(0)
 
 
 def ponder_metrics(sums: Tensor) -> dict[str, float]:
-    """What [`PonderLogging`] logs, from sums of `ponder_sums`."""
+    """Returns the values that [`PonderLogging`] logs, from sums of `ponder_sums`."""
     (count, *_), max_steps = sums.tolist(), len(sums) - 4
     mean, square, computed, *_ = (sums[1:] / max(count, 1)).tolist()
     dropped = sums[4:] / max(count, 1)
