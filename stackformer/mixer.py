@@ -33,7 +33,8 @@ class Mixer(nn.Module):
     heads, N memory banks.
     """
 
-    state_type: ClassVar[Callable[..., Any]]
+    # Makes a state of its tensors; a plain tuple if a mixer does not name them.
+    state_type: ClassVar[Callable[..., Any]] = staticmethod(lambda *tensors: tensors)
 
     # `reverse` computes the first `num_reversible` tensors of an earlier state from those of a later one. The
     # other tensors are small, and are stored. 0: the mixer cannot be reversed.
