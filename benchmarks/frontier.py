@@ -1,5 +1,5 @@
 # Copyright 2026 The Stackformer authors. Licensed under the Apache License, Version 2.0.
-"""What the depth of a trained model is worth: bits per byte and time over the threshold at which tokens halt.
+"""The price of halting early in a trained model: bits per byte and time over the halting threshold.
 
     python -m benchmarks.frontier --model runs/tiny --text other.txt --json outputs/frontier.json \
         --plot outputs/frontier.png

@@ -1,5 +1,5 @@
 # Copyright 2026 The Stackformer authors. Licensed under the Apache License, Version 2.0.
-"""What every benchmark shares: sides that take turns, peak memory, the machine's own speed, tables, plots.
+"""The harness of all benchmarks: sides that take turns, peak memory, the machine's speed, tables, plots.
 
 A benchmark compares sides on the same work in one run. Its result is a list of rows, one for each side of
 each case; `report` prints them as Markdown, writes them as JSON (every sample included) and plots them.
@@ -54,7 +54,7 @@ def parser(doc: str) -> BenchmarkParser:
 
 
 def add_timing(parser: argparse.ArgumentParser, repeats: int) -> None:
-    """What `measure` needs to know."""
+    """Adds the options of `measure`."""
     parser.add_argument("--repeats", type=COUNT, default=repeats, help="timed calls of each side")
     parser.add_argument(
         "--budget", type=NOT_NEGATIVE, default=30.0, help="seconds per case, after which 3 repeats are enough"

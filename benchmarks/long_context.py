@@ -1,5 +1,5 @@
 # Copyright 2026 The Stackformer authors. Licensed under the Apache License, Version 2.0.
-"""What backpropagation through long contexts costs: memory, time, bytes kept, and the error of reversal.
+"""The cost of backpropagation through long contexts: memory, time, bytes kept, and the error of reversal.
 
     python -m benchmarks.long_context --json outputs/long_context.json --plot outputs/long_context.png
     python -m benchmarks.long_context --lengths 4096 16384 --decays 0 0.001 0.01    # small

@@ -1,5 +1,5 @@
 # Copyright 2026 The Stackformer authors. Licensed under the Apache License, Version 2.0.
-"""What full backpropagation through long contexts learns, and truncated backpropagation does not.
+"""Recall over long contexts: full backpropagation learns it, truncated backpropagation does not.
 
     python -m benchmarks.long_recall --json outputs/long_recall.json
 

@@ -29,7 +29,7 @@ TOLERANCE = 0.02  # of the number of parameters
 
 
 def add_arguments(parser: argparse.ArgumentParser, models: Iterable[str]) -> None:
-    """What says which models to compare, and how large."""
+    """Adds the options that choose the models, and their size."""
     parser.add_argument("--models", nargs="+", default=list(models), choices=list(FAMILIES))
     parser.add_argument("--parameters", type=COUNT, default=10_000_000, help="parameters of every model")
     parser.add_argument("--threads", type=COUNT, default=None, help="threads; torch's default if not given")

@@ -1,5 +1,5 @@
 # Copyright 2026 The Stackformer authors. Licensed under the Apache License, Version 2.0.
-"""Where the time of a training step, a prefill and a decode step goes, by operator, with torch's profiler.
+"""Profiles a training step, a prefill and a decode step by operator, with torch's profiler.
 
     python -m benchmarks.profile_model --models stack --rows 12 --json outputs/profile.json
 
@@ -40,7 +40,7 @@ def profiled(work: harness.Work, calls: int) -> list[harness.Row]:
 
 
 def uses(model: PreTrainedModel, args) -> Iterator[tuple[str, harness.Work]]:
-    """What is profiled: the three uses of a model."""
+    """Yields the three uses of a model that are profiled."""
     ids = models.random_ids(args.batch_size, args.time, args.device)
     yield "decode step", GreedyLoop(model, models.read(model, ids)[1], args.batch_size, tokens=1)
     yield "prefill", torch.no_grad()(lambda: models.read(model, ids))

@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> dict:
 
 
 def count_calls(model: torch.nn.Module, work: harness.Work) -> tuple[int, torch.Tensor]:
-    """How often `work` calls the model, and its result."""
+    """Returns the number of calls of the model by `work`, and its result."""
     count = 0
 
     def increase(*_):

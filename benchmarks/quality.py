@@ -1,5 +1,5 @@
 # Copyright 2026 The Stackformer authors. Licensed under the Apache License, Version 2.0.
-"""What depth, stack, banks and halting are worth: bits per byte beside baselines, over several seeds.
+"""The value of depth, stack, banks and halting: bits per byte beside baselines, over several seeds.
 
     python -m benchmarks.quality --data_path enwik8 --steps 600 --jobs 2
     python -m benchmarks.quality --data_path enwik8 --rows "stack, P = 4" attention --seeds 1 2

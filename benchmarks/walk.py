@@ -1,5 +1,5 @@
 # Copyright 2026 The Stackformer authors. Licensed under the Apache License, Version 2.0.
-"""How far a reader has to walk: the package's functions that one step runs, and the moves between its files.
+"""Counts the package's functions that one step runs, and the moves between files that a reader makes.
 
     python -m benchmarks.walk
 

@@ -1,6 +1,5 @@
 # Copyright 2026 The Stackformer authors. Licensed under the Apache License, Version 2.0.
-"""What all commands share: values are checked as soon as they are read, and an error of the user's is one
-sentence.
+"""Command lines: options are checked as soon as they are read, and a mistake of the user is one sentence.
 
 `run_main(main)` is how a command starts. A ValueError or an OSError becomes one sentence on stderr and exit
 code 2, as a wrong option does; $STACKFORMER_TRACEBACK=1 shows where it came from. Any other exception is a
@@ -43,7 +42,7 @@ def run_main(main: Callable[[], Any]) -> None:
 
 
 def one_line(error: BaseException) -> str:
-    """What an exception says, without line breaks."""
+    """Returns the message of an exception, without line breaks."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
@@ -54,7 +53,7 @@ def _leave(code: int, message: str) -> NoReturn:
 
 @dataclass(frozen=True)
 class Range:
-    """Which numbers an option may have, as the `type` of a `Parser`'s argument or for `check`.
+    """A range of numbers that an option may have, as the `type` of a `Parser`'s argument or for `check`.
 
     Args:
         number: int or float; floats are finite.

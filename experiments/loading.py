@@ -83,7 +83,7 @@ def check_device(name: str, device: str) -> None:
 
 
 def load_saved(load: Callable[..., Any], name: str, source: str, what: str) -> Any:
-    """What `load`, a `from_pretrained`, returns of a saved `what`, the option `name`.
+    """Loads a saved `what`, the option `name`, by `load`, a `from_pretrained`.
 
     Raises:
         ValueError: if it cannot be loaded.

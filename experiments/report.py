@@ -1,5 +1,5 @@
 # Copyright 2026 The Stackformer authors. Licensed under the Apache License, Version 2.0.
-"""What every reported number needs: a unit, the machine it is from, a file that is never half written."""
+"""Reports: the machine, the commit and the unit of a number, and files that are never half written."""
 
 import json
 import math

@@ -204,8 +204,8 @@ def warn_of_little_text(num_bytes: int, num_blocks: int, batch: int) -> None:
 
 
 class LogEvenly(TrainerCallback):
-    """Where steps between two log entries are the default, `LOGGED_SHARE` of the run, there are at most
-    `LOGGED_STEPS`, and so between evaluations, if they go by the same."""
+    """Logs at least every `LOGGED_STEPS` steps, if `logging_steps` is the default, `LOGGED_SHARE` of the run.
+    The same holds for evaluations that follow the log."""
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs
@@ -297,7 +297,7 @@ def train_and_save(
 
 
 def find_checkpoint(args: TrainingArguments, files: Sequence[str] = ()) -> str | None:
-    """Where to resume from: a path, for "last" the newest complete one of the output folder, or None.
+    """Finds the checkpoint to resume from: a path, the newest complete one for "last", or None.
 
     Args:
         files: that it must have, beside those of any checkpoint.

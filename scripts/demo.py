@@ -89,7 +89,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def generate_in_a_new_process(folder: str, prompt: str) -> str:
-    """What `pipeline("text-generation")` says to `prompt`, with the model loaded from `folder`."""
+    """Returns the continuation of `prompt` by a `pipeline("text-generation")` of the model in `folder`."""
     command = [sys.executable, "-c", GENERATE, str(Path(folder).resolve()), prompt]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
     result = subprocess.run(command, capture_output=True, text=True, env=environment)

@@ -1,5 +1,5 @@
 # Copyright 2026 The Stackformer authors. Licensed under the Apache License, Version 2.0.
-"""Where an infinity-former's heads look in their long-term memory while they answer: a picture.
+"""Draws the parts of its long-term memory that an infinity-former attends to while it answers.
 
     python -m benchmarks.tasks.densities --length 256 \\
         --run outputs/sorting/sorting/infinity-former/depth1-seed0

@@ -1,5 +1,5 @@
 # Copyright 2026 The Stackformer authors. Licensed under the Apache License, Version 2.0.
-"""What is had at sorting by frequency without a model.
+"""The accuracy of simple strategies at sorting by frequency, without a model.
 
     python -m benchmarks.tasks.naive_sorting --lengths 4000 8000 16000 --window 1024
 
@@ -19,7 +19,7 @@ from .task import seeded
 def naive_accuracies(
     task: Sorting, length: int, window: int, num_test: int = 200, tau: float = 0.75
 ) -> dict[str, float]:
-    """What simple strategies have on `num_test` sequences, each told the answers before the one asked for.
+    """Measures simple strategies on `num_test` sequences. Each is told the answers before the one asked for.
 
     A strategy guesses the first symbol of its own order that was no answer yet.
 
@@ -46,7 +46,7 @@ def naive_accuracies(
 
 
 def _greedy_accuracy(scores: Tensor, answers: Tensor) -> float:
-    """How often the best of `scores` [B, symbols] among those not yet answered is the answer."""
+    """Returns the share of rows in which the best of `scores` [B, symbols] not yet answered is the answer."""
     left, correct = scores.clone(), []
     for answer in answers.unbind(1):
         correct.append(left.argmax(1) == answer)

@@ -11,7 +11,7 @@ from .task import IGNORED, Task
 
 @dataclass(frozen=True)
 class Sorting(Task):
-    """Which tokens were most frequent, in descending order?    1 2 1 3 1 0 3 1 2 | 1 3 0 2 -> 1 2 3 0
+    """Sorts tokens by how frequent they were, in descending order.    1 2 1 3 1 0 3 1 2 | 1 3 0 2 -> 1 2 3 0
 
     As in the authors' `generate_data.py`: token j of L is drawn from (1 - j/L) p_0 + (j/L) p_1, with two
     random distributions p (integers of 1 to 9, normalised); after a separator come all tokens, the most
@@ -59,7 +59,7 @@ class Sorting(Task):
 
 
 def symbol_counts(tokens: Tensor, num_symbols: int, weights: Tensor) -> Tensor:
-    """How often each symbol is in `tokens` [B, L], each place by its weight [L]: [B, num_symbols]."""
+    """Counts each symbol in `tokens` [B, L], each place by its weight [L]: [B, num_symbols]."""
     counts = torch.zeros(len(tokens), num_symbols, dtype=torch.float64)
     return counts.scatter_add(1, tokens, weights.double().expand(tokens.shape))
 

@@ -1,5 +1,5 @@
 # Copyright 2026 The Stackformer authors. Licensed under the Apache License, Version 2.0.
-"""What a generated task is: sequences of any length, with labels where an answer is to be given.
+"""The base class of generated tasks: sequences of any length, with labels where an answer is expected.
 
 Letters: B batch, L length that the task is asked for, T tokens of a sequence.
 """
