@@ -116,6 +116,7 @@ class _OneLineErrors:
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")  # type: ignore[attr-defined]
+        raise AssertionError("`exit` ends the program")
 
 
 class Parser(_OneLineErrors, argparse.ArgumentParser):

@@ -8,7 +8,7 @@ say which runs are missing, and get each result from `execute` as soon as it is 
 import json
 import multiprocessing
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from pathlib import Path
 from typing import Any, TypeVar
@@ -31,7 +31,7 @@ def execute(
     jobs: int | None = None,
     threads: int = 1,
     disable_tqdm: bool = False,
-) -> Iterator[tuple[AnyRun, Any]]:
+) -> Generator[tuple[AnyRun, Any], None, None]:
     """Call `work` on each run. Yields a run and its result as soon as the run is finished.
 
     Args:

@@ -186,7 +186,7 @@ def identify(run: Run, args: argparse.Namespace) -> dict[str, Any]:
 
 def run_all(
     runs: Iterable[Run],
-    measure: Callable[[Any, argparse.Namespace], dict[str, Any]],
+    measure: Callable[..., dict[str, Any]],
     args: argparse.Namespace,
     path: str | Path,
 ) -> list[dict[str, Any]]:
