@@ -165,12 +165,12 @@ def _recurrent_obstacle(query: Tensor, key: Tensor, value: Tensor, read: Tensor,
 def _run_recurrent(tensors: Tensors, chunk_size: int, max_decay: float | None, eps: float) -> Results:
     """Computes the definition, token by token; autograd differentiates it."""
     *inputs, memory, normalizer = tensors
-    state, outputs = (memory, normalizer), []
-    tokens = (tensor.to(memory.dtype).unbind(1) for tensor in inputs)
-    for query, key, value, read, write, log_decay in zip(*tokens, strict=True):
+    dtype, state, outputs = memory.dtype, (memory, normalizer), []
+    steps = [tensor.to(dtype).unbind(1) for tensor in inputs]
+    for query, key, value, read, write, log_decay in zip(*steps, strict=True):
         output, state = _step(query, key, value, read, write, log_decay, state, eps)
         outputs.append(output)
-    return torch.stack(outputs, dim=1).to(inputs[2].dtype), *state
+    return torch.stack(outputs, dim=1).to(tensors[2].dtype), *state
 
 
 def _triton_obstacle(query: Tensor, key: Tensor, value: Tensor, read: Tensor, asked: bool) -> str | None:
@@ -258,20 +258,20 @@ def which_implementation(
         ValueError: for an `implementation` that is unknown or cannot run here, and for such a value of the
             environment variable STACKFORMER_IMPLEMENTATION, which is taken if `implementation` is `None`.
     """
-    source, otherwise = "`implementation`", "None"
-    if implementation is None:
-        implementation, source, otherwise = _FROM_ENVIRONMENT, f"`{ENVIRONMENT_VARIABLE}`", "not set"
-    if implementation is None:
+    name = _FROM_ENVIRONMENT if implementation is None else implementation
+    if name is None:
         for name, row in IMPLEMENTATIONS.items():
             if row.obstacle(query, key, value, read, False) is None:
                 return name
-    if implementation not in IMPLEMENTATIONS:
-        names = tuple(IMPLEMENTATIONS)
-        raise ValueError(f"{source} must be one of {names} or {otherwise}, got {implementation!r}")
-    obstacle = IMPLEMENTATIONS[implementation].obstacle(query, key, value, read, True)
+    source, otherwise = "`implementation`", "None"
+    if implementation is None:
+        source, otherwise = f"`{ENVIRONMENT_VARIABLE}`", "not set"
+    if name not in IMPLEMENTATIONS:
+        raise ValueError(f"{source} must be one of {tuple(IMPLEMENTATIONS)} or {otherwise}, got {name!r}")
+    obstacle = IMPLEMENTATIONS[name].obstacle(query, key, value, read, True)
     if obstacle is not None:
-        raise ValueError(f"{source} must be another than {implementation!r} here: {obstacle}")
-    return implementation
+        raise ValueError(f"{source} must be another than {name!r} here: {obstacle}")
+    return name
 
 
 def can_decode_token(hidden: Tensor) -> bool:
