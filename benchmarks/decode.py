@@ -7,13 +7,13 @@
 A greedy loop calls every model on one token after another, from the state after a context; all have the same
 number of parameters within 2%, one dtype, and the same threads. "compiled" is `torch.compile` of the whole
 step with a static cache. The contexts:
-- ours: random bytes that are really read, in pieces
+- ours: random bytes that are really read, in chunks
 - Llama: random keys and values of that length; it is left out where they would take more than
   `--max_cache_bytes`. Its dynamic cache, which `generate` takes by default, copies them all at every token
-- other recurrent models: the state after `--piece` tokens at most, as neither its size nor the time of a step
+- other recurrent models: the state after `--chunk_size` tokens at most, as neither its size nor the time of a step
   depends on the length. RWKV of transformers mixes up the rows of a batch, and runs for one row only.
 "via generate" is `generate` on a prompt of one token, with whatever it does besides calling the model.
-Before anything is timed, every model must give the same logits for a text read at once and in pieces, and
+Before anything is timed, every model must give the same logits for a text read at once and in chunks, and
 every compiled step those of the same model.
 """
 
@@ -55,12 +55,12 @@ class GreedyLoop:
 
 
 @torch.no_grad()
-def contexts(model: PreTrainedModel, lengths: list[int], piece: int) -> Iterator[Any]:
+def contexts(model: PreTrainedModel, lengths: list[int], chunk: int) -> Iterator[Any]:
     """The cache after random bytes of each length, in ascending order; it may be continued."""
     cache, seen = None, 0
     for length in sorted(lengths):
         while seen < length:
-            ids = models.random_ids(1, min(piece, length - seen), model.device)
+            ids = models.random_ids(1, min(chunk, length - seen), model.device)
             cache = models.read(model, ids, cache)[1]
             seen += ids.shape[1]
         yield cache
@@ -96,7 +96,7 @@ def context_cache(
         return models.static_copy(cache, model.config) if static else cache
     if name == RWKV and batch > 1:
         return None
-    return models.read(model, models.random_ids(batch, min(length, args.piece), model.device))[1]
+    return models.read(model, models.random_ids(batch, min(length, args.chunk_size), model.device))[1]
 
 
 def check_compiled(sides: dict[str, GreedyLoop]) -> None:
@@ -155,7 +155,7 @@ def main(argv: list[str] | None = None) -> dict:
     parser.add_argument("--contexts", type=COUNT, nargs="+", default=[1024, 32768], help="tokens read before")
     parser.add_argument("--batch_size", type=COUNT, nargs="+", default=[1, 8], help="rows decoded together")
     parser.add_argument("--tokens", type=COUNT, default=32, help="tokens decoded in a timed call")
-    parser.add_argument("--piece", type=COUNT, default=2048, help="tokens read at once")
+    parser.add_argument("--chunk_size", type=COUNT, default=2048, help="tokens read at once")
     parser.add_argument("--max_cache_bytes", type=POSITIVE, default=4e9, help="of Llama's keys and values")
     parser.add_argument(
         "--compile", action=argparse.BooleanOptionalAction, default=True, help="compiled sides, too"
@@ -167,7 +167,7 @@ def main(argv: list[str] | None = None) -> dict:
     lengths = sorted(args.contexts)
     states = {}
     for name in set(built) & set(OURS):
-        for length, cache in zip(lengths, contexts(built[name], lengths, args.piece), strict=True):
+        for length, cache in zip(lengths, contexts(built[name], lengths, args.chunk_size), strict=True):
             states[name, length] = cache.clone()
     rows = []
     for batch in args.batch_size:

@@ -8,7 +8,7 @@ Three questions, on random tokens and a new model whose weights are moved (in a 
 influence each other, which would hide errors):
 
 - memory and tokens per second of each side against length: one forward and backward pass ("plain"), the same
-  with gradient checkpointing, and pieces whose states are stored or reversed. Each measurement is a process
+  with gradient checkpointing, and chunks whose states are stored or reversed. Each measurement is a process
   of its own; memory is its peak above what model and libraries take (on a GPU: what was allocated), the
   tokens included.
 - bytes kept per token, and memories copied, against the largest decay per token.

@@ -7,8 +7,8 @@ The task is `distant_recall` (tasks/recall.py): pairs of keys and values at the 
 keeping, then pairs to ignore, and questions at the end. A small model learns it on short contexts, through
 the whole of which gradients flow. Then it goes on with long contexts only, in which the pairs to keep have a
 mark that it has never seen: with states that are computed backwards ("reverse"), or with gradients that end
-at each piece ("truncated"). Both start from the same weights, carry the state on from piece to piece, and
-have the same sequences, steps, rates and pieces. Tests are on other sequences.
+at each chunk ("truncated"). Both start from the same weights, carry the state on from chunk to chunk, and
+have the same sequences, steps, rates and chunks. Tests are on other sequences.
 """
 
 import argparse
@@ -149,7 +149,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--length", type=COUNT, default=131072, help="tokens of a long context")
     parser.add_argument("--steps", type=COUNT, default=60, help="on long contexts")
     parser.add_argument("--batch_size", type=COUNT, default=1, help="long contexts of a step")
-    parser.add_argument("--chunk_size", type=COUNT, default=4096, help="tokens of a piece of them")
+    parser.add_argument("--chunk_size", type=COUNT, default=4096, help="tokens that are run at once")
     parser.add_argument("--learning_rate", type=NOT_NEGATIVE, default=5e-3, help="on long contexts")
     parser.add_argument("--short_length", type=COUNT, default=128, help="tokens of a short context")
     parser.add_argument("--short_steps", type=COUNT, default=600, help="on short contexts")

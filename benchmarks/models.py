@@ -128,12 +128,12 @@ def read(model: PreTrainedModel, ids: Tensor, cache: Any = None, step: Callable 
 
 @torch.no_grad()
 def check_cache(models: dict[str, PreTrainedModel]) -> None:
-    """Raise an error unless a text read in pieces has the logits of the text read at once."""
+    """Raise an error unless a text read in chunks has the logits of the text read at once."""
     for name, model in models.items():
         ids = random_ids(1, 40, model.device)
         expected, cache = model(ids, use_cache=False).logits[:, -1], None
-        for piece in ids.split([38, 1, 1], dim=1):
-            logits, cache = read(model, piece, cache)
+        for chunk in ids.split([38, 1, 1], dim=1):
+            logits, cache = read(model, chunk, cache)
         torch.testing.assert_close(
             logits, expected, rtol=1e-3, atol=1e-3, msg=lambda text, name=name: f"{name}: {text}"
         )

@@ -5,7 +5,7 @@
 
 A prompt of random bytes is read at once, into a cache, and the logits after its last token are computed. All
 models have the same number of parameters within 2%, one dtype, and the same threads. Before anything is
-timed, every model must give the same logits for a text read at once and in pieces.
+timed, every model must give the same logits for a text read at once and in chunks.
 """
 
 import torch

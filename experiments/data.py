@@ -129,7 +129,7 @@ def load_tokenizer(spec: str, train_text: bytes, name: str = "tokenizer") -> Pre
     if kind != "bpe":
         return load_saved_tokenizer(name, spec)
     check_tokenizer(spec)
-    return train_bpe_tokenizer(_pieces(train_text), int(size))
+    return train_bpe_tokenizer(_chunks(train_text), int(size))
 
 
 def check_tokenizer(spec: str) -> None:
@@ -157,9 +157,9 @@ def encode(data: bytes, tokenizer: PreTrainedTokenizerFast) -> np.ndarray:
     if is_byte_tokenizer(tokenizer):
         return np.frombuffer(data, dtype=np.uint8)
     options = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
-    pieces = tqdm(list(_pieces(data)), desc="tokenize", unit="piece", leave=False)
+    chunks = tqdm(list(_chunks(data)), desc="tokenize", unit="chunk", leave=False)
     return np.concatenate(
-        [np.asarray(tokenizer(piece, **options)["input_ids"], np.int32) for piece in pieces]
+        [np.asarray(tokenizer(chunk, **options)["input_ids"], np.int32) for chunk in chunks]
     )
 
 
@@ -237,8 +237,8 @@ def _cut(data: bytes, byte_range: str | None, name: str) -> bytes:
     return data[start:stop]
 
 
-def _pieces(data: bytes) -> Iterator[str]:
-    """The text in pieces, so that no tokenizer has to hold a whole corpus at once."""
+def _chunks(data: bytes) -> Iterator[str]:
+    """The text in chunks, so that no tokenizer has to hold a whole corpus at once."""
     text = data.decode("utf-8", errors="replace")
     return (text[start : start + PIECE_LENGTH] for start in range(0, len(text), PIECE_LENGTH))
 

@@ -163,7 +163,7 @@ def test_prefill(tmp_path, capsys):
 
 def test_decode(tmp_path, capsys):
     chosen = ["--models", STACK, "llama", "mamba2", "rwkv", "--no-compile"]
-    sizes = ["--contexts", "32", "96", "--batch_size", "1", "2", "--tokens", "2", "--piece", "40"]
+    sizes = ["--contexts", "32", "96", "--batch_size", "1", "2", "--tokens", "2", "--chunk_size", "40"]
     sizes += ["--max_cache_bytes", "300000"]
     rows, text = run(decode.main, [*SMALL, *BRIEF, *chosen, *sizes], tmp_path, capsys)
     size = {(row["context"], row["batch"], row["side"]): row.get("state_bytes") for row in rows}
@@ -181,7 +181,7 @@ def test_decode(tmp_path, capsys):
 
 def test_a_context_is_really_read():
     model = models.build(models.matched_config(FAMILIES[PLAIN], 300_000, 1))
-    caches = decode.contexts(model, [50, 20], piece=16)
+    caches = decode.contexts(model, [50, 20], chunk=16)
     for length in (20, 50):
         cache = next(caches)
         assert cache.get_seq_length() == length
