@@ -10,8 +10,8 @@ step with a static cache. The contexts:
 - ours: random bytes that are really read, in chunks
 - Llama: random keys and values of that length; it is left out where they would take more than
   `--max_cache_bytes`. Its dynamic cache, which `generate` takes by default, copies them all at every token
-- other recurrent models: the state after `--chunk_size` tokens at most, as neither its size nor the time of a step
-  depends on the length. RWKV of transformers mixes up the rows of a batch, and runs for one row only.
+- other recurrent models: the state after `--chunk_size` tokens at most, as neither its size nor the time of a
+  step depends on the length. RWKV of transformers mixes up the rows of a batch, and runs for one row only.
 "via generate" is `generate` on a prompt of one token, with whatever it does besides calling the model.
 Before anything is timed, every model must give the same logits for a text read at once and in chunks, and
 every compiled step those of the same model.
