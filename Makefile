@@ -49,6 +49,7 @@ test-transformers: $(VENV)/installed
 	mkdir -p $(TRANSFORMERS)/tests/models/stackformer
 	touch $(TRANSFORMERS)/tests/models/stackformer/__init__.py
 	cp tests/transformers_suite.py $(TRANSFORMERS)/tests/models/stackformer/test_modeling_stackformer.py
+	$(BIN)/pip install --quiet parameterized
 	cd $(TRANSFORMERS) && $(CURDIR)/$(BIN)/python -m pytest -q -W ignore tests/models/stackformer
 
 check: $(VENV)/installed
