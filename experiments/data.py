@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from experiments.command_line import check_input_file, one_line
 from experiments.loading import check_source, hub_answers, is_hub_name, load_saved_tokenizer
-from scripts.text8 import is_dump
+from experiments.text8 import is_dump
 from stackformer.tokenization_stackformer import (
     build_byte_tokenizer,
     check_vocab_size,

@@ -27,7 +27,7 @@ from experiments.command_line import Parser, check_output_folder, run_main
 from experiments.presets import read_preset
 from experiments.report import draw_or_warn, machine_line, write_text
 from experiments.rows import COMPARED, FAST_TRANSFORMERS, Row
-from scripts.text8 import is_dump, write_text8
+from experiments.text8 import is_dump, write_text8
 from stackformer.configuration_stackformer import StackformerConfig
 from stackformer.core_stackformer import MIXERS
 from stackformer.layers_stackformer import convolve

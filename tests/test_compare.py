@@ -8,11 +8,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from experiments import study
+from experiments import study, text8
 from experiments.data import DataArguments, load_splits
 from experiments.rows import COMPARED
 from experiments.study import Spread
-from scripts import compare, text8
+from scripts import compare
+from scripts import text8 as text8_command
 
 PAGE = """<mediawiki version="0.3"><page><title>Not this</title><text xml:space="preserve">
 #REDIRECT [[Not this either]]</text></page><page><text xml:space="preserve">
@@ -113,7 +114,7 @@ def test_cleaning():
 def test_text8_is_made_of_a_dump_only(tmp_path):
     dump, other, output = tmp_path / "dump", tmp_path / "other", tmp_path / "new" / "text8"
     dump.write_text(PAGE, encoding="utf-8")
-    text8.main(["--data_path", str(dump), "--output", str(output), "--size", "20"])
+    text8_command.main(["--data_path", str(dump), "--output", str(output), "--size", "20"])
     assert output.read_bytes() == CLEANED[:20]
     other.write_bytes(CLEANED)
     with pytest.raises(ValueError, match="data_path='.*other': expected a dump"):
