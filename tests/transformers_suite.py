@@ -69,3 +69,13 @@ class StackformerModelTest(CausalLMModelTest, unittest.TestCase):
     @unittest.skip("there are no keys and values")
     def test_past_key_values_format(self):
         pass
+
+    def test_model_rope_scaling_frequencies(self):
+        """Rotary positions are for softmax attention, and not scaled: any other type is refused."""
+        for rope_type in ("linear", "dynamic", "yarn"):
+            with self.assertRaisesRegex(ValueError, "`rope_parameters` must be"):
+                StackformerConfig(rope_parameters={"rope_type": rope_type, "rope_theta": 10_000.0})
+
+    test_model_rope_scaling_from_config_0_linear = test_model_rope_scaling_frequencies
+    test_model_rope_scaling_from_config_1_dynamic = test_model_rope_scaling_frequencies
+    test_model_rope_scaling_from_config_2_yarn = test_model_rope_scaling_frequencies
