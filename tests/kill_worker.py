@@ -55,6 +55,7 @@ COMMON = [
 
 def commands(folder: Path) -> dict[str, tuple[Callable[[list[str]], Any], list[str], Path]]:
     """By name: the main function, its arguments, and the folder of the run in the output folder."""
+    folder.mkdir(parents=True, exist_ok=True)
     preset, text = folder / "tiny.json", folder / "text"
     preset.write_text(json.dumps(PRESET))
     text.write_bytes(TEXT)
