@@ -138,7 +138,7 @@ def test_depths_and_traces_of_packed_documents():
 
 @pytest.mark.parametrize("method", ["reverse", "stored", "truncated"])
 def test_long_contexts_have_stored_states(method):
-    """Whatever the method is called; truncated at chunks they are what one chunk has."""
+    """Every method gives the gradients of one pass. The truncated one does so within a single chunk."""
     model, expected, ids = tiny_model(**SHAPE).train(), tiny_model(**SHAPE).train(), random_ids(2, 11)
     long_context_backward(
         model, ids, labels=ids, chunk_size=11 if method == "truncated" else 3, method=method

@@ -119,10 +119,9 @@ def long_context_backward(
         DriftError: if a reconstructed memory is off by more than `max_drift`. Do not step the optimizer then.
     """
     _check_options(chunk_size, method, max_log_decay, max_drift, storage)
-    shift_labels = shifted_labels(input_ids, labels, shift_labels, attention_mask)
-    _check_inputs(model, input_ids, shift_labels, num_items_in_batch)
-    if num_items_in_batch is None:
-        num_items_in_batch = shift_labels.ne(-100).sum().clamp(min=1)
+    shift_labels, num_items_in_batch = _targets(
+        model, input_ids, labels, shift_labels, attention_mask, num_items_in_batch
+    )
 
     chunks = _Chunks(model, input_ids, shift_labels, attention_mask, chunk_size)
     cache = chunks.initial(cache)
@@ -156,10 +155,9 @@ def long_context_loss(
     """Compute the loss of `long_context_backward`, and the state after the last token, without gradients."""
     if chunk_size < 1:
         raise ValueError(f"`chunk_size` must be at least 1, got {chunk_size}")
-    shift_labels = shifted_labels(input_ids, labels, shift_labels, attention_mask)
-    _check_inputs(model, input_ids, shift_labels, num_items_in_batch)
-    if num_items_in_batch is None:
-        num_items_in_batch = shift_labels.ne(-100).sum().clamp(min=1)
+    shift_labels, num_items_in_batch = _targets(
+        model, input_ids, labels, shift_labels, attention_mask, num_items_in_batch
+    )
     chunks = _Chunks(model, input_ids, shift_labels, attention_mask, chunk_size)
     cache = chunks.initial(cache)
     loss = torch.zeros((), device=chunks.device)
@@ -611,6 +609,22 @@ def _check_options(
             raise ValueError(f"`{name}` must be at least 0, got {value}")
     if storage not in ("device", "cpu") and not os.path.isdir(storage):
         raise ValueError(f"`storage` must be 'device', 'cpu' or an existing folder, got {storage!r}")
+
+
+def _targets(
+    model: nn.Module,
+    input_ids: Tensor,
+    labels: Tensor | None,
+    shift_labels: Tensor | None,
+    attention_mask: Tensor | None,
+    num_items_in_batch: Tensor | int | None,
+) -> tuple[Tensor, Tensor | int]:
+    """Returns the label of each token [B, T], checked, and the divisor of the summed loss."""
+    shift_labels = shifted_labels(input_ids, labels, shift_labels, attention_mask)
+    _check_inputs(model, input_ids, shift_labels, num_items_in_batch)
+    if num_items_in_batch is None:
+        num_items_in_batch = shift_labels.ne(-100).sum().clamp(min=1)
+    return shift_labels, num_items_in_batch
 
 
 def _check_inputs(
