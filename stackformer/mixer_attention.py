@@ -28,8 +28,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager_attention_forward
 
 from .configuration_stackformer import StackformerConfig
+from .implementation import can_look_at
 from .layers_stackformer import ResidualProjection, all_rows
-from .memory_bank import can_look_at
 from .mixer import Mixer
 from .state import StateSpec, TensorSpec
 from .token_layout import TokenLayout

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from .configuration_stackformer import StackformerConfig
 from .dtypes import at_least_float32
 from .fused_ops import RMSNorm, swish_gate
+from .implementation import can_look_at
 from .layers_stackformer import ResidualProjection, ShortConvolution, convolve, past_spec
-from .memory_bank import can_look_at
 from .mixer import Mixer
 from .state import StateSpec, TensorSpec
 from .token_layout import TokenLayout

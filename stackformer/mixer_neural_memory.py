@@ -35,6 +35,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from .configuration_stackformer import StackformerConfig
 from .dtypes import at_least_float32
 from .fused_ops import RMSNorm, swish_gate
+from .implementation import can_look_at
 from .layers_stackformer import (
     ResidualProjection,
     ShortConvolution,
@@ -43,7 +44,6 @@ from .layers_stackformer import (
     convolve,
     past_spec,
 )
-from .memory_bank import can_look_at
 from .mixer import Mixer
 from .mixer_attention import Attention, AttentionState, attend_to_numbers, rotary_embedding, rotary_head_size
 from .state import StateSpec, TensorSpec

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from stackformer import mixer_banked_linear_attention
-from stackformer.memory_bank_cpu import is_available
+from stackformer.library import is_available
 from stackformer.mixer_banked_linear_attention import BankedLinearAttention, BankState
 from stackformer.token_layout import TokenLayout
 from tests.models import tiny_model
