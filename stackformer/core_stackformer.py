@@ -19,12 +19,12 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from .configuration_stackformer import StackformerConfig
 from .feed_forward import ChannelMix, GatedMLP
 from .layers_stackformer import NORMS, SliceProjection
-from .mixer import Mixer
+from .mixer import BankWeights, Mixer
 from .mixer_attention import Attention
+from .mixer_banked_delta_rule import BankedDeltaRule
 from .mixer_banked_linear_attention import BankedLinearAttention
 from .mixer_continuous import ContinuousAttention
 from .mixer_coupled import Coupled
-from .mixer_delta_rule import DeltaRule
 from .mixer_neural_memory import MemoryAsContext, MemoryAsGate, MemoryAsLayer
 from .mixer_rwkv import TimeMix
 from .processing_stack import POP, Stack, read_stack
@@ -34,18 +34,15 @@ from .token_layout import TokenLayout
 # The token mixers by their name in `config.mixer_types`.
 MIXERS: dict[str, Callable[[StackformerConfig], Mixer]] = {
     "attention": Attention,
+    "banked_delta_rule": BankedDeltaRule,
     "banked_linear_attention": BankedLinearAttention,
     "continuous_attention": ContinuousAttention,
     "coupled": Coupled,
-    "delta_rule": DeltaRule,
     "memory_as_context": MemoryAsContext,
     "memory_as_gate": MemoryAsGate,
     "neural_memory": MemoryAsLayer,
     "rwkv": TimeMix,
 }
-
-# The read weights, write weights and log decays of a mixer's banks, [n, H, N] each; None without banks.
-BankWeights = tuple[Tensor, Tensor, Tensor] | None
 
 
 class StackformerCoreLayer(GradientCheckpointingLayer):
@@ -74,7 +71,7 @@ class StackformerCoreLayer(GradientCheckpointingLayer):
 
     def forward(
         self, hidden: Tensor, pointer: Tensor, layout: TokenLayout, slot: Any = None
-    ) -> tuple[Tensor, BankWeights, State]:
+    ) -> tuple[Tensor, BankWeights | None, State]:
         """Applies the layer to active tokens.
 
         Args:
@@ -185,7 +182,7 @@ class ActionProjection(nn.Linear):
 
 def think(
     model: Any, stack: Stack, layout: TokenLayout, step: int, cache: Cache | None
-) -> tuple[Tensor, Tensor, list[BankWeights]]:
+) -> tuple[Tensor, Tensor, list[BankWeights | None]]:
     """Applies the core of a `StackformerModel` once to the active tokens.
 
     Args:

@@ -26,13 +26,13 @@ HAS_TRITON = find_spec("triton") is not None
 
 
 class Implementation(NamedTuple):
-    """A row of a table: one way to run an operator, or to decode a token.
+    """A row of a table: one way to run an operator.
 
     Attributes:
-        obstacle: says why it cannot run for some tensors; `None` if it can. In the table of an operator, it
-            takes query, key, value and read, and whether the caller asks for this implementation. If the
-            caller asks for none, it is an obstacle, too, that an implementation further down is faster.
-        run: runs it. In the table of an operator, it takes the operator's tensors and options.
+        obstacle: says why it cannot run for some tensors; `None` if it can. It takes query,
+            key, value and read, and whether the caller asks for this implementation. If the caller asks for
+            none, it is an obstacle, too, that an implementation further down is faster.
+        run: runs it. It takes the operator's tensors and options.
     """
 
     obstacle: Callable[..., str | None]
@@ -90,15 +90,15 @@ def triton_obstacle(query: Tensor, asked: bool) -> str | None:
     return None
 
 
-def decoding_obstacle(hidden: Tensor) -> str | None:
-    """Says why the library cannot decode a token with these hidden states; `None` if it can."""
-    if torch.is_grad_enabled():
-        return "gradients are on"
-    if FROM_ENVIRONMENT not in (None, "cpp"):
-        return f"{ENVIRONMENT_VARIABLE} is {FROM_ENVIRONMENT!r}"
-    if not can_look_at(hidden):
-        return "the elements of the hidden states are not in memory, or operators of torch are recorded"
-    return library_obstacle(hidden)
+def can_decode_token(hidden: Tensor) -> bool:
+    """Returns whether the C++ library can decode a token with these hidden states, as far as tensors decide.
+
+    The library runs on plain tensors on the CPU, without gradients and outside of torch.compile, unless
+    STACKFORMER_IMPLEMENTATION names an implementation other than "cpp".
+    """
+    if torch.is_grad_enabled() or FROM_ENVIRONMENT not in (None, "cpp"):
+        return False
+    return can_look_at(hidden) and library_obstacle(hidden) is None
 
 
 def agree_on(device: torch.device, example: Callable[[torch.device, str], Any]) -> bool:

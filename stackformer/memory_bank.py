@@ -52,13 +52,12 @@ from .implementation import (
     check_inputs,
     check_tensors,
     choose,
-    decoding_obstacle,
     library_obstacle,
     recurrent_obstacle,
     triton_obstacle,
     without_autocast,
 )
-from .memory_bank_cpu import attend, decode_token
+from .memory_bank_cpu import attend
 
 State = tuple[Tensor, Tensor]
 
@@ -206,10 +205,6 @@ IMPLEMENTATIONS = {
 }
 
 
-# One token of all of `BankedLinearAttention` between its projections, in the C++ library.
-DECODING = Implementation(decoding_obstacle, decode_token)
-
-
 def which_implementation(
     query: Tensor, key: Tensor, value: Tensor, read: Tensor, implementation: str | None = None
 ) -> str:
@@ -224,15 +219,6 @@ def which_implementation(
             environment variable STACKFORMER_IMPLEMENTATION, which is taken if `implementation` is `None`.
     """
     return choose(IMPLEMENTATIONS, (query, key, value, read), implementation)
-
-
-def can_decode_token(hidden: Tensor) -> bool:
-    """Returns whether `decode_token` can run for tokens with these hidden states, as far as tensors decide.
-
-    `decode_token` runs in the C++ library, on plain tensors on the CPU, without gradients and outside of
-    torch.compile, unless STACKFORMER_IMPLEMENTATION names an implementation other than "cpp".
-    """
-    return DECODING.obstacle(hidden) is None
 
 
 def banked_linear_attention_step(

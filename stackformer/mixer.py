@@ -6,16 +6,26 @@ A mixer has a state of constant or growing size, which is a tuple of named tenso
 """
 
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
 from .state import State, StateSpec
 from .token_layout import TokenLayout
 
-# The result of a mixer: the mixed tokens [n, d], the new state, and the weights of its banks (read, write and
-# log decay, [n, H, N] each), or None if it has no banks.
-Mixed = tuple[Tensor, State, tuple[Tensor, Tensor, Tensor] | None]
+
+class BankWeights(NamedTuple):
+    """How the tokens of a mixer use its banks."""
+
+    read: Tensor  # [n, H, N], the share of each bank in what is read
+    write: Tensor  # [n, H, N], and in what is written
+    log_decay: Tensor  # [n, H, N], at full mass
+    step_size: Tensor  # [n, H], of the delta rule; 1 for a mixer that adds
+
+
+# The result of a mixer: the mixed tokens [n, d], the new state, and how its banks were used, or None if it
+# has no banks.
+Mixed = tuple[Tensor, State, BankWeights | None]
 
 
 class Mixer(nn.Module):
@@ -129,4 +139,4 @@ class Mixer(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} cannot be split over processes: it has no `carry`")
 
 
-__all__ = ["Mixed", "Mixer"]
+__all__ = ["BankWeights", "Mixed", "Mixer"]

@@ -16,7 +16,8 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from .adapters import adapters_by_token, mixed_batch_hooks
 from .cache_stackformer import StackformerCache
-from .core_stackformer import BankWeights, think
+from .core_stackformer import think
+from .mixer import BankWeights
 from .processing_stack import Stack, flush_stack, init_stack, step_stack
 from .stack_trace import StackTrace
 from .token_layout import TokenLayout
@@ -188,7 +189,9 @@ class _Record:
         self._thoughts: list[Tensor] = [embeds]
         self._steps: list[list[Tensor]] = []
 
-    def add(self, tokens: _Tokens, thought: Tensor, actions: Tensor, bank_weights: list[BankWeights]) -> None:
+    def add(
+        self, tokens: _Tokens, thought: Tensor, actions: Tensor, bank_weights: list[BankWeights | None]
+    ) -> None:
         """Records one step. Tokens that have halted keep their last thought."""
         if self._options.keep_trace:
             step = StackTrace.of_step(tokens.layout, tokens.stack.pointer, actions, bank_weights)

@@ -43,7 +43,7 @@ SHAPES = {
         "halting_threshold": 0.2,
     },
     "delta rule": {
-        "mixer_types": ["delta_rule", "banked_linear_attention"],
+        "mixer_types": ["banked_delta_rule", "banked_linear_attention"],
         "stack_depth": 1,
         "max_ponder_steps": 2,
         "halting_threshold": 0.3,

@@ -14,11 +14,11 @@ import torch
 
 from stackformer import implementation as implementation_of
 from stackformer import memory_bank
+from stackformer.implementation import can_decode_token
 from stackformer.library import is_available
 from stackformer.memory_bank import (
     banked_linear_attention,
     banked_linear_attention_step,
-    can_decode_token,
     combine_chunks,
     init_memory_bank,
     reverse_banked_linear_attention,
