@@ -49,6 +49,7 @@ from .chunks import (
     safe_chunk_length,
     scan,
 )
+from .delta_bank_cpu import correct
 from .dtypes import at_least_float32
 from .implementation import (
     Implementation,
@@ -56,6 +57,7 @@ from .implementation import (
     check_inputs,
     check_tensors,
     choose,
+    library_obstacle,
     recurrent_obstacle,
     without_autocast,
 )
@@ -92,7 +94,8 @@ def banked_delta_rule(
         chunk_size: tokens per chunk. It changes speed and memory, not the result. `None` takes 64.
         implementation: as in `banked_linear_attention`: "recurrent" (the definition, one token after
             another), "chunk" (a few large matrix products and a triangular system per chunk, with a backward
-            pass of its own), or `None` for the fastest one that can run.
+            pass of its own), "cpp" (the same in C++, for CPUs, where it was built), or `None` for the fastest
+            that can run.
         max_decay: a bound on `-log_decay` of all tokens, as in `banked_linear_attention`.
 
     Returns:
@@ -143,8 +146,13 @@ def _run_chunk(tensors: Tensors, chunk_size: int, max_decay: float | None) -> tu
     return _ChunkedDeltaRule.apply(*tensors, length)
 
 
+def _run_cpp(tensors: Tensors, chunk_size: int, max_decay: float | None) -> tuple[Tensor, Tensor]:
+    return correct(*tensors, safe_chunk_length(chunk_size, max_decay, tensors[5], tensors[7].dtype))
+
+
 # A call that asks for none takes the first one without an obstacle.
 IMPLEMENTATIONS = {
+    "cpp": Implementation(library_obstacle, _run_cpp),
     "recurrent": Implementation(recurrent_obstacle, _run_recurrent),
     "chunk": Implementation(lambda *_: None, _run_chunk),
 }

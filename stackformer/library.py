@@ -38,11 +38,11 @@ class Problem(ctypes.Structure):
         [(n, ctypes.c_int64) for n in ("batch", "time", "heads", "key_size", "value_size")]
         + [(n, ctypes.c_int64) for n in ("memories", "chunk")]
         + [("eps", ctypes.c_double)]
-        + [(n, Tokens) for n in INPUTS]
+        + [(n, Tokens) for n in (*INPUTS, "step_size")]
         + [(n, ctypes.c_void_p) for n in ["memory", "normalizer", "start_memory", "start_normalizer"]]
-        + [(n, Tokens) for n in ["output", "denominator"]]
+        + [(n, Tokens) for n in ["output", "denominator", "errors"]]
         + [(n, ctypes.c_void_p) for n in ["final_memory", "final_normalizer"]]
-        + [(f"grad_{n}", Tokens) for n in ("output", *INPUTS)]
+        + [(f"grad_{n}", Tokens) for n in ("output", *INPUTS, "step_size")]
     )
 
 
@@ -50,10 +50,13 @@ class Step(ctypes.Structure):
     """`Step` of csrc/memory_bank.cpp, field by field."""
 
     _fields_ = (
-        [(n, ctypes.c_int64) for n in ("batch", "count", "heads", "size", "banks", "levels", "taps")]
+        [
+            (n, ctypes.c_int64)
+            for n in ("batch", "count", "heads", "size", "banks", "levels", "taps", "feature_map")
+        ]
         + [(n, ctypes.c_double) for n in ("eps", "norm_eps")]
         + [(n, ctypes.c_void_p) for n in ("projected", "conv_weight")]
-        + [(n, ctypes.c_void_p) for n in ("pointer", "read", "write", "log_decay")]
+        + [(n, ctypes.c_void_p) for n in ("pointer", "read", "write", "log_decay", "step_size")]
         + [(n, ctypes.c_void_p) for n in ("norm_weight", "gate", "past", "memory", "normalizer")]
         + [(n, ctypes.c_void_p) for n in ("new_past", "new_memory", "new_normalizer", "output", "rows")]
     )
@@ -61,7 +64,7 @@ class Step(ctypes.Structure):
 
 # `stackformer_abi` of csrc/memory_bank.cpp is the same number: it changes with what the functions do, here
 # and there, and with the sizes of the structs.
-ABI = (2 * 10000 + ctypes.sizeof(Problem)) * 10000 + ctypes.sizeof(Step)
+ABI = (3 * 10000 + ctypes.sizeof(Problem)) * 10000 + ctypes.sizeof(Step)
 
 
 def load_library(folder: Path) -> ctypes.CDLL | None:
@@ -107,6 +110,13 @@ LIBRARY = load_library(Path(__file__).parent)
 def is_available() -> bool:
     """Returns whether the library was built for this platform."""
     return LIBRARY is not None
+
+
+def run_problem(problem: Problem, dtype: torch.dtype, backwards: bool) -> None:
+    """Runs an operator in chunks. `dtype` is the one of queries, keys, values and output."""
+    assert LIBRARY is not None
+    if LIBRARY.stackformer_memory_bank(problem, PRECISIONS[dtype], backwards, torch.get_num_threads()):
+        raise MemoryError("no memory for the work space of a bank of memories")
 
 
 def check_layout(device: torch.device, expected: Iterable[tuple[str, Tensor, tuple[int, ...]]]) -> None:

@@ -11,18 +11,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .library import (
-    CPU,
     INPUTS,
-    LIBRARY,
-    PRECISIONS,
     Problem,
-    Step,
     address_of,
     check_layout,
     contiguous,
     dense,
     is_available,
     is_plain,
+    run_problem,
     tokens_of,
 )
 
@@ -65,13 +62,6 @@ def _as_taken(inputs: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
     return [dense(tensor, taken) for tensor, taken in zip(inputs, _dtypes(inputs, dtype), strict=True)]
 
 
-def _run(problem: Problem, dtype: torch.dtype, backwards: bool) -> None:
-    """Calls the library. `dtype` is the one of queries, keys, values and output."""
-    assert LIBRARY is not None
-    if LIBRARY.stackformer_memory_bank(problem, PRECISIONS[dtype], backwards, torch.get_num_threads()):
-        raise MemoryError("no memory for the work space of banked linear attention")
-
-
 def _problem(
     inputs: Sequence[Tensor], output: Tensor, denominator: Tensor, length: int, eps: float
 ) -> Problem:
@@ -111,7 +101,7 @@ def _forward(
     problem.final_memory, problem.final_normalizer = address_of(results[2]), address_of(results[3])
     if keep_states:
         problem.start_memory, problem.start_normalizer = address_of(results[4]), address_of(results[5])
-    _run(problem, results[0].dtype, False)
+    run_problem(problem, results[0].dtype, False)
     return results
 
 
@@ -191,7 +181,7 @@ def _backward(
     problem.grad_output = tokens_of(grad_output)
     for name, grad in zip(INPUTS, grads, strict=True):
         setattr(problem, f"grad_{name}", tokens_of(grad))
-    _run(problem, output.dtype, True)
+    run_problem(problem, output.dtype, True)
     return grads + states
 
 
@@ -228,7 +218,7 @@ def _fake_backward(
 
 if is_available():
     # As operators of torch, so that torch.compile takes them as they are.
-    _OPERATORS = torch.library.Library("stackformer", "DEF")
+    _OPERATORS = torch.library.Library("stackformer", "FRAGMENT")
     _OPERATORS.define(
         "chunk_forward(Tensor[] inputs, Tensor memory, Tensor normalizer, int length, float eps, "
         "bool keep_states) -> Tensor[]"
@@ -298,138 +288,3 @@ def attend(
     # Call the library directly: the way through torch's operators takes longer than a token.
     results = _forward(tensors[:6], memory, normalizer, length, eps, False)
     return results[0].to(value.dtype), results[2], results[3]
-
-
-def _check_step(
-    projected: Tensor,
-    conv_weight: Tensor,
-    pointer: Tensor,
-    bank_weights: tuple[Tensor, Tensor, Tensor],
-    norm_weight: Tensor,
-    gate: Tensor,
-    state: tuple[Tensor, ...],
-    rows: Tensor | None,
-) -> tuple[int, int, int, int, int, int, int]:
-    """Checks the arguments of `decode_token`, and returns the sizes that `Step` begins with."""
-    dimensions = (projected.dim(), conv_weight.dim(), pointer.dim(), bank_weights[0].dim())
-    if dimensions != (2, 3, 2, 3) or len(bank_weights) != 3 or len(state) != 3:
-        raise ValueError(
-            "`projected`, `conv_weight`, `pointer` and `bank_weights[0]` must have 2, 3, 2 and 3 dimensions, "
-            "and `bank_weights` and `state` 3 tensors each, got "
-            f"{dimensions} dimensions, and {len(bank_weights)} and {len(state)} tensors"
-        )
-    (batch, channels), (_, heads, banks) = projected.shape, bank_weights[0].shape
-    levels, taps, size = pointer.shape[1], conv_weight.shape[2], channels // max(3 * heads, 1)
-    if not (size and heads and banks and levels and taps):
-        raise ValueError(
-            "tokens must have at least one channel for each part of each head, bank, level and tap, got "
-            f"{channels} channels, {heads} heads, {banks} banks, {levels} levels and {taps} taps"
-        )
-    memory, normalizer, past = state
-    if rows is None:
-        count = batch
-    else:
-        count = memory.shape[0] if memory.dim() > 0 else 0
-        if rows.shape != (batch,) or rows.dtype != torch.int64 or not rows.is_cpu:
-            raise ValueError(
-                f"`rows` must be {batch} integers of 64 bits on the CPU, got a tensor of shape "
-                f"{tuple(rows.shape)}, {rows.dtype}, on {rows.device}"
-            )
-    gates, width = (batch, heads, banks), heads * size
-    bank = (count, heads, levels * banks, size)
-    check_layout(
-        CPU,
-        (
-            ("projected", projected, (batch, 3 * width)),
-            ("conv_weight", conv_weight, (channels, 1, taps)),
-            ("pointer", pointer, (batch, levels)),
-            ("bank_weights[0]", bank_weights[0], gates),
-            ("bank_weights[1]", bank_weights[1], gates),
-            ("bank_weights[2]", bank_weights[2], gates),
-            ("norm_weight", norm_weight, (size,)),
-            ("gate", gate, (batch, width)),
-            ("state[0]", memory, (*bank, size)),
-            ("state[1]", normalizer, bank),
-            ("state[2]", past, (count, taps - 1, channels)),
-        ),
-    )
-    return batch, count, heads, size, banks, levels, taps
-
-
-def decode_token(
-    projected: Tensor,
-    conv_weight: Tensor,
-    pointer: Tensor,
-    bank_weights: tuple[Tensor, Tensor, Tensor],
-    norm_weight: Tensor,
-    gate: Tensor,
-    state: tuple[Tensor, ...],
-    norm_eps: float,
-    rows: Tensor | None = None,
-    in_place: bool = False,
-    eps: float = 1e-6,
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Computes one token of `BankedLinearAttention` between its projections, in one call, without gradients.
-
-    It takes the convolution, the feature map `elu_plus_one`, the gates, one pass over the state, the norm and
-    the output gate.
-
-    Args:
-        projected: [B, 3 H F], queries, keys and values before the convolution; conv_weight: [3 H F, 1, taps].
-        pointer: [B, S]; bank_weights: read, write and log decay, [B, H, N] each.
-        norm_weight: [F]; gate: [B, H F].
-        state: memory [B, H, S N, F, F], normalizer [B, H, S N, F], past of the convolution
-            [B, taps - 1, 3 H F].
-        norm_eps: added to the mean square in the norm.
-        rows: [B], ascending, the rows of the state that the tokens belong to, if the state has more rows. The
-            state is written in place then.
-        in_place: whether to write the new state in place of the old one, which must be dense and in float32
-            (float64 for float64 tokens) then.
-        eps: added to the denominator.
-
-    Returns:
-        The input of the output projection [B, H F], in the dtype of `projected`, and the new state.
-
-    Raises:
-        ValueError: if shapes, dtypes or devices do not go together, for rows that the state does not have,
-            for a state that cannot be written in place, and for tensors that require gradients with these on.
-    """
-    assert LIBRARY is not None
-    sizes = _check_step(projected, conv_weight, pointer, bank_weights, norm_weight, gate, state, rows)
-    if rows is not None and not in_place:
-        raise ValueError("`in_place` must be true where `rows` are given, got False")
-    tokens = (projected, conv_weight, norm_weight, gate)
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (*tokens, pointer, *bank_weights, *state)):
-        raise ValueError("`decode_token` must be called without gradients, got tensors that require them")
-    dtype = projected.dtype
-    low = dtype if dtype in PRECISIONS else torch.float32
-    high = torch.float64 if low == torch.float64 else torch.float32
-    projected, conv_weight, norm_weight, gate = (contiguous(tensor, low) for tensor in tokens)
-    pointer, read, write, log_decay = (contiguous(tensor, high) for tensor in (pointer, *bank_weights))
-    old_state = tuple(contiguous(tensor, high) for tensor in state)
-    if not in_place:
-        state = tuple(torch.empty_like(tensor) for tensor in old_state)
-    elif any(new is not old for new, old in zip(state, old_state, strict=True)):
-        raise ValueError(
-            f"`state` must be dense and in {high} to be written in place, got "
-            f"{[(tensor.dtype, tensor.stride()) for tensor in state]}"
-        )
-    else:  # autograd does not see what the library writes
-        torch.autograd.graph.increment_version([tensor for tensor in state if not tensor.is_inference()])
-    output = torch.empty_like(gate)
-    tensors = (
-        *(projected, conv_weight, pointer, read, write, log_decay, norm_weight, gate),
-        *(old_state[2], old_state[0], old_state[1], state[2], state[0], state[1], output),
-    )
-    pointers = [tensor.data_ptr() for tensor in tensors]
-    if not all(pointers):
-        pointers = list(map(address_of, tensors))  # raises, unless a tensor without elements is the reason
-    step = Step(
-        *sizes, eps, norm_eps, *pointers, None if rows is None else address_of(rows := rows.contiguous())
-    )
-    failure = LIBRARY.stackformer_step(step, PRECISIONS[low], torch.get_num_threads())
-    if failure == 1:
-        raise MemoryError("no memory for the work space of a token")
-    if failure == 2:
-        raise ValueError(f"`rows` must be ascending and less than the state's {sizes[1]}, got {rows}")
-    return output if low == dtype else output.to(dtype), state

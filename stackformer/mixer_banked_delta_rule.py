@@ -8,16 +8,17 @@ Letters: n active tokens, B' rows, T' tokens of a row, d core width, H heads, K 
 N memory banks, R = S * N memories of a head.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from .configuration_stackformer import StackformerConfig
+from .decoding_cpu import decode_token
 from .delta_bank import banked_delta_rule
 from .dtypes import at_least_float32
 from .fused_ops import swish_gate
-from .mixer import BankWeights
+from .mixer import BankWeights, Mixed
 from .mixer_bank import BankMixer, address_memories
 from .state import StateSpec, TensorSpec
 from .token_layout import TokenLayout
@@ -52,6 +53,24 @@ class BankedDeltaRule(BankMixer):
         self.max_step_size = config.max_step_size
         self.step_proj = nn.Linear(config.core_size, self.num_heads)
 
+    def forward(
+        self,
+        hidden: Tensor,
+        pointer: Tensor,
+        layout: TokenLayout,
+        state: DeltaBankState | None = None,
+        inputs: DeltaBankInputs | None = None,
+        in_place: bool = False,
+    ) -> Mixed:
+        """See [`Mixer.forward`]. A single token of each row is mixed by `_decode_token` where possible."""
+        if in_place:
+            return self._decode_token(hidden, pointer, layout, cast(DeltaBankState, state))
+        if state is not None and inputs is None and self.can_decode_token(hidden, layout):
+            return self._decode_token(hidden, pointer, None, state)
+        if inputs is None:
+            inputs = self.project(hidden, pointer, layout, state)
+        return self.mix(hidden, inputs, layout, state)
+
     def state_spec(self) -> StateSpec:
         """Specifies the memories, and the last inputs of the convolution."""
         memories = (self.num_heads, self.num_memories, self.head_dim, self.head_dim)
@@ -76,6 +95,26 @@ class BankedDeltaRule(BankMixer):
         dtype = at_least_float32(hidden)
         query, key = (nn.functional.normalize(x.to(dtype), dim=-1) for x in (query, key))
         return DeltaBankInputs((query, key, value, read, write, log_decay, step_size), weights, past)
+
+    def _decode_token(
+        self, hidden: Tensor, pointer: Tensor, layout: TokenLayout | None, state: DeltaBankState
+    ) -> Mixed:
+        """Mixes one token of each row in one call of the C++ library. With a `layout`, it writes in place."""
+        weights = self.route(hidden, pointer.dtype)
+        mixed, new = decode_token(
+            self.qkv_proj(hidden),
+            self.conv.weight,
+            pointer,
+            (weights.read, weights.write.sqrt(), weights.log_decay),
+            self.norm.weight,
+            self.gate_proj(hidden),
+            state,
+            cast(float, self.norm.eps),
+            step_size=weights.step_size,
+            rows=None if layout is None else layout.rows,
+            in_place=layout is not None,
+        )
+        return self.o_proj(mixed), DeltaBankState(*new) if layout is None else state, weights
 
     def route(self, hidden: Tensor, dtype: torch.dtype) -> BankWeights:
         """See [`BankMixer.route`]. The step size is between 0 and `max_step_size`."""

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from .configuration_stackformer import StackformerConfig
+from .decoding_cpu import FEATURE_MAPS as DECODED_FEATURE_MAPS
+from .decoding_cpu import decode_token
 from .dtypes import at_least_float32
 from .fused_ops import swish_gate
 from .memory_bank import banked_linear_attention, combine_chunks, reverse_banked_linear_attention
-from .memory_bank_cpu import decode_token
 from .mixer import BankWeights, Mixed
 from .mixer_bank import BankMixer, address_memories
 from .state import State, StateSpec, TensorSpec
@@ -79,6 +80,7 @@ class BankedLinearAttention(BankMixer):
 
     def __init__(self, config: StackformerConfig):
         super().__init__(config)
+        self.feature_map_name = config.feature_map
         self.feature_map = FEATURE_MAPS[config.feature_map]
 
     def state_spec(self) -> StateSpec:
@@ -151,14 +153,15 @@ class BankedLinearAttention(BankMixer):
             gate,
             state,
             cast(float, self.norm.eps),
+            feature_map=self.feature_map_name,
             rows=None if layout is None else layout.rows,
             in_place=layout is not None,
         )
         return self.o_proj(mixed), BankState(*new) if layout is None else state, weights
 
     def can_decode_token(self, hidden: Tensor, layout: TokenLayout) -> bool:
-        """See [`BankMixer.can_decode_token`]. The library knows only the default feature map."""
-        return self.feature_map is FEATURE_MAPS["elu_plus_one"] and super().can_decode_token(hidden, layout)
+        """See [`BankMixer.can_decode_token`]. The library knows only some feature maps."""
+        return self.feature_map_name in DECODED_FEATURE_MAPS and super().can_decode_token(hidden, layout)
 
     def total_decay(self, inputs: BankInputs) -> Tensor:
         """See [`Mixer.total_decay`]: [B', H, R]."""

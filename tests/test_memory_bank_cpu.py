@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from stackformer import library as library_border
+from stackformer.decoding_cpu import decode_token
 from stackformer.library import is_available
 from stackformer.memory_bank import banked_linear_attention
-from stackformer.memory_bank_cpu import decode_token
 from tests.test_memory_bank import NAMES, WRONG, make_inputs, run
 
 SOURCE = Path(library_border.__file__).parent / "csrc" / "memory_bank.cpp"
