@@ -141,7 +141,7 @@ class StackformerConfig(PreTrainedConfig):
             distribution.
         max_decay_rate (`float`, defaults to 1.0): Largest decay of a memory per token, in nats, for a token
             that writes with weight 1. With 0, memories never decay.
-        initial_half_lives (`list[float]`, defaults to `[4, 4096]`): Shortest and longest half-life of the
+        initial_half_lives (`list[float]`, defaults to `[4.0, 4096.0]`): Shortest and longest half-life of the
             memories of a layer at initialisation, in tokens that write evenly to all banks. The banks of all
             heads are spread evenly between the two on a logarithmic scale. None forgets faster than
             `max_decay_rate` allows.
