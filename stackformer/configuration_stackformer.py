@@ -50,6 +50,7 @@ COUNT = Rule(lambda x: _is_integer(x, least=1), "an integer of at least 1")
 OPTIONAL_COUNT = Rule(lambda x: x is None or _is_integer(x, least=1), "an integer of at least 1, or None")
 NOT_NEGATIVE = Rule(_is_number, "a finite number of at least 0")
 POSITIVE = Rule(lambda x: _is_number(x) and x > 0, "a number above 0")
+UP_TO_ONE = Rule(lambda x: _is_number(x) and 0 < x <= 1, "a number above 0 and at most 1")
 FRACTION = Rule(lambda x: _is_number(x) and 0 < x < 1, "a number above 0 and less than 1")
 
 
@@ -77,6 +78,9 @@ RULES: dict[str, Rule] = {
     "chunk_size": OPTIONAL_COUNT,
     "sliding_window": OPTIONAL_COUNT,
     "coupled_state_size": OPTIONAL_COUNT,
+    "fast_weights_steps": COUNT,
+    "fast_weights_decay": UP_TO_ONE,
+    "fast_weights_rate": NOT_NEGATIVE,
     "feedback": Rule(lambda x: isinstance(x, bool), "True or False"),
     "num_persistent_tokens": Rule(lambda x: _is_integer(x, least=0), "an integer of at least 0"),
     "ponder_loss_coef": NOT_NEGATIVE,
@@ -145,15 +149,21 @@ class StackformerConfig(PreTrainedConfig):
         chunk_size (`int`, *optional*): Tokens per chunk in training and prefill. It changes the speed, not
             the results. `None` takes the size that was measured to be fastest.
         mixer_types (`list[str]`, *optional*): The mixer of each core layer: "banked_linear_attention",
-            "attention" (softmax attention), "delta_rule" (fast weights), "coupled" (a reversible recurrent
-            cell), "rwkv" (RWKV-4's time mix), "neural_memory" (the memory of Titans alone), "memory_as_gate"
-            (that memory times softmax attention), "memory_as_context" (softmax attention inside of segments,
-            with that memory as context) or "continuous_attention" (infinity-former). All
-            "banked_linear_attention" if `None`. docs/adding_a_mixer.md shows how to add your own.
+            "attention" (softmax attention), "delta_rule" (fast weights), "fast_weights" (a recurrent cell
+            with fast weights and an inner loop), "coupled" (a
+            reversible recurrent cell), "rwkv" (RWKV-4's time mix), "neural_memory" (the memory of Titans
+            alone), "memory_as_gate" (that memory times softmax attention), "memory_as_context" (softmax
+            attention inside of segments, with that memory as context) or "continuous_attention"
+            (infinity-former). All "banked_linear_attention" if `None`. docs/adding_a_mixer.md shows how to
+            add your own.
         feed_forward_type (`str`, defaults to `"gated"`): The feed-forward of the core layers, "gated" or
             "rwkv_channel_mix" (that of RWKV-4, which also sees the previous token).
         coupled_state_size (`int`, *optional*): Size of each of the two states of the coupled cell; half the
             core's width, rounded up, if `None`.
+        fast_weights_steps (`int`, defaults to 1): Inner steps S for which each token settles in the
+            fast weights of "fast_weights" (Ba et al. 2016).
+        fast_weights_decay (`float`, defaults to 0.95): Factor by which these fast weights, decay per token.
+        fast_weights_rate (`float`, defaults to 0.5): Weight with which a token is added to them.
         sliding_window (`int`, *optional*): Number of tokens that softmax attention sees, including the token
             itself. If `None`, it sees all tokens, and its state grows.
         num_persistent_tokens (`int`, defaults to 0): Learned tokens that softmax attention always sees, in
@@ -228,6 +238,9 @@ class StackformerConfig(PreTrainedConfig):
     mixer_types: list[str] = None  # type: ignore[assignment]
     feed_forward_type: str = "gated"
     coupled_state_size: int = None  # type: ignore[assignment]
+    fast_weights_steps: int = 1
+    fast_weights_decay: float = 0.95
+    fast_weights_rate: float = 0.5
     sliding_window: int | None = None
     num_persistent_tokens: int = 0
     memory_depth: int = 2

@@ -25,6 +25,7 @@ from .mixer_banked_linear_attention import BankedLinearAttention
 from .mixer_continuous import ContinuousAttention
 from .mixer_coupled import Coupled
 from .mixer_delta_rule import DeltaRule
+from .mixer_fast_weights import FastWeights
 from .mixer_neural_memory import MemoryAsContext, MemoryAsGate, MemoryAsLayer
 from .mixer_rwkv import TimeMix
 from .processing_stack import POP, Stack, read_stack
@@ -38,6 +39,7 @@ MIXERS: dict[str, Callable[[StackformerConfig], Mixer]] = {
     "continuous_attention": ContinuousAttention,
     "coupled": Coupled,
     "delta_rule": DeltaRule,
+    "fast_weights": FastWeights,
     "memory_as_context": MemoryAsContext,
     "memory_as_gate": MemoryAsGate,
     "neural_memory": MemoryAsLayer,

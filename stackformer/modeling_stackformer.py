@@ -40,6 +40,7 @@ from .generation_stackformer import StackformerGenerationMixin
 from .identity import Mark, active_adapters, new_number, sample_digest
 from .labels import check_num_items, label_each_token
 from .layers_stackformer import NORMS, ResidualProjection, ShortConvolution, SliceProjection, TokenShift
+from .mixer_fast_weights import RecurrentProjection
 from .mixer_neural_memory import NeuralMemory
 from .mixer_rwkv import TimeMix
 from .pondering import PonderOptions, ponder
@@ -153,6 +154,7 @@ class StackformerPreTrainedModel(PreTrainedModel):
         |                      | a memory that is written in full decays by half the maximal rate)  |
         | residual projections | 0: every block starts as the identity                              |
         | slice projections    | identity on the channels that embedding and core both have         |
+        | recurrent projection | 0.05 times the identity: see `RecurrentProjection`                  |
         | normalisations       | 1, biases 0                                                        |
         | step gate            | 0.1: steps after the first start small                             |
         | convolutions         | uniform within kernel_size ** -0.5                                 |
@@ -171,6 +173,8 @@ class StackformerPreTrainedModel(PreTrainedModel):
             init.copy_(module.bias, module.initial_bias())
         elif isinstance(module, StepGate):
             init.constant_(module.weight, StepGate.INITIAL)
+        elif isinstance(module, RecurrentProjection):
+            init.copy_(module.weight, module.initial_weight())
         elif isinstance(module, nn.Linear):
             init.normal_(module.weight, std=module.in_features**-0.5)
         elif isinstance(module, ShortConvolution):

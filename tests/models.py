@@ -48,6 +48,11 @@ SHAPES = {
         "max_ponder_steps": 2,
         "halting_threshold": 0.3,
     },
+    "inner loop": {
+        "mixer_types": ["banked_linear_attention", "fast_weights"],
+        "fast_weights_steps": 2,
+        "halting_threshold": 0.2,
+    },
     "neural memory": {
         "mixer_types": ["neural_memory", "attention"],
         "sliding_window": 4,
