@@ -60,6 +60,12 @@ COMPARED = {
         f'{LINEAR},mixer_types=["fast_transformers","fast_transformers"]',
         "the same with the operator of pytorch-fast-transformers, which agreed on the same weights.",
     ),
+    "fixed-size attention": Row(
+        "fixed-size-tiny",
+        None,
+        "de Brebisson & Vincent 2016, gated: sums of f f^T, with one matrix per layer and without decay. The "
+        "vectors come from a convolution over 4 bytes instead of a recurrent network.",
+    ),
     "fast weights": Row("fast-weights-tiny", None, "decayed sums of outer products, Ba et al. 2016."),
     "fast weights, inner loop": Row(
         "inner-loop-tiny",

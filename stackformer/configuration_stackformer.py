@@ -150,7 +150,7 @@ class StackformerConfig(PreTrainedConfig):
             the results. `None` takes the size that was measured to be fastest.
         mixer_types (`list[str]`, *optional*): The mixer of each core layer: "banked_linear_attention",
             "attention" (softmax attention), "delta_rule" (fast weights), "fast_weights" (a recurrent cell
-            with fast weights and an inner loop), "coupled" (a
+            with fast weights and an inner loop), "fixed_size_attention" (sums of f f^T), "coupled" (a
             reversible recurrent cell), "rwkv" (RWKV-4's time mix), "neural_memory" (the memory of Titans
             alone), "memory_as_gate" (that memory times softmax attention), "memory_as_context" (softmax
             attention inside of segments, with that memory as context) or "continuous_attention"
@@ -162,8 +162,9 @@ class StackformerConfig(PreTrainedConfig):
             core's width, rounded up, if `None`.
         fast_weights_steps (`int`, defaults to 1): Inner steps S for which each token settles in the
             fast weights of "fast_weights" (Ba et al. 2016).
-        fast_weights_decay (`float`, defaults to 0.95): Factor by which these fast weights, decay per token.
-        fast_weights_rate (`float`, defaults to 0.5): Weight with which a token is added to them.
+        fast_weights_decay (`float`, defaults to 0.95): Factor by which these fast weights, and the matrix of
+            "fixed_size_attention" (de Brebisson & Vincent 2016), decay per token.
+        fast_weights_rate (`float`, defaults to 0.5): Weight with which a token is added to either.
         sliding_window (`int`, *optional*): Number of tokens that softmax attention sees, including the token
             itself. If `None`, it sees all tokens, and its state grows.
         num_persistent_tokens (`int`, defaults to 0): Learned tokens that softmax attention always sees, in

@@ -26,6 +26,7 @@ from .mixer_continuous import ContinuousAttention
 from .mixer_coupled import Coupled
 from .mixer_delta_rule import DeltaRule
 from .mixer_fast_weights import FastWeights
+from .mixer_fixed_size import FixedSizeAttention
 from .mixer_neural_memory import MemoryAsContext, MemoryAsGate, MemoryAsLayer
 from .mixer_rwkv import TimeMix
 from .processing_stack import POP, Stack, read_stack
@@ -40,6 +41,7 @@ MIXERS: dict[str, Callable[[StackformerConfig], Mixer]] = {
     "coupled": Coupled,
     "delta_rule": DeltaRule,
     "fast_weights": FastWeights,
+    "fixed_size_attention": FixedSizeAttention,
     "memory_as_context": MemoryAsContext,
     "memory_as_gate": MemoryAsGate,
     "neural_memory": MemoryAsLayer,

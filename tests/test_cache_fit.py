@@ -55,7 +55,7 @@ FOREIGN = {
             )
         )
         for name in (
-            "attention", "delta_rule", "fast_weights", "coupled", "rwkv",
+            "attention", "delta_rule", "fast_weights", "fixed_size_attention", "coupled", "rwkv",
             "neural_memory", "memory_as_gate", "memory_as_context", "continuous_attention",
         )
     },
