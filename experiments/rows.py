@@ -70,8 +70,8 @@ COMPARED = {
     "fast weights, inner loop": Row(
         "inner-loop-tiny",
         None,
-        "Ba et al. 2016 in full: a recurrent cell that settles in decayed sums of its own past, one inner step. "
-        "One vector and one matrix per layer, no heads.",
+        "Ba et al. 2016 in full: a recurrent cell that settles in decayed sums of its own past, in one inner "
+        "step. One vector and one matrix per layer, no heads.",
     ),
     "delta rule": Row("delta-tiny", None, "Schlag et al. 2021, Yang et al. 2024; without decay."),
     "RWKV": Row("rwkv-tiny", None, "RWKV-4, Peng et al. 2023."),

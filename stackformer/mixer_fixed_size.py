@@ -9,11 +9,12 @@ features to write:
     f_t = sigmoid(W h_t + b) * h_t,    C_t = decay C_(t-1) + rate f_t f_t^T,    y_t = C_t q_t
 
 Banked linear attention with one bank differs in three ways: its keys are not its values, features are
-non-negative, and a normalizer divides what is read. Here, C is symmetric and nothing is divided. In the paper,
-the h_t are states of a recurrent network over a document, and another network asks about it. In a language
-model, h_t and q_t come from a short convolution over the tokens, and every token asks.
+non-negative, and a normalizer divides what is read. Here, C is symmetric and nothing is divided. In the
+paper, the h_t are states of a recurrent network over a document, and another network asks about it. In a
+language model, h_t and q_t come from a short convolution over the tokens, and every token asks.
 
-Letters: n active tokens, B' rows, T' tokens of a row, d core width, H heads, K head size, C tokens of a chunk.
+Letters: n active tokens, B' rows, T' tokens of a row, d core width, H heads, K head size. In the functions
+below, C is the number of tokens of a chunk.
 """
 
 import math
