@@ -147,7 +147,7 @@ def count_tokens(row_lengths: Tensor | None, start: int, size: int) -> Tensor | 
 
 
 def last_vector(vectors: Tensor, before: Tensor, counts: Tensor | None) -> Tensor:
-    """Returns the last [B', d] of the first `counts` [B'] vectors [B', C, d]; `before` where there is none."""
+    """Returns the last [B', d] of the first `counts` [B'] vectors [B', C, d]; `before` if there is none."""
     if counts is None:
         return vectors[:, -1]
     index = counts.view(-1, 1, 1).expand(-1, 1, vectors.shape[2])
