@@ -84,12 +84,17 @@ RULES: dict[str, Rule] = {
     "feedback": Rule(lambda x: isinstance(x, bool), "True or False"),
     "num_persistent_tokens": Rule(lambda x: _is_integer(x, least=0), "an integer of at least 0"),
     "ponder_loss_coef": NOT_NEGATIVE,
+    "density_loss_coef": NOT_NEGATIVE,
     "max_decay_rate": NOT_NEGATIVE,
     "initializer_range": NOT_NEGATIVE,
     "memory_max_step_size": NOT_NEGATIVE,
     "halting_threshold": Rule(lambda x: _is_number(x) and x < 1, "a number of at least 0 and less than 1"),
     "memory_contraction": FRACTION,
     "memory_ridge": POSITIVE,
+    "density_prior_width": POSITIVE,
+    "density_prior_mean": Rule(
+        lambda x: x is None or (_is_number(x) and x <= 1), "a number of at least 0 and at most 1, or None"
+    ),
     "basis_widths": Rule(lambda x: x is None or _are_widths(x), "numbers above 0, or None"),
     "ponder_loss_type": _one_of(PONDER_LOSS_TYPES),
     "ponder_prior": FRACTION,
@@ -188,6 +193,12 @@ class StackformerConfig(PreTrainedConfig):
         memory_ridge (`float`, defaults to 0.1): Penalty of the ridge regression that fits the memory.
         sticky_memories (`bool`, defaults to `False`): Whether the old signal is sampled most densely where
             tokens attended most, instead of uniformly.
+        density_loss_coef (`float`, defaults to 0.0): Weight in the training loss of the divergence of the
+            Gaussian densities with which tokens attend to that memory from a prior (Martins et al. 2022,
+            which calls the weight lambda_KL; their code has 1e-6 for language models).
+        density_prior_width (`float`, defaults to 0.05): Standard deviation sigma_0 of that prior on [0, 1].
+        density_prior_mean (`float`, *optional*): Mean of that prior. If `None`, it is the mean of the density
+            itself, so only the width of the density is penalised.
         hidden_act (`str`, defaults to `"silu"`): Activation of the gated feed-forwards.
         norm_type (`str`, defaults to `"rms_norm"`): The normalisations outside of the mixers, "rms_norm" or
             "layer_norm" (with biases).
@@ -254,6 +265,9 @@ class StackformerConfig(PreTrainedConfig):
     memory_contraction: float = 0.75
     memory_ridge: float = 0.1
     sticky_memories: bool = False
+    density_loss_coef: float = 0.0
+    density_prior_width: float = 0.05
+    density_prior_mean: float | None = None
     hidden_act: str = "silu"
     norm_type: str = "rms_norm"
     rms_norm_eps: float = 1e-6

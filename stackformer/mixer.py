@@ -13,9 +13,12 @@ from torch import Tensor, nn
 from .state import State, StateSpec
 from .token_layout import TokenLayout
 
-# The result of a mixer: the mixed tokens [n, d], the new state, and the weights of its banks (read, write and
-# log decay, [n, H, N] each), or None if it has no banks.
-Mixed = tuple[Tensor, State, tuple[Tensor, Tensor, Tensor] | None]
+# What a mixer tells about its tokens: the weights of its banks (read, write and log decay, [n, H, N] each),
+# or in training a term of the loss for each token [n], or None.
+Told = tuple[Tensor, Tensor, Tensor] | Tensor | None
+
+# The result of a mixer: the mixed tokens [n, d], the new state, and what it tells about its tokens.
+Mixed = tuple[Tensor, State, Told]
 
 
 class Mixer(nn.Module):
@@ -69,7 +72,7 @@ class Mixer(nn.Module):
                 Allowed only if `writes_in_place` returns True.
 
         Returns:
-            The mixed tokens [n, d], the new state, and the bank weights or `None`.
+            The mixed tokens [n, d], the new state, and the bank weights, losses [n] or `None`.
         """
         if in_place:
             raise NotImplementedError(f"{type(self).__name__} does not write in place")
@@ -129,4 +132,4 @@ class Mixer(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} cannot be split over processes: it has no `carry`")
 
 
-__all__ = ["Mixed", "Mixer"]
+__all__ = ["Mixed", "Mixer", "Told"]

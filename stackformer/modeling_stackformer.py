@@ -82,11 +82,15 @@ class StackformerModelOutputWithPast(CacheNames, BaseModelOutputWithPast):
         ponder_distribution (`torch.FloatTensor` [B, T, P]): the mass that each token dropped at each ponder
             step, which is its distribution over halting steps. Zeros for padding. Gradients flow through it.
         stack_trace ([`StackTrace`]): with `output_stack_trace=True`. `None` if all tokens are padding.
+        mixer_loss (`torch.FloatTensor` [B, T]): the losses of the mixers of each token, which is in training
+            with `density_loss_coef` above 0 the divergence of its densities, and 0 for padding. Gradients
+            flow through it.
     """
 
     ponder_steps: Tensor | None = None
     ponder_distribution: Tensor | None = None
     stack_trace: StackTrace | None = None
+    mixer_loss: Tensor | None = None
 
 
 @dataclass
@@ -310,6 +314,7 @@ class StackformerModel(StackformerPreTrainedModel):
             ponder_steps=expected_steps(pondered.distribution),
             ponder_distribution=pondered.distribution,
             stack_trace=pondered.trace,
+            mixer_loss=pondered.mixer_loss,
             **{CACHE_NAME: cache},
         )
 
@@ -419,9 +424,10 @@ class StackformerForCausalLM(StackformerPreTrainedModel, StackformerGenerationMi
 
         Args:
             labels: [B, T], shifted inside the model. Labels of -100 are ignored. Padding and the last token
-                of a document predict no label. The loss is the cross-entropy. In training,
-                `config.ponder_loss_coef` times the mean ponder loss (`config.ponder_loss_type`) of the tokens
-                that predict a label is added.
+                of a document predict no label. The loss is the cross-entropy. In training, two terms are
+                added, each a mean over the tokens that predict a label: `config.ponder_loss_coef` times the
+                ponder loss (`config.ponder_loss_type`), and `config.density_loss_coef` times the divergence
+                of the densities of continuous attention.
             logits_to_keep: the number of last positions to compute logits for, 0 for all, or a tensor of
                 positions.
             num_items_in_batch: the divisor of the summed losses; the number of labels if `None`.
@@ -472,10 +478,10 @@ class StackformerForCausalLM(StackformerPreTrainedModel, StackformerGenerationMi
                 raise ValueError(
                     f"`labels` must be from 0 to {self.config.vocab_size - 1}, or {ignored} for none: {error}"
                 ) from error
-            if self.training and self.config.ponder_loss_coef > 0:
+            if self.training:
                 counted = shift_labels != ignored
-                ponder_loss = self._ponder_loss(outputs, counted, num_items_in_batch)
-                loss = loss + self.config.ponder_loss_coef * ponder_loss
+                for coef, losses in self._added_losses(outputs):
+                    loss = loss + coef * _mean_loss(losses, counted, num_items_in_batch)
         return StackformerCausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -511,14 +517,23 @@ class StackformerForCausalLM(StackformerPreTrainedModel, StackformerGenerationMi
         outputs = self(ids, use_cache=False, output_stack_trace=True)
         return TextTrace.from_outputs(ids, outputs, tokenizer)
 
-    def _ponder_loss(self, outputs, counted: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
-        """Returns the ponder loss of the tokens in `counted` [B, T], reduced as the cross-entropy is."""
-        if self.config.ponder_loss_type == "geometric_prior":
+    def _added_losses(self, outputs: Any) -> list[tuple[float, Tensor]]:
+        """Returns the coefficient and the losses [B, T] of each term that training adds."""
+        added: list[tuple[float, Tensor]] = []
+        if self.config.ponder_loss_coef > 0 and self.config.ponder_loss_type == "geometric_prior":
             losses = divergence_from_geometric(outputs.ponder_distribution, self.config.ponder_prior)
-        else:
-            losses = outputs.ponder_steps
-        total = (losses * counted.to(losses.device)).sum()
-        return total / (counted.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
+            added.append((self.config.ponder_loss_coef, losses))
+        elif self.config.ponder_loss_coef > 0:
+            added.append((self.config.ponder_loss_coef, outputs.ponder_steps))
+        if outputs.mixer_loss is not None:
+            added.append((self.config.density_loss_coef, outputs.mixer_loss))
+        return added
+
+
+def _mean_loss(losses: Tensor, counted: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
+    """Returns the losses [B, T] of the tokens in `counted` [B, T], reduced as the cross-entropy is."""
+    total = (losses * counted.to(losses.device)).sum()
+    return total / (counted.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
 
 
 class StackformerForSequenceClassification(GenericForSequenceClassification, StackformerPreTrainedModel):
