@@ -60,7 +60,20 @@ COMPARED = {
         f'{LINEAR},mixer_types=["fast_transformers","fast_transformers"]',
         "the same with the operator of pytorch-fast-transformers, which agreed on the same weights.",
     ),
+    "fixed-size attention": Row(
+        "fixed-size-tiny",
+        None,
+        "de Brebisson & Vincent 2016, gated: sums of f f^T, with one matrix per layer and without decay. The "
+        "vectors come from a convolution over 4 bytes instead of a recurrent network.",
+    ),
     "fast weights": Row("fast-weights-tiny", None, "decayed sums of outer products, Ba et al. 2016."),
+    "fast weights, inner loop": Row(
+        "inner-loop-tiny",
+        None,
+        "Ba et al. 2016 in full: a recurrent cell that settles in decayed sums of its own past, in one inner "
+        "step. One vector and one matrix per layer, no heads. A token is added with weight 0.05, not the "
+        "paper's 0.5, since wider vectors pull harder (docs/experiments.md).",
+    ),
     "delta rule": Row("delta-tiny", None, "Schlag et al. 2021, Yang et al. 2024; without decay."),
     "RWKV": Row("rwkv-tiny", None, "RWKV-4, Peng et al. 2023."),
     "memory bank": Row(

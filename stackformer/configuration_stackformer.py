@@ -55,6 +55,7 @@ COUNT = Rule(lambda x: _is_integer(x, least=1), "an integer of at least 1")
 OPTIONAL_COUNT = Rule(lambda x: x is None or _is_integer(x, least=1), "an integer of at least 1, or None")
 NOT_NEGATIVE = Rule(_is_number, "a finite number of at least 0")
 POSITIVE = Rule(lambda x: _is_number(x) and x > 0, "a number above 0")
+UP_TO_ONE = Rule(lambda x: _is_number(x) and 0 < x <= 1, "a number above 0 and at most 1")
 FRACTION = Rule(lambda x: _is_number(x) and 0 < x < 1, "a number above 0 and less than 1")
 
 
@@ -82,9 +83,13 @@ RULES: dict[str, Rule] = {
     "chunk_size": OPTIONAL_COUNT,
     "sliding_window": OPTIONAL_COUNT,
     "coupled_state_size": OPTIONAL_COUNT,
+    "fast_weights_steps": COUNT,
+    "fast_weights_decay": UP_TO_ONE,
+    "fast_weights_rate": NOT_NEGATIVE,
     "feedback": Rule(lambda x: isinstance(x, bool), "True or False"),
     "num_persistent_tokens": Rule(lambda x: _is_integer(x, least=0), "an integer of at least 0"),
     "ponder_loss_coef": NOT_NEGATIVE,
+    "density_loss_coef": NOT_NEGATIVE,
     "max_decay_rate": NOT_NEGATIVE,
     "initial_half_lives": Rule(_are_half_lives, "two numbers above 0, the shorter one first"),
     "max_step_size": Rule(lambda x: _is_number(x) and 0 < x <= 2, "a number above 0 and at most 2"),
@@ -93,6 +98,10 @@ RULES: dict[str, Rule] = {
     "halting_threshold": Rule(lambda x: _is_number(x) and x < 1, "a number of at least 0 and less than 1"),
     "memory_contraction": FRACTION,
     "memory_ridge": POSITIVE,
+    "density_prior_width": POSITIVE,
+    "density_prior_mean": Rule(
+        lambda x: x is None or (_is_number(x) and x <= 1), "a number of at least 0 and at most 1, or None"
+    ),
     "basis_widths": Rule(lambda x: x is None or _are_widths(x), "numbers above 0, or None"),
     "ponder_loss_type": _one_of(PONDER_LOSS_TYPES),
     "ponder_prior": FRACTION,
@@ -160,15 +169,22 @@ class StackformerConfig(PreTrainedConfig):
             the results. `None` takes the size that was measured to be fastest.
         mixer_types (`list[str]`, *optional*): The mixer of each core layer: "banked_linear_attention",
             "banked_delta_rule" (the delta rule on banks of memories), "attention" (softmax attention),
-            "coupled" (a reversible recurrent cell), "rwkv" (RWKV-4's time mix), "neural_memory" (the memory
-            of Titans alone), "memory_as_gate" (that memory times softmax attention), "memory_as_context"
-            (softmax attention inside of segments, with that memory as context) or "continuous_attention"
+            "fast_weights" (a recurrent cell with fast weights and an inner loop), "fixed_size_attention"
+            (sums of f f^T), "coupled" (a reversible recurrent cell), "rwkv" (RWKV-4's time mix),
+            "neural_memory" (the memory of Titans alone), "memory_as_gate" (that memory times softmax
+            attention), "memory_as_context" (softmax attention inside of segments, with that memory as
+            context) or "continuous_attention"
             (infinity-former). All "banked_linear_attention" if `None`. docs/adding_a_mixer.md shows how to
             add your own.
         feed_forward_type (`str`, defaults to `"gated"`): The feed-forward of the core layers, "gated" or
             "rwkv_channel_mix" (that of RWKV-4, which also sees the previous token).
         coupled_state_size (`int`, *optional*): Size of each of the two states of the coupled cell; half the
             core's width, rounded up, if `None`.
+        fast_weights_steps (`int`, defaults to 1): Inner steps S for which each token settles in the
+            fast weights of "fast_weights" (Ba et al. 2016).
+        fast_weights_decay (`float`, defaults to 0.95): Factor by which these fast weights, and the matrix of
+            "fixed_size_attention" (de Brebisson & Vincent 2016), decay per token.
+        fast_weights_rate (`float`, defaults to 0.5): Weight with which a token is added to either.
         sliding_window (`int`, *optional*): Number of tokens that softmax attention sees, including the token
             itself. If `None`, it sees all tokens, and its state grows.
         num_persistent_tokens (`int`, defaults to 0): Learned tokens that softmax attention always sees, in
@@ -192,6 +208,12 @@ class StackformerConfig(PreTrainedConfig):
         memory_ridge (`float`, defaults to 0.1): Penalty of the ridge regression that fits the memory.
         sticky_memories (`bool`, defaults to `False`): Whether the old signal is sampled most densely where
             tokens attended most, instead of uniformly.
+        density_loss_coef (`float`, defaults to 0.0): Weight in the training loss of the divergence of the
+            Gaussian densities with which tokens attend to that memory from a prior (Martins et al. 2022,
+            which calls the weight lambda_KL; their code has 1e-6 for language models).
+        density_prior_width (`float`, defaults to 0.05): Standard deviation sigma_0 of that prior on [0, 1].
+        density_prior_mean (`float`, *optional*): Mean of that prior. If `None`, it is the mean of the density
+            itself, so only the width of the density is penalised.
         hidden_act (`str`, defaults to `"silu"`): Activation of the gated feed-forwards.
         norm_type (`str`, defaults to `"rms_norm"`): The normalisations outside of the mixers, "rms_norm" or
             "layer_norm" (with biases).
@@ -245,6 +267,9 @@ class StackformerConfig(PreTrainedConfig):
     mixer_types: list[str] = None  # type: ignore[assignment]
     feed_forward_type: str = "gated"
     coupled_state_size: int = None  # type: ignore[assignment]
+    fast_weights_steps: int = 1
+    fast_weights_decay: float = 0.95
+    fast_weights_rate: float = 0.5
     sliding_window: int | None = None
     num_persistent_tokens: int = 0
     memory_depth: int = 2
@@ -257,6 +282,9 @@ class StackformerConfig(PreTrainedConfig):
     memory_contraction: float = 0.75
     memory_ridge: float = 0.1
     sticky_memories: bool = False
+    density_loss_coef: float = 0.0
+    density_prior_width: float = 0.05
+    density_prior_mean: float | None = None
     hidden_act: str = "silu"
     norm_type: str = "rms_norm"
     rms_norm_eps: float = 1e-6

@@ -19,12 +19,14 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from .configuration_stackformer import StackformerConfig
 from .feed_forward import ChannelMix, GatedMLP
 from .layers_stackformer import NORMS, SliceProjection
-from .mixer import BankWeights, Mixer
+from .mixer import Mixer, Told
 from .mixer_attention import Attention
 from .mixer_banked_delta_rule import BankedDeltaRule
 from .mixer_banked_linear_attention import BankedLinearAttention
 from .mixer_continuous import ContinuousAttention
 from .mixer_coupled import Coupled
+from .mixer_fast_weights import FastWeights
+from .mixer_fixed_size import FixedSizeAttention
 from .mixer_neural_memory import MemoryAsContext, MemoryAsGate, MemoryAsLayer
 from .mixer_rwkv import TimeMix
 from .processing_stack import POP, Stack, read_stack
@@ -38,6 +40,8 @@ MIXERS: dict[str, Callable[[StackformerConfig], Mixer]] = {
     "banked_linear_attention": BankedLinearAttention,
     "continuous_attention": ContinuousAttention,
     "coupled": Coupled,
+    "fast_weights": FastWeights,
+    "fixed_size_attention": FixedSizeAttention,
     "memory_as_context": MemoryAsContext,
     "memory_as_gate": MemoryAsGate,
     "neural_memory": MemoryAsLayer,
@@ -71,7 +75,7 @@ class StackformerCoreLayer(GradientCheckpointingLayer):
 
     def forward(
         self, hidden: Tensor, pointer: Tensor, layout: TokenLayout, slot: Any = None
-    ) -> tuple[Tensor, BankWeights | None, State]:
+    ) -> tuple[Tensor, Told, State]:
         """Applies the layer to active tokens.
 
         Args:
@@ -82,19 +86,19 @@ class StackformerCoreLayer(GradientCheckpointingLayer):
                 checkpoint runs the layer a second time. `None` at the beginning of the sequences.
 
         Returns:
-            The tokens [n, d], the weights of the mixer's banks, and the new state of the layer.
+            The tokens [n, d], what the mixer tells about them (`Told`), and the new state of the layer.
         """
         normed = self.input_layernorm(hidden)
         start = Start() if slot is None else slot.start(self.mixer, normed, pointer, layout)
         past, past_of_mlp = self._split(start.state)
-        mixed, state, bank_weights = self.mixer(normed, pointer, layout, past, start.inputs, start.in_place)
+        mixed, state, told = self.mixer(normed, pointer, layout, past, start.inputs, start.in_place)
         hidden = hidden + mixed
         normed = self.post_attention_layernorm(hidden)
         if self.mlp_has_past:
             fed, past_of_mlp = self.mlp(normed, layout, past_of_mlp)
         else:
             fed = self.mlp(normed)
-        return hidden + fed, bank_weights, _join(state, past_of_mlp)
+        return hidden + fed, told, _join(state, past_of_mlp)
 
     def advance(self, hidden: Tensor, pointer: Tensor, layout: TokenLayout, state: State | None) -> State:
         """Returns only the new state of the layer. Rolling back uses it (rollback.py)."""
@@ -182,7 +186,7 @@ class ActionProjection(nn.Linear):
 
 def think(
     model: Any, stack: Stack, layout: TokenLayout, step: int, cache: Cache | None
-) -> tuple[Tensor, Tensor, list[BankWeights | None]]:
+) -> tuple[Tensor, Tensor, list[Told]]:
     """Applies the core of a `StackformerModel` once to the active tokens.
 
     Args:
@@ -193,24 +197,24 @@ def think(
             reads the slice of this step and writes it.
 
     Returns:
-        Thoughts [n, D], probabilities of push, no-op and pop [n, 3], and the bank weights of each layer.
+        Thoughts [n, D], probabilities of push, no-op and pop [n, 3], and what each layer's mixer tells.
     """
     index = 0 if model.config.feedback else step - 1
     superposition = read_stack(stack)
     hidden = model.down_proj(superposition)
-    bank_weights = []
+    told = []
     for number, layer in enumerate(model.layers):
         slot = None
         if cache is not None:
             slot = cache.layers[number].open(index, layer, hidden, stack.pointer, layout)
-        hidden, weights, state = layer(hidden, stack.pointer, layout, slot)
-        bank_weights.append(weights)
+        hidden, of_layer, state = layer(hidden, stack.pointer, layout, slot)
+        told.append(of_layer)
         if slot is not None:
             slot.write(state)
     thought = hidden if model.bottleneck is None else model.bottleneck(hidden, superposition)
     if model.step_gate is not None and step > 1:
         thought = model.step_gate(superposition, thought)
-    return thought, _actions(model, thought, stack.pointer.dtype), bank_weights
+    return thought, _actions(model, thought, stack.pointer.dtype), told
 
 
 def _actions(model: Any, thought: Tensor, dtype: torch.dtype) -> Tensor:

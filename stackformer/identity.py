@@ -23,8 +23,9 @@ from .configuration_stackformer import StackformerConfig
 
 # Fields that affect neither the state nor its use, or that may be changed at inference.
 _FREE_FIELDS = {
-    "chunk_size", "halting_threshold", "initializer_range", "ponder_loss_coef", "ponder_loss_type",
-    "ponder_prior", "tie_word_embeddings", "use_cache", "pad_token_id", "bos_token_id", "eos_token_id",
+    "chunk_size", "density_loss_coef", "density_prior_mean", "density_prior_width", "halting_threshold",
+    "initializer_range", "ponder_loss_coef", "ponder_loss_type", "ponder_prior", "tie_word_embeddings",
+    "use_cache", "pad_token_id", "bos_token_id", "eos_token_id",
 }  # fmt: skip
 # Number of elements of each weight in the quick digest.
 _SAMPLES = 8

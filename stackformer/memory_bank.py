@@ -14,6 +14,13 @@ All forms are causal for NaN and infinities, too: the query, key, value, read an
 bit of the outputs before that token. Its log decay, NaN included, may change the roundings of the outputs
 before it in its chunk, since the exponents of a chunk are centred.
 
+A float32 memory without decay loses new tokens when it stands for many old ones, because the sum is rounded
+once per chunk of C tokens, or once per token in decoding (C = 1). After N tokens, the share of new writes
+that an element loses or gains is at most 2^-24 N / C, if all writes have one sign and size. That is 0.5% at
+10 million tokens for C = 128, and 60% in decoding (measured: 0.06% and 5%). From 100 million tokens on,
+decoding adds nothing to such a memory. A decay of a nats per token bounds N by 1 / a. A float64 model has
+float64 memories. docs/design.md has the measurements.
+
 Letters: B batch, T time, H heads, K key size, V value size, R memories per head, C chunk length.
 Plain tensors in, plain tensors out: nothing here knows of a configuration or a cache.
 

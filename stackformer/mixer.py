@@ -23,9 +23,12 @@ class BankWeights(NamedTuple):
     step_size: Tensor  # [n, H], of the delta rule; 1 for a mixer that adds
 
 
-# The result of a mixer: the mixed tokens [n, d], the new state, and how its banks were used, or None if it
-# has no banks.
-Mixed = tuple[Tensor, State, BankWeights | None]
+# What a mixer tells about its tokens: how they use its banks, or in training a term of the loss for each
+# token [n], or None.
+Told = BankWeights | Tensor | None
+
+# The result of a mixer: the mixed tokens [n, d], the new state, and what it tells about its tokens.
+Mixed = tuple[Tensor, State, Told]
 
 
 class Mixer(nn.Module):
@@ -79,7 +82,7 @@ class Mixer(nn.Module):
                 Allowed only if `writes_in_place` returns True.
 
         Returns:
-            The mixed tokens [n, d], the new state, and the bank weights or `None`.
+            The mixed tokens [n, d], the new state, and the bank weights, losses [n] or `None`.
         """
         if in_place:
             raise NotImplementedError(f"{type(self).__name__} does not write in place")
@@ -139,4 +142,4 @@ class Mixer(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} cannot be split over processes: it has no `carry`")
 
 
-__all__ = ["BankWeights", "Mixed", "Mixer"]
+__all__ = ["BankWeights", "Mixed", "Mixer", "Told"]

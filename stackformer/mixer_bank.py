@@ -132,7 +132,9 @@ def address_memories(pointer: Tensor, bank_weights: Tensor) -> Tensor:
     """Computes the weights of each head's S*N memories: pointer times bank weights, for each level and bank.
 
     Writes are weighted by the mass that is still on the stack. So the final memory is the sum of the memories
-    after each step, weighted by the mass dropped at that step (exactly so without decay).
+    after each step, weighted by the mass dropped at that step. This is exact without decay. With decay, the
+    two differ: decayed to the power p, a memory is not p times the decayed one. At a decay of 1 nat per full
+    write, 6 steps and 3 levels, they differ by 19% for one bank and by 2% for four (docs/design.md).
 
     Args:
         pointer: [n, S]; bank_weights: [n, H, N].

@@ -8,7 +8,8 @@ x(t) = B^T psi(t), with psi_j(t) = N(t; c_j, s_j^2) (equation 3). A ridge regres
 
 The memory has a fixed size. After each block of tokens, the old signal is sampled and contracted to [0, tau],
 the block takes [tau, 1], and both are fitted again (section 3.2). The samples are uniform, or dense where
-tokens attended most ("sticky memories", section 3.3).
+tokens attended most ("sticky memories", section 3.3). The training loss may penalise wide densities
+(`divergence_from_prior`).
 
 Letters: n active tokens, B' rows, T' tokens of a row in one call, d core width, H heads, K head size, N basis
 functions, C tokens of a block.
@@ -50,7 +51,10 @@ class ContinuousAttention(Mixer):
 
     The memory takes in whole blocks of `memory_block` tokens, counted from the beginning of the row. A token
     sees the memory of the blocks before its own, and through the window all of its own block and more. Unlike
-    in the paper, gradients flow through the memory, and there is no penalty on wide densities.
+    in the paper, gradients flow through the memory.
+
+    With `density_loss_coef` above 0, `forward` returns in training a loss for each token [n] as its third
+    result: the divergence of the token's densities from the prior, summed over heads.
     """
 
     state_type = ContinuousState
@@ -68,6 +72,8 @@ class ContinuousAttention(Mixer):
         self.block = config.memory_block
         self.sticky = config.sticky_memories
         self.num_basis = config.num_basis_functions
+        self.has_loss = config.density_loss_coef > 0
+        self.prior_mean, self.prior_width = config.density_prior_mean, config.density_prior_width
         self.fit = (
             config.num_basis_functions,
             tuple(config.basis_widths),
@@ -124,10 +130,12 @@ class ContinuousAttention(Mixer):
         tokens = grid.place(rows, pending)
         query = grid.to_chunks(layout.to_rows(self.q_proj(hidden)))  # [B', num_chunks, width, d]
 
-        parts = []
+        parts, losses = [], []
         for number in range(grid.num_chunks):
             mixed, mean, variance = self._attend(query[:, number], memory)
             parts.append(mixed)
+            if self.has_loss and self.training:
+                losses.append(divergence_from_prior(mean, variance, self.prior_mean, self.prior_width).sum(1))
             if self.sticky:
                 masses = bin_masses(mean.detach(), variance.detach(), self.num_basis).sum(1)
                 looked = looked + masses.masked_fill(~grid.real[:, number].unsqueeze(-1), 0.0).sum(1)
@@ -141,7 +149,8 @@ class ContinuousAttention(Mixer):
         mixed = layout.to_tokens(grid.to_rows(torch.stack(parts, dim=1)))
         kept = (memory, grid.pending(tokens), looked if self.sticky else None)
         after: State = ContinuousState(*recent, *kept)  # type: ignore[arg-type,assignment,call-arg]
-        return short + self.o_proj(mixed), after, None
+        loss = layout.to_tokens(grid.to_rows(torch.stack(losses, dim=1))) if losses else None  # [n]
+        return short + self.o_proj(mixed), after, loss
 
     def densities(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
         """Computes the densities on [0, 1] with which queries [..., T', K] attend, from keys [..., N, K].
@@ -266,6 +275,26 @@ def expected_basis(mean: Tensor, variance: Tensor, centres: Tensor, widths: Tens
     The product of two Gaussians integrates to a third: N(mean; c_j, variance + s_j^2) (equation 10).
     """
     return gaussian(mean.unsqueeze(-1), centres, variance.unsqueeze(-1) + widths**2)
+
+
+def divergence_from_prior(
+    mean: Tensor, variance: Tensor, prior_mean: float | None, prior_width: float
+) -> Tensor:
+    """Returns the divergence of normal densities N(mean, variance) from a prior, in nats, shaped as `mean`.
+
+    KL(N(mu, s^2) || N(mu_0, s_0^2)) = (s^2 / s_0^2 - log(s^2 / s_0^2) - 1 + (mu - mu_0)^2 / s_0^2) / 2, the
+    regulariser of Martins et al. 2022 (arXiv 2109.00301). It keeps the densities from becoming uniform.
+
+    Args:
+        mean, variance: of any one shape.
+        prior_mean: mu_0. If `None`, it is `mean`: the last term is 0, and `mean` gets no gradient.
+        prior_width: s_0, above 0.
+    """
+    ratio = (variance / prior_width**2).clamp(min=torch.finfo(variance.dtype).tiny)
+    divergence = (ratio - ratio.log() - 1) / 2
+    if prior_mean is None:
+        return divergence
+    return divergence + ((mean - prior_mean) / prior_width).square() / 2
 
 
 def ridge_regression(positions: Tensor, centres: Tensor, widths: Tensor, ridge: float) -> Tensor:

@@ -41,6 +41,7 @@ from .identity import Mark, active_adapters, new_number, sample_digest
 from .labels import check_num_items, label_each_token
 from .layers_stackformer import NORMS, ResidualProjection, ShortConvolution, SliceProjection, TokenShift
 from .mixer_bank import DecayProjection
+from .mixer_fast_weights import RecurrentProjection
 from .mixer_neural_memory import NeuralMemory
 from .mixer_rwkv import TimeMix
 from .pondering import PonderOptions, ponder
@@ -82,11 +83,15 @@ class StackformerModelOutputWithPast(CacheNames, BaseModelOutputWithPast):
         ponder_distribution (`torch.FloatTensor` [B, T, P]): the mass that each token dropped at each ponder
             step, which is its distribution over halting steps. Zeros for padding. Gradients flow through it.
         stack_trace ([`StackTrace`]): with `output_stack_trace=True`. `None` if all tokens are padding.
+        mixer_loss (`torch.FloatTensor` [B, T]): the losses of the mixers of each token, which is in training
+            with `density_loss_coef` above 0 the divergence of its densities, and 0 for padding. Gradients
+            flow through it.
     """
 
     ponder_steps: Tensor | None = None
     ponder_distribution: Tensor | None = None
     stack_trace: StackTrace | None = None
+    mixer_loss: Tensor | None = None
 
 
 @dataclass
@@ -150,10 +155,11 @@ class StackformerPreTrainedModel(PreTrainedModel):
         | what                 | initial value                                                      |
         |----------------------|--------------------------------------------------------------------|
         | embeddings           | normal, standard deviation `initializer_range`; 0 for padding      |
-        | projections          | normal, standard deviation fan_in ** -0.5; biases 0           |
+        | projections          | normal, standard deviation fan_in ** -0.5; biases 0                |
         | decays of banks      | weights as in projections, biases for half-lives on a log scale    |
         | residual projections | 0: every block starts as the identity                              |
         | slice projections    | identity on the channels that embedding and core both have         |
+        | recurrent projection | 0.05 times the identity: see `RecurrentProjection`                 |
         | normalisations       | 1, biases 0                                                        |
         | step gate            | 0.1: steps after the first start small                             |
         | convolutions         | uniform within kernel_size ** -0.5                                 |
@@ -175,6 +181,8 @@ class StackformerPreTrainedModel(PreTrainedModel):
             init.copy_(module.bias, module.initial_bias())
         elif isinstance(module, StepGate):
             init.constant_(module.weight, StepGate.INITIAL)
+        elif isinstance(module, RecurrentProjection):
+            init.copy_(module.weight, module.initial_weight())
         elif isinstance(module, nn.Linear):
             init.normal_(module.weight, std=module.in_features**-0.5)
         elif isinstance(module, ShortConvolution):
@@ -310,6 +318,7 @@ class StackformerModel(StackformerPreTrainedModel):
             ponder_steps=expected_steps(pondered.distribution),
             ponder_distribution=pondered.distribution,
             stack_trace=pondered.trace,
+            mixer_loss=pondered.mixer_loss,
             **{CACHE_NAME: cache},
         )
 
@@ -419,9 +428,10 @@ class StackformerForCausalLM(StackformerPreTrainedModel, StackformerGenerationMi
 
         Args:
             labels: [B, T], shifted inside the model. Labels of -100 are ignored. Padding and the last token
-                of a document predict no label. The loss is the cross-entropy. In training,
-                `config.ponder_loss_coef` times the mean ponder loss (`config.ponder_loss_type`) of the tokens
-                that predict a label is added.
+                of a document predict no label. The loss is the cross-entropy. In training, two terms are
+                added, each a mean over the tokens that predict a label: `config.ponder_loss_coef` times the
+                ponder loss (`config.ponder_loss_type`), and `config.density_loss_coef` times the divergence
+                of the densities of continuous attention.
             logits_to_keep: the number of last positions to compute logits for, 0 for all, or a tensor of
                 positions.
             num_items_in_batch: the divisor of the summed losses; the number of labels if `None`.
@@ -472,10 +482,10 @@ class StackformerForCausalLM(StackformerPreTrainedModel, StackformerGenerationMi
                 raise ValueError(
                     f"`labels` must be from 0 to {self.config.vocab_size - 1}, or {ignored} for none: {error}"
                 ) from error
-            if self.training and self.config.ponder_loss_coef > 0:
+            if self.training:
                 counted = shift_labels != ignored
-                ponder_loss = self._ponder_loss(outputs, counted, num_items_in_batch)
-                loss = loss + self.config.ponder_loss_coef * ponder_loss
+                for coef, losses in self._added_losses(outputs):
+                    loss = loss + coef * _mean_loss(losses, counted, num_items_in_batch)
         return StackformerCausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -511,14 +521,23 @@ class StackformerForCausalLM(StackformerPreTrainedModel, StackformerGenerationMi
         outputs = self(ids, use_cache=False, output_stack_trace=True)
         return TextTrace.from_outputs(ids, outputs, tokenizer)
 
-    def _ponder_loss(self, outputs, counted: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
-        """Returns the ponder loss of the tokens in `counted` [B, T], reduced as the cross-entropy is."""
-        if self.config.ponder_loss_type == "geometric_prior":
+    def _added_losses(self, outputs: Any) -> list[tuple[float, Tensor]]:
+        """Returns the coefficient and the losses [B, T] of each term that training adds."""
+        added: list[tuple[float, Tensor]] = []
+        if self.config.ponder_loss_coef > 0 and self.config.ponder_loss_type == "geometric_prior":
             losses = divergence_from_geometric(outputs.ponder_distribution, self.config.ponder_prior)
-        else:
-            losses = outputs.ponder_steps
-        total = (losses * counted.to(losses.device)).sum()
-        return total / (counted.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
+            added.append((self.config.ponder_loss_coef, losses))
+        elif self.config.ponder_loss_coef > 0:
+            added.append((self.config.ponder_loss_coef, outputs.ponder_steps))
+        if outputs.mixer_loss is not None:
+            added.append((self.config.density_loss_coef, outputs.mixer_loss))
+        return added
+
+
+def _mean_loss(losses: Tensor, counted: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
+    """Returns the losses [B, T] of the tokens in `counted` [B, T], reduced as the cross-entropy is."""
+    total = (losses * counted.to(losses.device)).sum()
+    return total / (counted.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
 
 
 class StackformerForSequenceClassification(GenericForSequenceClassification, StackformerPreTrainedModel):

@@ -17,7 +17,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from .adapters import adapters_by_token, mixed_batch_hooks
 from .cache_stackformer import StackformerCache
 from .core_stackformer import think
-from .mixer import BankWeights
+from .mixer import Told
 from .processing_stack import Stack, flush_stack, init_stack, step_stack
 from .stack_trace import StackTrace
 from .token_layout import TokenLayout
@@ -46,6 +46,7 @@ class Pondered(NamedTuple):
     distribution: Tensor  # [B, T, P], each token's distribution over halting steps
     thoughts: tuple[Tensor, ...] | None  # P + 1 of [B, T, D]: the embeddings, then the thoughts of each step
     trace: StackTrace | None
+    mixer_loss: Tensor | None  # [B, T], the losses of all mixers; None if there are none
 
 
 def ponder(
@@ -104,8 +105,8 @@ def _ponder_together(
             steps_left = range(step, num_steps + 1)
             break
         with adapters_by_token(hooks, tokens.layout) if hooks else nullcontext():
-            thought, actions, bank_weights = think(model, tokens.stack, tokens.layout, step, cache)
-        record.add(tokens, thought, actions, bank_weights)
+            thought, actions, told = think(model, tokens.stack, tokens.layout, step, cache)
+        record.add(tokens, thought, actions, told)
         if step == num_steps:
             tokens.stack = flush_stack(tokens.stack, None, thought, step)
             break
@@ -182,31 +183,37 @@ class _Tokens:
 
 
 class _Record:
-    """Records the thoughts and the trace of every step, as far as the options ask for them."""
+    """Records the mixers' losses, and thoughts and trace of every step as far as the options ask for them."""
 
     def __init__(self, embeds: Tensor, options: PonderOptions):
         self._options = options
         self._thoughts: list[Tensor] = [embeds]
         self._steps: list[list[Tensor]] = []
+        self._loss: Tensor | None = None
 
-    def add(
-        self, tokens: _Tokens, thought: Tensor, actions: Tensor, bank_weights: list[BankWeights | None]
-    ) -> None:
-        """Records one step. Tokens that have halted keep their last thought."""
+    def add(self, tokens: _Tokens, thought: Tensor, actions: Tensor, told: list[Told]) -> None:
+        """Records one step. Tokens that have halted keep their last thought, and have no further losses."""
+        losses = [of_layer for of_layer in told if isinstance(of_layer, Tensor)]
+        if losses:
+            batch = losses[0].new_zeros(tokens.layout.batch_size, tokens.layout.length)
+            of_step = tokens.layout.scatter(torch.stack(losses).sum(0), batch)
+            self._loss = of_step if self._loss is None else self._loss + of_step
         if self._options.keep_trace:
+            bank_weights = [None if isinstance(of_layer, Tensor) else of_layer for of_layer in told]
             step = StackTrace.of_step(tokens.layout, tokens.stack.pointer, actions, bank_weights)
             self._steps.append(step)
         if self._options.keep_thoughts:
             self._thoughts.append(tokens.layout.scatter(thought, self._thoughts[-1]))
 
-    def collect(self, num_steps: int) -> tuple[tuple[Tensor, ...] | None, StackTrace | None]:
-        """Returns the thoughts and the trace of `num_steps` steps.
+    def collect(self, num_steps: int) -> tuple[tuple[Tensor, ...] | None, StackTrace | None, Tensor | None]:
+        """Returns the thoughts and the trace of `num_steps` steps, and the mixers' losses [B, T].
 
-        Steps that no token needed repeat the last thoughts, and are zeros in the trace.
+        Steps that no token needed repeat the last thoughts, and are zeros in the trace. The losses are sums
+        over layers and steps.
         """
         thoughts = self._thoughts + self._thoughts[-1:] * (num_steps + 1 - len(self._thoughts))
         trace = StackTrace.of_steps(self._steps, num_steps) if self._steps else None
-        return tuple(thoughts) if self._options.keep_thoughts else None, trace
+        return tuple(thoughts) if self._options.keep_thoughts else None, trace, self._loss
 
 
 def _map_tensors(function: Callable[..., Tensor], *trees):

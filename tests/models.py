@@ -48,6 +48,17 @@ SHAPES = {
         "max_ponder_steps": 2,
         "halting_threshold": 0.3,
     },
+    "inner loop": {
+        "mixer_types": ["banked_linear_attention", "fast_weights"],
+        "fast_weights_steps": 2,
+        "halting_threshold": 0.2,
+    },
+    "fixed-size attention": {
+        "mixer_types": ["fixed_size_attention", "banked_linear_attention"],
+        "fast_weights_decay": 0.9,
+        "fast_weights_rate": 1.0,
+        "halting_threshold": 0.3,
+    },
     "neural memory": {
         "mixer_types": ["neural_memory", "attention"],
         "sliding_window": 4,

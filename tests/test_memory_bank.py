@@ -521,6 +521,40 @@ def test_low_precision_inputs_keep_a_float32_state():
     assert (output - expected).abs().max() < 0.02 * expected.abs().max()
 
 
+def share_lost(seen: float, implementation: str, chunk_size: int, time: int = 1024) -> float:
+    """Of what `time` tokens add to a float32 memory without decay that stands for `seen` tokens, the largest
+    share that an element loses or gains by rounding. The state is `seen` times their mean."""
+    generator = torch.Generator().manual_seed(0)
+    key, value = torch.rand(2, 1, time, 2, 8, generator=generator, dtype=torch.float64) + 0.5
+    ones = torch.ones(1, time, 2, 1, dtype=torch.float64)
+    tokens = [x.float().double() for x in (key, key, value, ones, ones, 0 * ones)]
+    _, added = banked_linear_attention(*tokens, implementation="chunk")
+    state = [(seen / time * x).float() for x in added]
+    options = {"implementation": implementation, "chunk_size": chunk_size}
+    _, after = banked_linear_attention(*(x.float() for x in tokens), initial_state=tuple(state), **options)
+    errors = [
+        ((end.double() - start.double()) / x - 1).abs().max()
+        for end, start, x in zip(after, state, added, strict=True)
+    ]
+    return float(max(errors))
+
+
+@pytest.mark.parametrize("chunk_size", [16, 64, 128])
+@pytest.mark.parametrize("implementation", CHUNKED)
+def test_what_a_long_sum_keeps_of_new_tokens(implementation, chunk_size):
+    """The bound of the module's docstring at 10 million tokens: 2^-24 N / C, with one rounding per chunk."""
+    bound = 2.0**-24 * 10_001_024 / chunk_size
+    assert share_lost(1e7, implementation, chunk_size) < bound
+    assert share_lost(1e5, implementation, chunk_size) < 0.01 * bound + 1e-5  # as loose, if less was seen
+
+
+def test_what_a_long_sum_keeps_of_single_tokens():
+    """Token by token, C is 1: a few per cent are lost at 10 million tokens, and all at a billion."""
+    assert 0.001 < share_lost(1e7, "recurrent", 1) < 2.0**-24 * 10_001_024
+    assert share_lost(1e9, "recurrent", 1) == 1
+    assert share_lost(1e9, CHUNKED[0], 128) < 2.0**-24 * 1e9 / 128 * 1.001
+
+
 @pytest.mark.parametrize("implementation", CHUNKED)
 def test_autocast_does_not_touch_the_backward_pass(implementation):
     inputs = make_inputs(time=70, dtype=torch.float32)

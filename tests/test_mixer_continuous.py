@@ -6,12 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from stackformer import StackformerCache, StackformerConfig, StackformerForCausalLM
+from stackformer import StackformerCache, StackformerConfig, StackformerForCausalLM, mixer_continuous
 from stackformer.mixer_attention import Attention
 from stackformer.mixer_continuous import (
     ContinuousAttention,
     basis_values,
     bin_masses,
+    divergence_from_prior,
     expected_basis,
     gaussian,
     memory_fit,
@@ -83,6 +84,127 @@ def test_bin_masses_are_integrals():
     assert torch.equal(
         bin_masses(torch.tensor(0.3), torch.tensor(0.0), 4), torch.tensor([0.0, 1.0, 0.0, 0.0])
     )
+
+
+def test_divergence_from_the_prior_is_the_integral():
+    """With the prior at the density's own mean, and at a given one; it is 0 for the prior itself."""
+    mean = torch.tensor([0.1, 0.5, 0.8], dtype=torch.float64)
+    variance = torch.tensor([0.0004, 0.01, 0.3], dtype=torch.float64)
+    t = torch.linspace(-6, 7, 260_001, dtype=torch.float64)[:, None]
+    log_density = torch.distributions.Normal(mean, variance.sqrt()).log_prob(t)
+    for prior_mean in (None, 0.4):
+        prior = torch.distributions.Normal(
+            mean if prior_mean is None else torch.full_like(mean, prior_mean), 0.2
+        )
+        expected = integral(log_density.exp() * (log_density - prior.log_prob(t)), t)
+        torch.testing.assert_close(divergence_from_prior(mean, variance, prior_mean, 0.2), expected)
+    itself = torch.full_like(mean, 0.4), torch.full_like(mean, 0.04)
+    torch.testing.assert_close(divergence_from_prior(*itself, 0.4, 0.2), torch.zeros_like(mean))
+
+
+def test_divergence_has_finite_gradients_even_without_a_width():
+    mean = torch.tensor([0.3, 0.3], requires_grad=True)
+    variance = torch.tensor([0.0, 0.01], requires_grad=True)
+    divergence_from_prior(mean, variance, 0.5, 0.05).sum().backward()
+    assert mean.grad.isfinite().all() and variance.grad.isfinite().all()
+    # (mu - mu_0) / s_0^2, and (1 / s_0^2 - 1 / s^2) / 2
+    torch.testing.assert_close(mean.grad, torch.full((2,), -0.2 / 0.0025))
+    torch.testing.assert_close(variance.grad[1], torch.tensor((1 / 0.0025 - 1 / 0.01) / 2))
+
+
+PENALTY = {"density_loss_coef": 0.1, "density_prior_mean": 0.4, "density_prior_width": 0.3}
+
+
+def recorded_densities(monkeypatch) -> list[torch.Tensor]:
+    """The divergences that mixers compute from here on, [B', H, width] each."""
+    divergences = []
+
+    def record(*args):
+        divergences.append(divergence_from_prior(*args))
+        return divergences[-1]
+
+    monkeypatch.setattr(mixer_continuous, "divergence_from_prior", record)
+    return divergences
+
+
+@every_name
+def test_training_loss_adds_the_penalty_and_evaluation_does_not(name):
+    ids = random_ids(2, 17)
+    labels = ids.clone()
+    labels[0, :10] = -100
+    plain, model = tiny_model(**SHAPES[name]).train(), tiny_model(**SHAPES[name], **PENALTY).train()
+    losses = model.model(ids).mixer_loss
+    assert losses.shape == ids.shape and losses.min() > 0
+    counted = labels[:, 1:] != -100
+    for items in (None, 50):
+        expected = plain(ids, labels=labels, num_items_in_batch=items).loss
+        penalty = losses[:, :-1][counted].sum() / (counted.sum() if items is None else items)
+        actual = model(ids, labels=labels, num_items_in_batch=items).loss
+        torch.testing.assert_close(actual, expected + 0.1 * penalty, **CLOSE)
+    assert torch.equal(model.eval()(ids, labels=labels).loss, plain.eval()(ids, labels=labels).loss)
+    assert model.model(ids).mixer_loss is None and plain.train().model(ids).mixer_loss is None
+
+
+def test_the_penalty_is_a_sum_over_heads_and_layers(monkeypatch):
+    model = tiny_model(**SHAPES["infinity-former"], **PENALTY).train()
+    divergences = recorded_densities(monkeypatch)
+    losses = model.model(random_ids(2, 4)).mixer_loss  # less than a block
+    assert [x.shape for x in divergences] == [(2, 2, 4)] * 2
+    torch.testing.assert_close(losses, torch.stack(divergences).sum((0, 2)), **CLOSE)
+
+
+@every_name
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointed"])
+def test_the_penalty_has_gradients_for_means_and_variances(name, checkpointing):
+    """Rows 0 and 1 of `density_proj` are mean and variance. Without a prior mean, the mean has none."""
+    model, ids = tiny_model(**SHAPES[name], **PENALTY).train(), random_ids(2, 17)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    projection = model.model.layers[0].mixer.density_proj
+    (grad,) = torch.autograd.grad(model.model(ids).mixer_loss.sum(), projection.weight)
+    assert grad.abs().amax(1).min() > 1e-3
+    if name == "infinity-former":  # on a stack, later layers and steps depend on the means
+        one = tiny_model(
+            **(SHAPES[name] | {"num_hidden_layers": 1, "mixer_types": ["continuous_attention"]}),
+            **(PENALTY | {"density_prior_mean": None}),
+        ).train()
+        (grad,) = torch.autograd.grad(
+            one.model(ids).mixer_loss.sum(), one.model.layers[0].mixer.density_proj.bias
+        )
+        assert grad[0] == 0 and grad[1].abs() > 1e-3
+
+
+@every_name
+def test_padding_and_halted_tokens_have_no_penalty(name):
+    model, ids = tiny_model(**SHAPES[name], **PENALTY).train(), random_ids(2, 9)
+    mask = torch.tensor([[1, 0, 1, 0, 0, 1, 1, 1, 1, 0, 1, 0, 1, 1], [0] * 5 + [1] * 9])
+    losses = model.model(padded(ids, mask), attention_mask=mask).mixer_loss
+    expected = model.model(ids).mixer_loss
+    assert (losses[mask == 0] == 0).all()
+    torch.testing.assert_close(torch.stack([losses[row, mask[row].bool()] for row in range(2)]), expected)
+    if model.config.max_ponder_steps == 1:
+        return
+    # Row 1 halts after the first step: row 0 has later terms, and row 1 has none.
+    depths = torch.tensor([[4] * 9, [1] * 9])
+    losses = model.model(ids, ponder_depths=depths).mixer_loss
+    once = model.model(ids, ponder_depths=torch.ones_like(depths)).mixer_loss
+    torch.testing.assert_close(losses[1], once[1], **CLOSE)
+    assert (losses[0] > once[0]).all()
+
+
+def test_the_penalty_of_parts_is_that_of_the_whole():
+    """Through a cache, packed, and with feedback."""
+    model, ids = tiny_model(**SHAPES["infinity-former"], **PENALTY).train(), random_ids(1, 20)
+    whole = model.model(ids).mixer_loss
+    first = model.model(ids[:, :7], use_cache=True)
+    rest = model.model(ids[:, 7:], cache=first.cache)
+    torch.testing.assert_close(torch.cat([first.mixer_loss, rest.mixer_loss], dim=1), whole, **CLOSE)
+    positions = torch.cat([torch.arange(13), torch.arange(7)]).unsqueeze(0)
+    packed = model.model(ids, position_ids=positions).mixer_loss
+    separate = [model.model(part).mixer_loss for part in ids.split([13, 7], dim=1)]
+    torch.testing.assert_close(packed, torch.cat(separate, dim=1), **CLOSE)
+    model = tiny_model(**SHAPES["infinity-former"], **PENALTY, feedback=True).train()
+    torch.testing.assert_close(model.model(ids).mixer_loss, whole, **CLOSE)
 
 
 def test_ridge_regression_minimises_its_loss():
@@ -289,6 +411,9 @@ def test_a_window_shorter_than_a_block_is_refused():
         ("memory_contraction", 0),
         ("memory_ridge", 0.0),
         ("basis_widths", []),
+        ("density_loss_coef", -1.0),
+        ("density_prior_width", 0.0),
+        ("density_prior_mean", 1.5),
         ("basis_widths", [0.1, 0.0]),
         ("basis_widths", [0.1, 0.2, 0.3]),
     ],

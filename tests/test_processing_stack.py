@@ -141,39 +141,54 @@ def test_addresses_are_pointer_times_bank():
     assert address_memories(pointer, banks).tolist() == expected
 
 
-def test_memory_is_the_accumulation_over_dropped_mass():
-    """Without decay, writes that carry the remaining mass leave sum_k d_k M^(k) in memory, as the notes ask
-    for.
+def difference_from_the_accumulation(rate: float, banks: int, seed: int, steps: int = 6) -> float:
+    """The final memory against sum_k d_k M^(k): the norm of the difference over the norm of the sum.
 
-    M^(k) is what the memory would be after step k if every write counted in full; d_k the mass dropped at
-    step k.
+    M^(k) is what the memory would be after step k if every write, and its decay, counted in full; d_k the
+    mass dropped at step k. A memory decays by `rate` nats for a token that writes to it with weight 1.
     """
-    torch.manual_seed(0)
-    dtype = torch.float64
-    tokens, heads, banks, depth, key_size, value_size, steps = 3, 2, 2, 3, 4, 5, 6
-    memories = banks * depth
-    zero = torch.zeros(tokens, heads, memories, dtype=dtype)
+    generator = torch.Generator().manual_seed(seed)
+
+    def rand(*shape):
+        return torch.rand(*shape, generator=generator, dtype=torch.float64)
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    tokens, heads, depth, key_size, value_size = 3, 2, 3, 4, 5
     start = (
-        torch.randn(tokens, heads, memories, key_size, value_size, dtype=dtype),
-        torch.rand(tokens, heads, memories, key_size, dtype=dtype),
+        randn(tokens, heads, banks * depth, key_size, value_size),
+        rand(tokens, heads, banks * depth, key_size),
     )
-    stack = init_stack(torch.randn(tokens, 2, dtype=dtype), depth, steps)
+    stack = init_stack(randn(tokens, 2), depth, steps)
     written, full = start, start
     accumulated = [torch.zeros_like(part) for part in start]
     for step in range(1, steps + 1):
-        query, key = torch.rand(2, tokens, heads, key_size, dtype=dtype)
-        value = torch.randn(tokens, heads, value_size, dtype=dtype)
-        write = address_memories(stack.pointer, torch.randn(tokens, heads, banks, dtype=dtype).softmax(-1))
+        query, key = rand(2, tokens, heads, key_size)
+        value = randn(tokens, heads, value_size)
+        of_banks = randn(tokens, heads, banks).softmax(-1)
+        write = address_memories(stack.pointer, of_banks)
+        decay = -rate * write
         mass = stack.pointer.sum(-1)
-        _, written = banked_linear_attention_step(query, key, value, write, write, zero, written)
-        in_full = write / mass[:, None, None]
-        _, full = banked_linear_attention_step(query, key, value, in_full, in_full, zero, full)
-        actions = torch.randn(tokens, 3, dtype=dtype).softmax(-1)
+        _, written = banked_linear_attention_step(query, key, value, write, write, decay, written)
+        in_full, decay_in_full = write / mass[:, None, None], decay / mass[:, None, None]
+        _, full = banked_linear_attention_step(query, key, value, in_full, in_full, decay_in_full, full)
+        actions = randn(tokens, 3).softmax(-1)
         dropped = transfer_mass(stack.pointer, actions).dropped if step < steps else mass
-        stack = step_stack(stack, actions, torch.randn(tokens, 2, dtype=dtype), stack.output, step, half)
+        stack = step_stack(stack, actions, randn(tokens, 2), stack.output, step, half)
         for total, part in zip(accumulated, full, strict=True):
             total += dropped.view(-1, *[1] * (part.dim() - 1)) * part
-    torch.testing.assert_close(tuple(accumulated), written)
+    return float((written[0] - accumulated[0]).norm() / accumulated[0].norm())
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_memory_is_the_accumulation_over_dropped_mass(seed):
+    """Without decay, exactly. With decay, only about: docs/design.md has these figures."""
+    for banks in (1, 4):
+        assert difference_from_the_accumulation(0.0, banks, seed) < 1e-15
+    assert 0.001 < difference_from_the_accumulation(0.1, 1, seed) < 0.02
+    assert 0.1 < difference_from_the_accumulation(1.0, 1, seed) < 0.25
+    assert 0.01 < difference_from_the_accumulation(1.0, 4, seed) < 0.04
 
 
 MASKS = {
