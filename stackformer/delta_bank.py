@@ -28,6 +28,7 @@ The table `IMPLEMENTATIONS` says which implementations there are, when each of t
 
 import math
 from collections.abc import Sequence
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -53,12 +54,14 @@ from .delta_bank_cpu import correct
 from .dtypes import at_least_float32
 from .implementation import (
     Implementation,
+    agree_on,
     can_look_at,
     check_inputs,
     check_tensors,
     choose,
     library_obstacle,
     recurrent_obstacle,
+    triton_obstacle,
     without_autocast,
 )
 
@@ -94,8 +97,8 @@ def banked_delta_rule(
         chunk_size: tokens per chunk. It changes speed and memory, not the result. `None` takes 64.
         implementation: as in `banked_linear_attention`: "recurrent" (the definition, one token after
             another), "chunk" (a few large matrix products and a triangular system per chunk, with a backward
-            pass of its own), "cpp" (the same in C++, for CPUs, where it was built), or `None` for the fastest
-            that can run.
+            pass of its own), "cpp" (the same in C++, for CPUs, where it was built), "triton" (the same as
+            kernels for a GPU), or `None` for the fastest that can run.
         max_decay: a bound on `-log_decay` of all tokens, as in `banked_linear_attention`.
 
     Returns:
@@ -146,6 +149,46 @@ def _run_chunk(tensors: Tensors, chunk_size: int, max_decay: float | None) -> tu
     return _ChunkedDeltaRule.apply(*tensors, length)
 
 
+def _triton_obstacle(query: Tensor, key: Tensor, value: Tensor, read: Tensor, asked: bool) -> str | None:
+    found = triton_obstacle(query, asked)
+    if found is not None:
+        return found
+    from .delta_bank_triton import obstacle
+
+    found = obstacle(query, key, value, read)
+    if found is None and not asked and not _triton_works(query.device):
+        return f"its kernels do not work on {query.device}"
+    return found
+
+
+@torch.compiler.assume_constant_result
+@cache
+def _triton_works(device: torch.device) -> bool:
+    """Returns whether the kernels work on a device. They are tried once per device, on a small example."""
+    return agree_on(device, _example)
+
+
+def _example(device: torch.device, implementation: str) -> list[Tensor]:
+    """Returns the output and the gradients of a small example, with keys of length 1."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = [torch.rand(1, 40, 2, size, generator=generator) for size in (16, 16, 16, 2, 2, 2, 1)]
+    tensors[1] = torch.nn.functional.normalize(tensors[1], dim=-1)
+    tensors[4] = tensors[4].softmax(-1).sqrt()
+    inputs = query, key, value, read, write, decay, step = [x.to(device).requires_grad_() for x in tensors]
+    output, _ = banked_delta_rule(
+        query, key, value, read, write, -decay, step[..., 0], implementation=implementation, max_decay=1.0
+    )
+    return [output, *torch.autograd.grad(output.square().sum(), inputs)]
+
+
+def _run_triton(tensors: Tensors, chunk_size: int, max_decay: float | None) -> tuple[Tensor, Tensor]:
+    from .delta_bank_triton import chunk_length, chunked_delta_rule
+
+    query, _, value, read = tensors[:4]
+    length = chunk_length(chunk_size, query, value, read)
+    return chunked_delta_rule(*tensors, safe_chunk_length(length, max_decay, tensors[5], tensors[7].dtype))
+
+
 def _run_cpp(tensors: Tensors, chunk_size: int, max_decay: float | None) -> tuple[Tensor, Tensor]:
     return correct(*tensors, safe_chunk_length(chunk_size, max_decay, tensors[5], tensors[7].dtype))
 
@@ -154,6 +197,7 @@ def _run_cpp(tensors: Tensors, chunk_size: int, max_decay: float | None) -> tupl
 IMPLEMENTATIONS = {
     "cpp": Implementation(library_obstacle, _run_cpp),
     "recurrent": Implementation(recurrent_obstacle, _run_recurrent),
+    "triton": Implementation(_triton_obstacle, _run_triton),
     "chunk": Implementation(lambda *_: None, _run_chunk),
 }
 

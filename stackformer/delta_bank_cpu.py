@@ -26,7 +26,7 @@ from .library import (
 _NAMES = (*INPUTS, "step_size")
 
 
-def _check_call(inputs: Sequence[Tensor], memory: Tensor, length: int, prefix: str = "") -> None:
+def check_call(inputs: Sequence[Tensor], memory: Tensor, length: int, prefix: str = "") -> None:
     """Raises a ValueError unless the tensors of an operator go together, and are all where the first one is.
 
     Args:
@@ -114,12 +114,12 @@ def _checked_forward(
     inputs: Sequence[Tensor], memory: Tensor, length: int, keep_states: bool
 ) -> list[Tensor]:
     """Checks the tensors and computes the forward pass, for anybody who calls the operator."""
-    _check_call(inputs, memory, length)
+    check_call(inputs, memory, length)
     return _forward(inputs, memory, length, keep_states)
 
 
 def _fake_forward(inputs, memory, length, keep_states) -> list[Tensor]:
-    _check_call(inputs, memory, length)
+    check_call(inputs, memory, length)
     return _empty_results(inputs, memory, length, keep_states)
 
 
@@ -163,7 +163,7 @@ def _backward(
 
 
 def _check_backward(inputs, errors, start_memory, grad_output, grad_memory, length) -> None:
-    _check_call(inputs, grad_memory, length, prefix="grad_")
+    check_call(inputs, grad_memory, length, prefix="grad_")
     (batch, time, heads, _), value = inputs[0].shape, inputs[2]
     chunks, bank = -(-time // min(length, time)), grad_memory.shape[2:]
     check_layout(
