@@ -7,7 +7,7 @@ N + 1 boundaries of chunks are S_0 .. S_N, with gradients dS_0 .. dS_N.
 
     forward     G; weights and inverse systems of all chunks; errors and S from chunk to chunk; outputs
     backward    G, weights and inverses again; gradients of what tokens write and miss, and dS, from the last
-                chunk to the first; all other gradients, chunk by chunk
+                chunk to the first; those of reads, holds and writes through the states; all others
 
 What goes from chunk to chunk is computed for each block of V by one program, since columns of values never
 meet there. It keeps its R states in global memory. The other kernels compute all chunks at once. Saved for
@@ -48,7 +48,7 @@ from .memory_bank_triton import (
 )
 
 _MAX_CHUNK = 64  # tokens per tile
-_MAX_BLOCK = 64  # columns of values per tile
+_MAX_BLOCK = 64  # columns of keys or values per tile
 
 
 # Kernels. Rows, slots and padding are those of memory_bank_triton.py.
@@ -96,19 +96,17 @@ def _causal_product(weights, columns, BLOCK: tl.constexpr, PRECISION: tl.constex
 
 
 @triton.jit
-def _inside(
-    queries, keys, read_inside, hold_inside, write_inside, BLOCK: tl.constexpr, PRECISION: tl.constexpr
-):
-    """Returns four tiles [BLOCK, BLOCK] without a mask: scores, their gates, scores of keys, and their gates.
-
-    Gates are the sums over memories of weights and decays, from a token that reads to one that writes.
-    """
-    theirs, other = tl.trans(keys), tl.trans(write_inside)
-    scores = tl.dot(queries, theirs, input_precision=PRECISION)
-    inside = tl.dot(read_inside, other, input_precision=PRECISION)
-    key_scores = tl.dot(keys, theirs, input_precision=PRECISION)
-    holding = tl.dot(hold_inside, other, input_precision=PRECISION)
-    return scores, inside, key_scores, holding
+def _scores(
+    features, other_features, rows, valid, K: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Returns the products of a chunk's features with its other features [BLOCK, BLOCK], without a mask."""
+    products = tl.zeros([BLOCK, BLOCK], tl.float32)
+    for first_k in range(0, K, BLOCK_K):
+        own = _load_tile(features, rows, valid, first_k, K, BLOCK_K)
+        others = _load_tile(other_features, rows, valid, first_k, K, BLOCK_K)
+        products = tl.dot(own, tl.trans(others), products, input_precision=PRECISION)
+    return products
 
 
 @_kernel
@@ -117,7 +115,7 @@ def _systems_kernel(
     R: tl.constexpr, K: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Computes the weights with which a chunk's tokens read, and the inverse of 1 + A diag(b). Grid: B*H*N."""
+    """Computes the weights with which tokens read in their chunk, and (1 + A diag(b))^-1. Grid: B*H*N."""
     slot, chunk = tl.program_id(0).to(tl.int64) // chunks, tl.program_id(0) % chunks
     batch, head, start, stop, tokens, rows, valid = _chunk(slot, chunk, time, H, CHUNK, BLOCK)
     reads, from_center, _ = _gates(
@@ -126,18 +124,19 @@ def _systems_kernel(
     writes, to_center, _ = _gates(
         write, total, batch, head, tokens, valid, start, stop, time, H, R, BLOCK_R, True
     )
-    scores, inside, key_scores, holding = _inside(
-        _load_tile(query, rows, valid, 0, K, BLOCK_K), _load_tile(key, rows, valid, 0, K, BLOCK_K),
-        reads * from_center, writes * from_center, writes * to_center, BLOCK, PRECISION,
-    )  # fmt: skip
+    read_inside, hold_inside, write_inside = reads * from_center, writes * from_center, writes * to_center
     index = tl.arange(0, BLOCK)
     own, other = index[:, None], index[None, :]
     square = _square(slot * chunks + chunk, BLOCK)
-    tl.store(weights + square, tl.where(own >= other, scores * inside, 0.0))
+    inside = tl.dot(read_inside, tl.trans(write_inside), input_precision=PRECISION)
+    inside *= _scores(query, key, rows, valid, K, BLOCK, BLOCK_K, PRECISION)
+    tl.store(weights + square, tl.where(own >= other, inside, 0.0))
+    holding = tl.dot(hold_inside, tl.trans(write_inside), input_precision=PRECISION)
+    holding *= _scores(key, key, rows, valid, K, BLOCK, BLOCK_K, PRECISION)
     # Column i of `system` are the factors of the rows above row i of the inverse. Rows below it, which may be
     # no numbers, take no part.
     steps = _load_column(step_size, rows, valid)
-    system = tl.trans(tl.where(own > other, key_scores * holding * steps[None, :], 0.0))
+    system = tl.trans(tl.where(own > other, holding * steps[None, :], 0.0))
     solved = tl.where(own == other, 1.0, tl.zeros([BLOCK, BLOCK], tl.float32))
     for row in range(1, stop - start):
         above = tl.where(own < row, _column(system, row)[:, None] * solved, 0.0)
@@ -266,102 +265,140 @@ def _grad_errors_kernel(
 
 
 @_kernel
-def _grad_inputs_kernel(
-    query, key, read, write, log_decay, step_size, total, states, grad_states, errors, grad_output,
-    grad_changes, grad_missings, grad_query, grad_key, grad_read, grad_write, grad_decay, grad_step, time,
-    chunks, H: tl.constexpr, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, CHUNK: tl.constexpr,
+def _grad_states_kernel(
+    features, columns, weight, step_size, total, states, other_states, grad_features, grad_weight, inner,
+    time, chunks, H: tl.constexpr, R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, CHUNK: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
-    PRECISION: tl.constexpr,
+    WRITES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Computes gradients of all inputs but the values, as `_group_backward` of delta_bank.py. Grid: B*H*N."""
+    """Computes gradients, through the states, of features and of their weights times decays.
+
+    Features that read have states at their chunk's beginning, and columns that are gradients of what is read.
+    With WRITES, states are gradients at the chunk's end, and columns errors; `inner` [B*H, N, R] becomes the
+    inner products of gradients and `other_states`. Grid: B*H*N.
+    """
     slot, chunk = tl.program_id(0).to(tl.int64) // chunks, tl.program_id(0) % chunks
     batch, head, start, stop, tokens, rows, valid = _chunk(slot, chunk, time, H, CHUNK, BLOCK)
+    weights, _, to_edge = _gates(
+        weight, total, batch, head, tokens, valid, start, stop, time, H, R, BLOCK_R, WRITES
+    )
+    weights *= to_edge
+    own = _load_tile(features, rows, valid, 0, K, BLOCK_K)
+    grad = tl.zeros([BLOCK, BLOCK_K], tl.float32)
+    grad_weights = tl.zeros([BLOCK, BLOCK_R], tl.float32)
+    keys, memories = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_R)
+    products = tl.zeros([BLOCK_R], tl.float32)
+    lines = (slot * (chunks + 1) + chunk + (1 if WRITES else 0)) * R * K + keys
+    for first_v in range(0, V, BLOCK_V):
+        column = _load_tile(columns, rows, valid, first_v, V, BLOCK_V)
+        if WRITES:
+            column *= _load_column(step_size, rows, valid)[:, None]
+        for memory in range(R):
+            tile = _load(states, lines + memory * K, keys < K, first_v, V, BLOCK_V)
+            if WRITES:
+                other = _load(other_states, lines + (memory - R) * K, keys < K, first_v, V, BLOCK_V)
+                products += tl.where(memories == memory, tl.sum(tile * other), 0.0)
+            product = tl.dot(column, tl.trans(tile), input_precision=PRECISION)
+            grad += product * _column(weights, memory)[:, None]
+            gradient = tl.sum(product * own, 1)
+            grad_weights += tl.where(memories[None, :] == memory, gradient[:, None], 0.0)
+    _store(grad_features, rows, valid, 0, grad, K, BLOCK_K)
+    _store(grad_weight, rows, valid, 0, grad_weights, R, BLOCK_R)
+    if WRITES:
+        tl.store(inner + (slot * chunks + chunk) * R + memories, products, mask=memories < R)
+
+
+@_kernel
+def _grad_inputs_kernel(
+    query, key, read, write, log_decay, step_size, total, errors, grad_output, grad_changes, grad_missings,
+    grad_read_query, grad_read_state, grad_held_key, grad_hold_state, grad_written_key, grad_write_state,
+    inner, grad_query, grad_key, grad_read, grad_write, grad_decay, grad_step, time, chunks, H: tl.constexpr,
+    R: tl.constexpr, K: tl.constexpr, V: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Computes gradients of all inputs but the values, from those through the states. Grid: B*H*N.
+
+    As `_group_backward` of delta_bank.py does. Gradients of what is held have the other sign.
+    """
+    slot, chunk = tl.program_id(0).to(tl.int64) // chunks, tl.program_id(0) % chunks
+    batch, head, start, stop, tokens, rows, valid = _chunk(slot, chunk, time, H, CHUNK, BLOCK)
+    steps = _load_column(step_size, rows, valid)
+    index = tl.arange(0, BLOCK)
+    own, other = index[:, None], index[None, :]
     reads, from_center, from_start = _gates(
         read, total, batch, head, tokens, valid, start, stop, time, H, R, BLOCK_R, False
     )
     writes, to_center, to_end = _gates(
         write, total, batch, head, tokens, valid, start, stop, time, H, R, BLOCK_R, True
     )
-    queries = _load_tile(query, rows, valid, 0, K, BLOCK_K)
-    keys = _load_tile(key, rows, valid, 0, K, BLOCK_K)
-    steps = _load_column(step_size, rows, valid)
-    decay = tl.exp(_load_row(total, (batch * time + stop - 1) * H + head, R, BLOCK_R))
+    write_inside = writes * to_center
+    # Every exponential of the gates is its own derivative; the midpoint cancels.
 
-    # Through the states.
-    read_state, hold_state, write_state = reads * from_start, writes * from_start, writes * to_end
-    grad_q, grad_k = tl.zeros([BLOCK, BLOCK_K], tl.float32), tl.zeros([BLOCK, BLOCK_K], tl.float32)
-    grad_weights, met = tl.zeros([BLOCK, BLOCK], tl.float32), tl.zeros([BLOCK, BLOCK], tl.float32)
-    grad_read_state = tl.zeros([BLOCK, BLOCK_R], tl.float32)
-    grad_hold_state = tl.zeros([BLOCK, BLOCK_R], tl.float32)
-    grad_write_state = tl.zeros([BLOCK, BLOCK_R], tl.float32)
-    grad_steps = tl.zeros([BLOCK], tl.float32)
-    inner = tl.zeros([BLOCK_R], tl.float32)
-    features, memories = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_R)
-    lines = (slot * (chunks + 1) + chunk) * R * K + features
+    # Reads of the output inside the chunk. What is above the diagonal may be infinite.
+    grad_weights = tl.zeros([BLOCK, BLOCK], tl.float32)
     for first_v in range(0, V, BLOCK_V):
-        gradient = _load_tile(grad_output, rows, valid, first_v, V, BLOCK_V)
-        grad_missing = _load(grad_missings, rows, valid, first_v, V, BLOCK_V)
         error = _load(errors, rows, valid, first_v, V, BLOCK_V)
-        change = steps[:, None] * error
-        grad_steps += tl.sum(_load(grad_changes, rows, valid, first_v, V, BLOCK_V) * error, 1)
-        grad_weights = tl.dot(gradient, tl.trans(change), grad_weights, input_precision=PRECISION)
-        met = tl.dot(grad_missing, tl.trans(error), met, input_precision=PRECISION)
-        for memory in range(R):
-            is_memory = memories[None, :] == memory
-            tile = _load(states, lines + memory * K, features < K, first_v, V, BLOCK_V)
-            grad_tile = _load(grad_states, lines + (R + memory) * K, features < K, first_v, V, BLOCK_V)
-            inner += tl.where(memories == memory, tl.sum(tile * grad_tile), 0.0)
-            tile = tl.trans(tile)
-            product = tl.dot(gradient, tile, input_precision=PRECISION)
-            grad_q += product * _column(read_state, memory)[:, None]
-            grad_read_state += tl.where(is_memory, tl.sum(product * queries, 1)[:, None], 0.0)
-            product = -tl.dot(grad_missing, tile, input_precision=PRECISION)
-            grad_k += product * _column(hold_state, memory)[:, None]
-            grad_hold_state += tl.where(is_memory, tl.sum(product * keys, 1)[:, None], 0.0)
-            product = tl.dot(change, tl.trans(grad_tile), input_precision=PRECISION)
-            grad_k += product * _column(write_state, memory)[:, None]
-            grad_write_state += tl.where(is_memory, tl.sum(product * keys, 1)[:, None], 0.0)
-
-    # Inside the chunk: reads of the output, and of what is held.
-    read_inside, hold_inside, write_inside = reads * from_center, writes * from_center, writes * to_center
-    scores, inside, key_scores, holding = _inside(
-        queries, keys, read_inside, hold_inside, write_inside, BLOCK, PRECISION
-    )
-    index = tl.arange(0, BLOCK)
-    own, other = index[:, None], index[None, :]
-    grad_weights = tl.where(own >= other, grad_weights, 0.0)
-    met = tl.where(own > other, met, 0.0)
-    grad_steps -= tl.sum(met * key_scores * holding, 0)
-    grad_system = -met * steps[None, :]
-    grad_scores, grad_inside = grad_weights * inside, grad_weights * scores
-    grad_key_scores, grad_holding = grad_system * holding, grad_system * key_scores
-    grad_q = tl.dot(grad_scores, keys, grad_q, input_precision=PRECISION)
-    grad_k = tl.dot(tl.trans(grad_scores), queries, grad_k, input_precision=PRECISION)
-    grad_key_scores += tl.trans(grad_key_scores)
-    grad_k = tl.dot(grad_key_scores, keys, grad_k, input_precision=PRECISION)
-    _store(grad_query, rows, valid, 0, grad_q, K, BLOCK_K)
-    _store(grad_key, rows, valid, 0, grad_k, K, BLOCK_K)
-    tl.store(grad_step + rows, grad_steps.to(grad_step.dtype.element_ty), mask=valid)
-
-    # Gates: every exponential is its own derivative; the midpoint cancels.
-    grad_write_inside = tl.dot(tl.trans(grad_inside), read_inside, input_precision=PRECISION)
-    grad_write_inside = tl.dot(
-        tl.trans(grad_holding), hold_inside, grad_write_inside, input_precision=PRECISION
-    )
+        gradient = _load_tile(grad_output, rows, valid, first_v, V, BLOCK_V)
+        grad_weights = tl.dot(gradient, tl.trans(error), grad_weights, input_precision=PRECISION)
+    grad_weights *= steps[None, :]
+    scores = _scores(query, key, rows, valid, K, BLOCK, BLOCK_K, PRECISION)
+    grad_inside = tl.where(own >= other, grad_weights * scores, 0.0)
+    inside = tl.dot(reads * from_center, tl.trans(write_inside), input_precision=PRECISION)
+    grad_scores = tl.where(own >= other, grad_weights * inside, 0.0)
     grad_r = tl.dot(grad_inside, write_inside, input_precision=PRECISION) * from_center
-    grad_r += grad_read_state * from_start
-    grad_hold = tl.dot(grad_holding, write_inside, input_precision=PRECISION) * from_center
-    grad_hold += grad_hold_state * from_start
-    grad_w = grad_hold + grad_write_inside * to_center + grad_write_state * to_end
+    grad_r += _load(grad_read_state, rows, valid, 0, R, BLOCK_R) * from_start
     _store(grad_read, rows, valid, 0, grad_r, R, BLOCK_R)
-    _store(grad_write, rows, valid, 0, grad_w, R, BLOCK_R)
-    leaving = grad_write_state * write_state
-    gradient = grad_r * reads + grad_hold * writes - grad_write_inside * write_inside - leaving
-    gradient = tl.cumsum(gradient, 0, reverse=True) + (tl.sum(leaving, 0) + inner * decay)[None, :]
+    grad_inside = tl.dot(tl.trans(grad_inside), reads * from_center, input_precision=PRECISION)
+    grad_total = grad_r * reads
+
+    # Reads of what is held, whose gradients are those of what tokens miss, with the other sign.
+    grad_steps = tl.zeros([BLOCK], tl.float32)
+    met = tl.zeros([BLOCK, BLOCK], tl.float32)
+    for first_v in range(0, V, BLOCK_V):
+        error = _load(errors, rows, valid, first_v, V, BLOCK_V)
+        grad_steps += tl.sum(_load(grad_changes, rows, valid, first_v, V, BLOCK_V) * error, 1)
+        gradient = _load(grad_missings, rows, valid, first_v, V, BLOCK_V)
+        met = tl.dot(gradient, tl.trans(error), met, input_precision=PRECISION)
+    scores = _scores(key, key, rows, valid, K, BLOCK, BLOCK_K, PRECISION)
+    grad_holding = tl.where(own > other, -met * scores, 0.0)
+    inside = tl.dot(writes * from_center, tl.trans(write_inside), input_precision=PRECISION)
+    grad_steps += tl.sum(tl.where(own > other, grad_holding * inside, 0.0), 0)
+    tl.store(grad_step + rows, grad_steps.to(grad_step.dtype.element_ty), mask=valid)
+    grad_key_scores = tl.where(own > other, -met * steps[None, :] * inside, 0.0)
+    grad_holding *= steps[None, :]
+    grad_hold = tl.dot(grad_holding, write_inside, input_precision=PRECISION) * from_center
+    grad_hold -= _load(grad_hold_state, rows, valid, 0, R, BLOCK_R) * from_start
+    grad_inside = tl.dot(
+        tl.trans(grad_holding), writes * from_center, grad_inside, input_precision=PRECISION
+    )
+    grad_total += grad_hold * writes
+
+    # Writes and decays.
+    grad_end = _load(grad_write_state, rows, valid, 0, R, BLOCK_R) * to_end
+    _store(grad_write, rows, valid, 0, grad_hold + grad_inside * to_center + grad_end, R, BLOCK_R)
+    leaving = grad_end * writes
+    grad_total -= grad_inside * write_inside + leaving
+    last = (batch * time + stop - 1) * H + head
+    kept = _load_row(inner, slot * chunks + chunk, R, BLOCK_R) * tl.exp(_load_row(total, last, R, BLOCK_R))
+    gradient = tl.cumsum(grad_total, 0, reverse=True) + (tl.sum(leaving, 0) + kept)[None, :]
     # No gradient passes a wiped memory; the sum has the rounding errors of terms that cancel.
     decays = _load_gates(log_decay, rows, valid, R, BLOCK_R)
     gradient = tl.where(decays <= _NOTHING, 0.0, gradient)
     _store(grad_decay, rows, valid, 0, gradient, R, BLOCK_R)
+
+    # Queries and keys.
+    grad_key_scores += tl.trans(grad_key_scores)
+    for first_k in range(0, K, BLOCK_K):
+        keys = _load_tile(key, rows, valid, first_k, K, BLOCK_K)
+        grad = _load(grad_read_query, rows, valid, first_k, K, BLOCK_K)
+        grad = tl.dot(grad_scores, keys, grad, input_precision=PRECISION)
+        _store(grad_query, rows, valid, first_k, grad, K, BLOCK_K)
+        grad = _load(grad_written_key, rows, valid, first_k, K, BLOCK_K)
+        grad -= _load(grad_held_key, rows, valid, first_k, K, BLOCK_K)
+        grad = tl.dot(grad_key_scores, keys, grad, input_precision=PRECISION)
+        queries = _load_tile(query, rows, valid, first_k, K, BLOCK_K)
+        grad = tl.dot(tl.trans(grad_scores), queries, grad, input_precision=PRECISION)
+        _store(grad_key, rows, valid, first_k, grad, K, BLOCK_K)
 
 
 # Launches.
@@ -379,18 +416,21 @@ class _Plan:
         exact = torch.float32 in {x.dtype for x in (query, key, value)}
         exact = exact and not torch.backends.cuda.matmul.allow_tf32
         self.gates = {"H": self.heads, "R": self.memories, "CHUNK": chunk, "BLOCK_R": _tile(self.memories)}
+        wide = _is_wide(query, value, read)
+        # Of kernels that take keys in blocks, and of those that take them whole, as lines of states.
         self.keys = {
             **self.gates,
             "K": self.key_size,
             "BLOCK": max(16, chunk),
-            "BLOCK_K": _tile(self.key_size),
+            "BLOCK_K": min(_tile(self.key_size), _MAX_BLOCK),
             "PRECISION": "tf32x3" if exact else "tf32",
-            "num_warps": 8 if _is_wide(query, value, read) else 4,
+            "num_warps": 8 if wide else 4,
             # States are stored and loaded by one kernel: no load may be early.
             "num_stages": 1,
         }
         block_v = min(_tile(self.value_size), _MAX_BLOCK)
-        self.sizes = {**self.keys, "V": self.value_size, "BLOCK_V": block_v}
+        self.values = {**self.keys, "V": self.value_size, "BLOCK_V": block_v, "num_warps": 8}
+        self.sizes = {**self.values, "BLOCK_K": _tile(self.key_size), "num_warps": self.keys["num_warps"]}
         self.per_chunk = (self.slots * self.chunks,)
         self.blocks = triton.cdiv(self.value_size, block_v)
 
@@ -401,14 +441,27 @@ class _Plan:
     def systems(self, query, key, read, write, log_decay, step_size) -> tuple[Tensor, Tensor, Tensor]:
         """Returns G [B, T, H, R], and weights and inverse systems [B*H, N, BLOCK, BLOCK]."""
         total = torch.empty_like(log_decay, dtype=torch.float32)
+        block = int(self.keys["BLOCK"])
         _total_kernel[self.per_chunk](log_decay, total, self.time, self.chunks, **self.gates)
-        block = self.keys["BLOCK"]
         weights = total.new_empty(self.slots, self.chunks, block, block)
         inverse = torch.empty_like(weights)
         _systems_kernel[self.per_chunk](
             query, key, read, write, step_size, total, weights, inverse, self.time, self.chunks, **self.keys
         )
         return total, weights, inverse
+
+    def through_states(self, features, columns, weight, step_size, total, states, others=None):
+        """Returns the gradients of features [B, T, H, K] and weights [B, T, H, R], and the inner products.
+
+        With `others`, features are written, and inner products are those with `others`.
+        """
+        grads = tuple(torch.empty_like(x, dtype=torch.float32) for x in (features, weight))
+        inner = total.new_empty(self.slots, self.chunks, self.memories)
+        _grad_states_kernel[self.per_chunk](
+            features, columns, weight, step_size, total, states, states if others is None else others, *grads,
+            inner, self.time, self.chunks, **self.sizes, WRITES=others is not None,
+        )  # fmt: skip
+        return grads, inner
 
 
 def chunk_length(chunk_size: int, query: Tensor, value: Tensor, read: Tensor) -> int:
@@ -456,7 +509,7 @@ def _forward(
             query, read, step_size, total, weights, states, errors, output, plan.time, plan.chunks,
             **plan.sizes,
         )  # fmt: skip
-    return output, errors, states[:, :, -1].contiguous().clone(), states
+    return output, errors, states[:, :, -1].clone(), states
 
 
 @torch.library.custom_op(f"{_NAMESPACE}::backward", mutates_args=())
@@ -477,10 +530,13 @@ def _backward(
     """Returns the gradients of the first seven arguments and of the initial memory."""
     inputs = (query, key, value, read, write, log_decay, step_size)
     _check_backward(inputs, errors, states, grad_output, grad_memory, chunk_size)
-    query, key, value, read, write, log_decay, step_size = inputs = _dense(*inputs)
+    query, key, value, read, write, log_decay, step_size = _dense(*inputs)
     errors, states, grad_output = _dense(errors, states, grad_output)
     plan = _Plan(query, key, value, read, chunk_size)
-    grad_query, grad_key, _, *grad_gates = (torch.empty_like(x) for x in inputs)
+    grad_query, grad_key = torch.empty_like(query), torch.empty_like(key)
+    grad_read, grad_write, grad_decay, grad_step = (
+        torch.empty_like(x) for x in (read, write, log_decay, step_size)
+    )
     grad_changes, grad_missings = torch.empty_like(errors), torch.empty_like(errors)
     grad_states = plan.states(grad_memory)
     grad_states[:, :, -1] = grad_memory
@@ -490,13 +546,17 @@ def _backward(
             query, key, read, write, step_size, total, weights, inverse, grad_states, grad_output,
             grad_changes, grad_missings, plan.time, plan.chunks, **plan.sizes,
         )  # fmt: skip
+        reading, _ = plan.through_states(query, grad_output, read, step_size, total, states)
+        holding, _ = plan.through_states(key, grad_missings, write, step_size, total, states)
+        writing, inner = plan.through_states(key, errors, write, step_size, total, grad_states, others=states)
         _grad_inputs_kernel[plan.per_chunk](
-            query, key, read, write, log_decay, step_size, total, states, grad_states, errors, grad_output,
-            grad_changes, grad_missings, grad_query, grad_key, *grad_gates, plan.time, plan.chunks,
-            **plan.sizes,
+            query, key, read, write, log_decay, step_size, total, errors, grad_output, grad_changes,
+            grad_missings, *reading, *holding, *writing, inner, grad_query, grad_key, grad_read, grad_write,
+            grad_decay, grad_step, plan.time, plan.chunks, **plan.values,
         )  # fmt: skip
     grad_value = grad_missings if value.dtype == torch.float32 else grad_missings.to(value.dtype)
-    return grad_query, grad_key, grad_value, *grad_gates, grad_states[:, :, 0].contiguous().clone()
+    grad_gates = grad_read, grad_write, grad_decay, grad_step
+    return grad_query, grad_key, grad_value, *grad_gates, grad_states[:, :, 0].clone()
 
 
 def _check_backward(inputs, errors, states, grad_output, grad_memory, chunk_size: int) -> None:

@@ -1,4 +1,4 @@
-"""Compiles what the operator launches for compute capability 9.0, without a GPU; prints a line per kernel.
+"""Compiles what the operators launch for compute capability 9.0, without a GPU; prints a line per kernel.
 
 A process of its own: kernels that are compiled cannot be interpreted, and the other way round.
 """
@@ -15,7 +15,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from stackformer.memory_bank_triton import _backward, _forward
+from stackformer import delta_bank_triton, memory_bank_triton
 
 TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -63,9 +63,13 @@ def compile_all(key_size, value_size, memories, dtype, chunk_size, allow_tf32=Fa
     )
     read, write, log_decay = torch.zeros(3, 1, 512, 1, memories)
     memory = torch.zeros(1, 1, memories, key_size, value_size)
-    inputs = (query, key, value, read, write, log_decay, memory, memory[..., 0])
-    output, memory, normalizer, denominator = _forward(*inputs, chunk_size, 1e-6)
-    _backward(*inputs, output, denominator, output, memory, normalizer, chunk_size)
+    gates = (read, write, log_decay)
+    inputs = (query, key, value, *gates, memory, memory[..., 0])
+    output, *final, denominator = memory_bank_triton._forward(*inputs, chunk_size, 1e-6)
+    memory_bank_triton._backward(*inputs, output, denominator, output, *final, chunk_size)
+    inputs = (query, key, value, *gates, read[..., 0])
+    output, errors, final, states = delta_bank_triton._forward(*inputs, memory, chunk_size)
+    delta_bank_triton._backward(*inputs, errors, states, output, final, chunk_size)
 
 
 if __name__ == "__main__":
