@@ -94,7 +94,8 @@ def banked_delta_rule(
             -inf wipes a memory: nothing is left of it, and no gradient passes.
         step_size: [B, T, H], the fraction of the error that is corrected, from 0 to 2.
         initial_state: memory [B, H, R, K, V]; zeros if `None`.
-        chunk_size: tokens per chunk. It changes speed and memory, not the result. `None` takes 64.
+        chunk_size: tokens per chunk. It changes speed and memory, not the result. `None` takes 64; "triton"
+            takes at most 64, or 32 for float32 and wide heads.
         implementation: as in `banked_linear_attention`: "recurrent" (the definition, one token after
             another), "chunk" (a few large matrix products and a triangular system per chunk, with a backward
             pass of its own), "cpp" (the same in C++, for CPUs, where it was built), "triton" (the same as
@@ -184,8 +185,7 @@ def _example(device: torch.device, implementation: str) -> list[Tensor]:
 def _run_triton(tensors: Tensors, chunk_size: int, max_decay: float | None) -> tuple[Tensor, Tensor]:
     from .delta_bank_triton import chunk_length, chunked_delta_rule
 
-    query, _, value, read = tensors[:4]
-    length = chunk_length(chunk_size, query, value, read)
+    length = chunk_length(chunk_size, *tensors[:4])
     return chunked_delta_rule(*tensors, safe_chunk_length(length, max_decay, tensors[5], tensors[7].dtype))
 
 

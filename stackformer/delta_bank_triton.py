@@ -368,9 +368,7 @@ def _grad_inputs_kernel(
     grad_holding *= steps[None, :]
     grad_hold = tl.dot(grad_holding, write_inside, input_precision=PRECISION) * from_center
     grad_hold -= _load(grad_hold_state, rows, valid, 0, R, BLOCK_R) * from_start
-    grad_inside = tl.dot(
-        tl.trans(grad_holding), writes * from_center, grad_inside, input_precision=PRECISION
-    )
+    grad_inside = tl.dot(tl.trans(grad_holding), writes * from_center, grad_inside, input_precision=PRECISION)
     grad_total += grad_hold * writes
 
     # Writes and decays.
@@ -411,10 +409,9 @@ class _Plan:
         self.batch, self.time, self.heads, self.key_size = query.shape
         self.value_size, self.memories = value.shape[-1], read.shape[-1]
         self.slots = self.batch * self.heads
-        chunk = chunk_length(min(chunk_size, triton.next_power_of_2(self.time)), query, value, read)
+        chunk = chunk_length(min(chunk_size, triton.next_power_of_2(self.time)), query, key, value, read)
         self.chunks = triton.cdiv(self.time, chunk)
-        exact = torch.float32 in {x.dtype for x in (query, key, value)}
-        exact = exact and not torch.backends.cuda.matmul.allow_tf32
+        exact = _is_float32(query, key, value) and not torch.backends.cuda.matmul.allow_tf32
         self.gates = {"H": self.heads, "R": self.memories, "CHUNK": chunk, "BLOCK_R": _tile(self.memories)}
         wide = _is_wide(query, value, read)
         # Of kernels that take keys in blocks, and of those that take them whole, as lines of states.
@@ -464,10 +461,15 @@ class _Plan:
         return grads, inner
 
 
-def chunk_length(chunk_size: int, query: Tensor, value: Tensor, read: Tensor) -> int:
+def chunk_length(chunk_size: int, query: Tensor, key: Tensor, value: Tensor, read: Tensor) -> int:
     """Returns the tokens per chunk for up to `chunk_size`: a power of two, as long as the tiles allow."""
-    longest = _MAX_CHUNK // 2 if _is_wide(query, value, read) else _MAX_CHUNK
+    large = _is_float32(query, key, value) or _is_wide(query, value, read)
+    longest = _MAX_CHUNK // 2 if large else _MAX_CHUNK
     return 1 << (min(chunk_size, longest).bit_length() - 1)
+
+
+def _is_float32(*tensors: Tensor) -> bool:
+    return torch.float32 in {tensor.dtype for tensor in tensors}
 
 
 def _is_wide(query: Tensor, value: Tensor, read: Tensor) -> bool:
