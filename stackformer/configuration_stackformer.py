@@ -155,9 +155,10 @@ class StackformerConfig(PreTrainedConfig):
         coupled_state_size (`int`, *optional*): Size of each of the two states of the coupled cell; half the
             core's width, rounded up, if `None`.
         sliding_window (`int`, *optional*): Number of tokens that softmax attention sees, including the token
-            itself. If `None`, it sees all tokens, and its state grows.
+            itself, at any position of any text. If `None`, it sees all tokens, and its state grows.
         num_persistent_tokens (`int`, defaults to 0): Learned tokens that softmax attention always sees, in
-            front of all others and outside of any window.
+            front of all others and outside of any window. With a window, they are never further away than
+            `sliding_window` tokens.
         memory_depth (`int`, defaults to 2): Layers of the network of a neural memory; 1 is linear.
         memory_chunk_size (`int`, defaults to 16): Tokens per chunk of a neural memory, counted from the first
             token of each row. The gradients of a chunk are taken at the same weights. For
