@@ -222,12 +222,13 @@ def attend_to_numbers(
     result is not checked: there, NaN may spread to earlier tokens.
 
     Args:
-        attend: maps queries [B', T', H, K] and keys and values [B', T + T', H, K] to [B', T', H, K].
+        attend: maps queries [B', T', H, K] and keys and values [B', T + T', H, K] to [B', T', H, K]. Queries
+            and keys may have another size than values.
     """
     mixed = attend(query, key, value)
     if query.shape[1] == 1 or not can_look_at(mixed) or math.isfinite(mixed.detach().sum()):
         return mixed
-    lost = ~torch.isfinite(key.detach() + value.detach()).all(-1, keepdim=True)
+    lost = ~(torch.isfinite(key).all(-1, keepdim=True) & torch.isfinite(value).all(-1, keepdim=True))
     mixed = attend(query, key.masked_fill(lost, 0.0), value.masked_fill(lost, 0.0))
     marks = lost.to(value.dtype).expand_as(value)
     seen = attend(torch.zeros_like(query), torch.zeros_like(key), marks) > 0
