@@ -146,14 +146,15 @@ class StackformerConfig(PreTrainedConfig):
             the results. `None` takes the size that was measured to be fastest.
         mixer_types (`list[str]`, *optional*): The mixer of each core layer: "banked_linear_attention",
             "attention" (softmax attention), "delta_rule" (fast weights), "coupled" (a reversible recurrent
-            cell), "rwkv" (RWKV-4's time mix), "neural_memory" (the memory of Titans alone), "memory_as_gate"
-            (that memory times softmax attention), "memory_as_context" (softmax attention inside of segments,
-            with that memory as context) or "continuous_attention" (infinity-former). All
-            "banked_linear_attention" if `None`. docs/adding_a_mixer.md shows how to add your own.
+            cell), "coupled_angles" (the same with states that wrap around, so that no token fades), "rwkv"
+            (RWKV-4's time mix), "neural_memory" (the memory of Titans alone), "memory_as_gate" (that memory
+            times softmax attention), "memory_as_context" (softmax attention inside of segments, with that
+            memory as context) or "continuous_attention" (infinity-former). All "banked_linear_attention" if
+            `None`. docs/adding_a_mixer.md shows how to add your own.
         feed_forward_type (`str`, defaults to `"gated"`): The feed-forward of the core layers, "gated" or
             "rwkv_channel_mix" (that of RWKV-4, which also sees the previous token).
-        coupled_state_size (`int`, *optional*): Size of each of the two states of the coupled cell; half the
-            core's width, rounded up, if `None`.
+        coupled_state_size (`int`, *optional*): Size of each of the two states of the coupled cell, in either
+            form; half the core's width, rounded up, if `None`.
         sliding_window (`int`, *optional*): Number of tokens that softmax attention sees, including the token
             itself, at any position of any text. If `None`, it sees all tokens, and its state grows.
         num_persistent_tokens (`int`, defaults to 0): Learned tokens that softmax attention always sees, in

@@ -23,7 +23,7 @@ from .mixer import Mixer
 from .mixer_attention import Attention
 from .mixer_banked_linear_attention import BankedLinearAttention
 from .mixer_continuous import ContinuousAttention
-from .mixer_coupled import Coupled
+from .mixer_coupled import Coupled, CoupledAngles
 from .mixer_delta_rule import DeltaRule
 from .mixer_neural_memory import MemoryAsContext, MemoryAsGate, MemoryAsLayer
 from .mixer_rwkv import TimeMix
@@ -37,6 +37,7 @@ MIXERS: dict[str, Callable[[StackformerConfig], Mixer]] = {
     "banked_linear_attention": BankedLinearAttention,
     "continuous_attention": ContinuousAttention,
     "coupled": Coupled,
+    "coupled_angles": CoupledAngles,
     "delta_rule": DeltaRule,
     "memory_as_context": MemoryAsContext,
     "memory_as_gate": MemoryAsGate,

@@ -55,7 +55,7 @@ FOREIGN = {
             )
         )
         for name in (
-            "attention", "delta_rule", "coupled", "rwkv", "neural_memory", "memory_as_gate",
+            "attention", "delta_rule", "coupled", "coupled_angles", "rwkv", "neural_memory", "memory_as_gate",
             "memory_as_context", "continuous_attention",
         )
     },
