@@ -31,8 +31,8 @@ from torch.nn import functional
 from benchmarks import harness
 from experiments.command_line import COUNT, NATURAL, run_main
 from experiments.report import draw_or_warn
+from stackformer.library import is_available
 from stackformer.memory_bank import banked_linear_attention
-from stackformer.memory_bank_cpu import is_available
 
 try:
     from fast_transformers.attention import CausalLinearAttention

@@ -76,6 +76,8 @@ COMPARED = {
     ),
     "delta rule": Row("delta-tiny", None, "Schlag et al. 2021, Yang et al. 2024; without decay."),
     "RWKV": Row("rwkv-tiny", None, "RWKV-4, Peng et al. 2023."),
+    "coupled": Row("coupled-tiny", None, "a reversible recurrent cell (Gomez et al. 2017), token by token."),
+    "coupled angles": Row("coupled-angles-tiny", None, "the same with states that wrap around."),
     "memory bank": Row(
         "plain-tiny",
         "hidden_size=176,intermediate_size=552,num_memory_banks=4",

@@ -31,6 +31,11 @@ def _are_widths(value) -> bool:
     return is_list and all(_is_number(width) and width > 0 for width in value)
 
 
+def _are_half_lives(value) -> bool:
+    """Whether a value is two finite numbers above 0 in ascending order."""
+    return _are_widths(value) and len(value) == 2 and value[0] <= value[1]
+
+
 def _is_rope(value) -> bool:
     """Whether a value describes the default rotary positions, as in transformers."""
     if not isinstance(value, dict) or not value.keys() <= {"rope_type", "rope_theta"}:
@@ -86,6 +91,8 @@ RULES: dict[str, Rule] = {
     "ponder_loss_coef": NOT_NEGATIVE,
     "density_loss_coef": NOT_NEGATIVE,
     "max_decay_rate": NOT_NEGATIVE,
+    "initial_half_lives": Rule(_are_half_lives, "two numbers above 0, the shorter one first"),
+    "max_step_size": Rule(lambda x: _is_number(x) and 0 < x <= 2, "a number above 0 and at most 2"),
     "initializer_range": NOT_NEGATIVE,
     "memory_max_step_size": NOT_NEGATIVE,
     "halting_threshold": Rule(lambda x: _is_number(x) and x < 1, "a number of at least 0 and less than 1"),
@@ -143,6 +150,13 @@ class StackformerConfig(PreTrainedConfig):
             distribution.
         max_decay_rate (`float`, defaults to 1.0): Largest decay of a memory per token, in nats, for a token
             that writes with weight 1. With 0, memories never decay.
+        initial_half_lives (`list[float]`, defaults to `[4.0, 4096.0]`): Shortest and longest half-life of the
+            memories of a layer at initialisation, in tokens that write evenly to all banks. The banks of all
+            heads are spread evenly between the two on a logarithmic scale. None forgets faster than
+            `max_decay_rate` allows.
+        max_step_size (`float`, defaults to 2.0): The largest fraction of its error that the delta rule
+            corrects per token, at most 2. Above 1, memories have transitions with negative eigenvalues, which
+            track state (Grazzi et al. 2024).
         feature_map (`str`, defaults to `"elu_plus_one"`): Map of queries and keys to non-negative features.
             One of "elu_plus_one", "relu", "softplus", "softmax", "exp".
         conv_kernel_size (`int`, defaults to 4): Number of tokens that the causal convolution over queries,
@@ -154,26 +168,28 @@ class StackformerConfig(PreTrainedConfig):
         chunk_size (`int`, *optional*): Tokens per chunk in training and prefill. It changes the speed, not
             the results. `None` takes the size that was measured to be fastest.
         mixer_types (`list[str]`, *optional*): The mixer of each core layer: "banked_linear_attention",
-            "attention" (softmax attention), "delta_rule" (fast weights), "fast_weights" (a recurrent cell
-            with fast weights and an inner loop), "fixed_size_attention" (sums of f f^T), "coupled" (a
-            reversible recurrent cell), "rwkv" (RWKV-4's time mix), "neural_memory" (the memory of Titans
-            alone), "memory_as_gate" (that memory times softmax attention), "memory_as_context" (softmax
-            attention inside of segments, with that memory as context) or "continuous_attention"
+            "banked_delta_rule" (the delta rule on banks of memories), "attention" (softmax attention),
+            "fast_weights" (a recurrent cell with fast weights and an inner loop), "fixed_size_attention"
+            (sums of f f^T), "coupled" (a reversible recurrent cell), "coupled_angles" (the same with states
+            that wrap around, so that no token fades), "rwkv" (RWKV-4's time mix), "neural_memory" (the memory
+            of Titans alone), "memory_as_gate" (that memory times softmax attention), "memory_as_context"
+            (softmax attention inside of segments, with that memory as context) or "continuous_attention"
             (infinity-former). All "banked_linear_attention" if `None`. docs/adding_a_mixer.md shows how to
             add your own.
         feed_forward_type (`str`, defaults to `"gated"`): The feed-forward of the core layers, "gated" or
             "rwkv_channel_mix" (that of RWKV-4, which also sees the previous token).
-        coupled_state_size (`int`, *optional*): Size of each of the two states of the coupled cell; half the
-            core's width, rounded up, if `None`.
+        coupled_state_size (`int`, *optional*): Size of each of the two states of the coupled cell, in either
+            form; half the core's width, rounded up, if `None`.
         fast_weights_steps (`int`, defaults to 1): Inner steps S for which each token settles in the
             fast weights of "fast_weights" (Ba et al. 2016).
         fast_weights_decay (`float`, defaults to 0.95): Factor by which these fast weights, and the matrix of
             "fixed_size_attention" (de Brebisson & Vincent 2016), decay per token.
         fast_weights_rate (`float`, defaults to 0.5): Weight with which a token is added to either.
         sliding_window (`int`, *optional*): Number of tokens that softmax attention sees, including the token
-            itself. If `None`, it sees all tokens, and its state grows.
+            itself, at any position of any text. If `None`, it sees all tokens, and its state grows.
         num_persistent_tokens (`int`, defaults to 0): Learned tokens that softmax attention always sees, in
-            front of all others and outside of any window.
+            front of all others and outside of any window. With a window, they are never further away than
+            `sliding_window` tokens.
         memory_depth (`int`, defaults to 2): Layers of the network of a neural memory; 1 is linear.
         memory_chunk_size (`int`, defaults to 16): Tokens per chunk of a neural memory, counted from the first
             token of each row. The gradients of a chunk are taken at the same weights. For
@@ -243,6 +259,8 @@ class StackformerConfig(PreTrainedConfig):
     ponder_loss_type: str = "expected_steps"
     ponder_prior: float = 0.2
     max_decay_rate: float = 1.0
+    initial_half_lives: list[float] = None  # type: ignore[assignment]
+    max_step_size: float = 2.0
     feature_map: str = "elu_plus_one"
     conv_kernel_size: int = 4
     feedback: bool = False
@@ -281,6 +299,8 @@ class StackformerConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         if self.mixer_types is None and isinstance(self.num_hidden_layers, int):
             self.mixer_types = ["banked_linear_attention"] * self.num_hidden_layers
+        if self.initial_half_lives is None:
+            self.initial_half_lives = [4.0, 4096.0]
         if isinstance(self.vocab_size, int):
             for name in SPECIAL_TOKENS:
                 default = getattr(type(self), name)

@@ -21,10 +21,10 @@ from .feed_forward import ChannelMix, GatedMLP
 from .layers_stackformer import NORMS, SliceProjection
 from .mixer import Mixer, Told
 from .mixer_attention import Attention
+from .mixer_banked_delta_rule import BankedDeltaRule
 from .mixer_banked_linear_attention import BankedLinearAttention
 from .mixer_continuous import ContinuousAttention
-from .mixer_coupled import Coupled
-from .mixer_delta_rule import DeltaRule
+from .mixer_coupled import Coupled, CoupledAngles
 from .mixer_fast_weights import FastWeights
 from .mixer_fixed_size import FixedSizeAttention
 from .mixer_neural_memory import MemoryAsContext, MemoryAsGate, MemoryAsLayer
@@ -36,10 +36,11 @@ from .token_layout import TokenLayout
 # The token mixers by their name in `config.mixer_types`.
 MIXERS: dict[str, Callable[[StackformerConfig], Mixer]] = {
     "attention": Attention,
+    "banked_delta_rule": BankedDeltaRule,
     "banked_linear_attention": BankedLinearAttention,
     "continuous_attention": ContinuousAttention,
     "coupled": Coupled,
-    "delta_rule": DeltaRule,
+    "coupled_angles": CoupledAngles,
     "fast_weights": FastWeights,
     "fixed_size_attention": FixedSizeAttention,
     "memory_as_context": MemoryAsContext,

@@ -28,38 +28,43 @@ The table `IMPLEMENTATIONS` says which implementations there are, when each of t
 """
 
 import math
-import os
-import warnings
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from functools import cache
-from importlib.util import find_spec
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
+from .chunks import (
+    MAX_CHUNK,
+    NOTHING,
+    ChunkGroup,
+    Gates,
+    bounded,
+    causal_product,
+    check_chunk_size,
+    chunk_groups,
+    expand,
+    from_chunks,
+    in_chunks,
+    safe_chunk_length,
+    scan,
+    with_ones,
+)
 from .dtypes import at_least_float32
-from .memory_bank_cpu import DTYPES, attend, decode_token, is_available
-
-# The variable names the implementation for calls that name none. It is read once: reading it takes time.
-ENVIRONMENT_VARIABLE = "STACKFORMER_IMPLEMENTATION"
-_FROM_ENVIRONMENT = os.environ.get(ENVIRONMENT_VARIABLE) or None
-_HAS_LIBRARY = is_available()
-_HAS_TRITON = find_spec("triton") is not None
-
-# The centred exponents of a chunk stay within +-_MAX_EXPONENT: exp(80) times exp(80) is no float32 infinity
-# in the products that are kept, whose exponents add up to at most 0, and exp(-80) is no denormal.
-_MAX_EXPONENT = {torch.float32: 80.0, torch.float64: 400.0}
-# The exp of _NOTHING is 0: a memory that decays by that much, or more, is wiped. In chunks _NOTHING stands
-# for all logarithms below it, -inf included, since the difference of two infinite sums is no number.
-_NOTHING = {torch.float32: -104.0, torch.float64: -746.0}
-# Longer chunks are cut: no machine has the work space for them.
-_MAX_CHUNK = 2**20
-# Elements of work space for one group of chunks: enough for large products, and few enough for a cache.
-_WORKSPACE = 2**19
+from .implementation import (
+    Implementation,
+    agree_on,
+    can_look_at,
+    check_inputs,
+    check_tensors,
+    choose,
+    library_obstacle,
+    recurrent_obstacle,
+    triton_obstacle,
+    without_autocast,
+)
+from .memory_bank_cpu import attend
 
 State = tuple[Tensor, Tensor]
 
@@ -111,11 +116,11 @@ def banked_linear_attention(
             `implementation` that is unknown or cannot run here, STACKFORMER_IMPLEMENTATION included.
     """
     keys, gates = {"query": query, "key": key}, {"read": read, "write": write, "log_decay": log_decay}
-    _check_inputs(keys, value, gates, _named_state("initial_state", initial_state))
+    check_inputs(keys, value, gates, _named_state("initial_state", initial_state))
     if chunk_size is None:
         chunk_size = 64 if read.shape[-1] < 4 else 128
-    _check_chunk_size(chunk_size)
-    chunk_size = min(chunk_size, _MAX_CHUNK)
+    check_chunk_size(chunk_size)
+    chunk_size = min(chunk_size, MAX_CHUNK)
     _check_eps(eps)
     if max_decay is not None and not max_decay >= 0:
         raise ValueError(f"`max_decay` must be at least 0, got {max_decay}")
@@ -127,7 +132,7 @@ def banked_linear_attention(
         dtype = at_least_float32(query)
         memory, normalizer = (tensor.to(dtype) for tensor in initial_state)
     tensors = (query, key, value, read, write, log_decay, memory, normalizer)
-    with _without_autocast(query.device):
+    with without_autocast(query.device):
         output, memory, normalizer = IMPLEMENTATIONS[implementation].run(tensors, chunk_size, max_decay, eps)
     return output, (memory, normalizer)
 
@@ -139,34 +144,12 @@ Tensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 Results = tuple[Tensor, Tensor, Tensor]  # output, memory, normalizer
 
 
-class Implementation(NamedTuple):
-    """A row of the table: one way to run the operator, or to decode a token.
-
-    Attributes:
-        obstacle: says why it cannot run for some tensors; `None` if it can. In `IMPLEMENTATIONS`, it takes
-            query, key, value and read, and whether the caller asks for this implementation. If the caller
-            asks for none, it is an obstacle, too, that an implementation further down is faster.
-        run: runs it. In `IMPLEMENTATIONS`, it takes the eight tensors, `chunk_size`, `max_decay` and `eps`.
-    """
-
-    obstacle: Callable[..., str | None]
-    run: Callable[..., Any]
-
-
-def _library_obstacle(tensor: Tensor, *_: Any) -> str | None:
-    if not _HAS_LIBRARY:
-        return "the C++ library was not built (it is with the package, if there is a compiler)"
-    if tensor.device.type != "cpu":
-        return f"tensors must be on the CPU, not on {tensor.device}"
-    return None
+def _chunk_length(chunk_size: int, max_decay: float | None, tensors: Tensors) -> int:
+    return safe_chunk_length(chunk_size, max_decay, tensors[5], tensors[6].dtype)
 
 
 def _run_cpp(tensors: Tensors, chunk_size: int, max_decay: float | None, eps: float) -> Results:
-    return attend(*tensors, _safe_chunk_length(chunk_size, max_decay, tensors), eps)
-
-
-def _recurrent_obstacle(query: Tensor, key: Tensor, value: Tensor, read: Tensor, asked: bool) -> str | None:
-    return None if asked or query.shape[1] == 1 else "it is slow for several tokens"
+    return attend(*tensors, _chunk_length(chunk_size, max_decay, tensors), eps)
 
 
 def _run_recurrent(tensors: Tensors, chunk_size: int, max_decay: float | None, eps: float) -> Results:
@@ -181,10 +164,9 @@ def _run_recurrent(tensors: Tensors, chunk_size: int, max_decay: float | None, e
 
 
 def _triton_obstacle(query: Tensor, key: Tensor, value: Tensor, read: Tensor, asked: bool) -> str | None:
-    if not _HAS_TRITON:
-        return "Triton is not installed"
-    if not asked and not query.is_cuda:
-        return "it is slow in Triton's interpreter"
+    found = triton_obstacle(query, asked)
+    if found is not None:
+        return found
     from .memory_bank_triton import obstacle
 
     found = obstacle(query, key, value, read)
@@ -196,60 +178,38 @@ def _triton_obstacle(query: Tensor, key: Tensor, value: Tensor, read: Tensor, as
 @torch.compiler.assume_constant_result
 @cache
 def _triton_works(device: torch.device) -> bool:
-    """Returns whether the kernels compile on a device and agree there with the definition.
+    """Returns whether the kernels work on a device. They are tried once per device, on a small example."""
+    return agree_on(device, _example)
 
-    They are tried once per device, on a small example.
-    """
+
+def _example(device: torch.device, implementation: str) -> list[Tensor]:
+    """Returns the output and the gradients of a small example."""
     generator = torch.Generator().manual_seed(0)
     tensors = [torch.rand(1, 40, 2, size, generator=generator) + 0.1 for size in (16, 16, 16, 2, 2, 2)]
-    query, key, value, read, write, decay = (tensor.to(device).requires_grad_() for tensor in tensors)
-    try:
-        with torch.enable_grad():
-            results = []
-            for implementation in ("recurrent", "triton"):
-                output, _ = banked_linear_attention(
-                    query, key, value, read, write, -decay, implementation=implementation, max_decay=2.0
-                )
-                inputs = (query, key, value, read, write, decay)
-                results.append([output, *torch.autograd.grad(output.square().sum(), inputs)])
-        torch.testing.assert_close(*results, rtol=1e-2, atol=1e-2)
-    except Exception as error:  # whatever a compiler or a driver may raise
-        warnings.warn(f"Triton's kernels do not work on {device}, torch's are used: {error}", stacklevel=2)
-        return False
-    return True
+    inputs = query, key, value, read, write, decay = [x.to(device).requires_grad_() for x in tensors]
+    output, _ = banked_linear_attention(
+        query, key, value, read, write, -decay, implementation=implementation, max_decay=2.0
+    )
+    return [output, *torch.autograd.grad(output.square().sum(), inputs)]
 
 
 def _run_triton(tensors: Tensors, chunk_size: int, max_decay: float | None, eps: float) -> Results:
     from .memory_bank_triton import chunk_length, chunked_attention
 
-    return chunked_attention(*tensors, _safe_chunk_length(chunk_length(chunk_size), max_decay, tensors), eps)
+    return chunked_attention(*tensors, _chunk_length(chunk_length(chunk_size), max_decay, tensors), eps)
 
 
 def _run_chunk(tensors: Tensors, chunk_size: int, max_decay: float | None, eps: float) -> Results:
-    return _ChunkedAttention.apply(*tensors, _safe_chunk_length(chunk_size, max_decay, tensors), eps)
+    return _ChunkedAttention.apply(*tensors, _chunk_length(chunk_size, max_decay, tensors), eps)
 
 
 # A call that asks for none takes the first one without an obstacle.
 IMPLEMENTATIONS = {
-    "cpp": Implementation(_library_obstacle, _run_cpp),
-    "recurrent": Implementation(_recurrent_obstacle, _run_recurrent),
+    "cpp": Implementation(library_obstacle, _run_cpp),
+    "recurrent": Implementation(recurrent_obstacle, _run_recurrent),
     "triton": Implementation(_triton_obstacle, _run_triton),
     "chunk": Implementation(lambda *_: None, _run_chunk),
 }
-
-
-def _decode_token_obstacle(hidden: Tensor) -> str | None:
-    if torch.is_grad_enabled():
-        return "gradients are on"
-    if _FROM_ENVIRONMENT not in (None, "cpp"):
-        return f"{ENVIRONMENT_VARIABLE} is {_FROM_ENVIRONMENT!r}"
-    if not can_look_at(hidden):
-        return "the elements of the hidden states are not in memory, or operators of torch are recorded"
-    return _library_obstacle(hidden)
-
-
-# One token of all of `BankedLinearAttention` between its projections, in the C++ library.
-DECODING = Implementation(_decode_token_obstacle, decode_token)
 
 
 def which_implementation(
@@ -265,29 +225,7 @@ def which_implementation(
         ValueError: for an `implementation` that is unknown or cannot run here, and for such a value of the
             environment variable STACKFORMER_IMPLEMENTATION, which is taken if `implementation` is `None`.
     """
-    name = _FROM_ENVIRONMENT if implementation is None else implementation
-    if name is None:
-        for name, row in IMPLEMENTATIONS.items():
-            if row.obstacle(query, key, value, read, False) is None:
-                return name
-    source, otherwise = "`implementation`", "None"
-    if implementation is None:
-        source, otherwise = f"`{ENVIRONMENT_VARIABLE}`", "not set"
-    if name not in IMPLEMENTATIONS:
-        raise ValueError(f"{source} must be one of {tuple(IMPLEMENTATIONS)} or {otherwise}, got {name!r}")
-    obstacle = IMPLEMENTATIONS[name].obstacle(query, key, value, read, True)
-    if obstacle is not None:
-        raise ValueError(f"{source} must be another than {name!r} here: {obstacle}")
-    return name
-
-
-def can_decode_token(hidden: Tensor) -> bool:
-    """Returns whether `decode_token` can run for tokens with these hidden states, as far as tensors decide.
-
-    `decode_token` runs in the C++ library, on plain tensors on the CPU, without gradients and outside of
-    torch.compile, unless STACKFORMER_IMPLEMENTATION names an implementation other than "cpp".
-    """
-    return DECODING.obstacle(hidden) is None
+    return choose(IMPLEMENTATIONS, (query, key, value, read), implementation)
 
 
 def banked_linear_attention_step(
@@ -314,7 +252,7 @@ def banked_linear_attention_step(
         ValueError: if shapes, dtypes or devices do not go together, or `eps` is out of range.
     """
     keys, gates = {"query": query, "key": key}, {"read": read, "write": write, "log_decay": log_decay}
-    _check_inputs(keys, value, gates, _named_state("state", state), dimensions=3)
+    check_inputs(keys, value, gates, _named_state("state", state), dimensions=3)
     _check_eps(eps)
     return _step(query, key, value, read, write, log_decay, state, eps)
 
@@ -367,8 +305,8 @@ def reverse_banked_linear_attention(
         ValueError: if shapes, dtypes or devices do not go together, or `chunk_size` is not positive.
     """
     state = _named_state("final_state", final_state)
-    _check_inputs({"key": key}, value, {"write": write, "log_decay": log_decay}, state)
-    _check_chunk_size(chunk_size)
+    check_inputs({"key": key}, value, {"write": write, "log_decay": log_decay}, state)
+    check_chunk_size(chunk_size)
     memory, normalizer = final_state
     dtype = memory.dtype
     for stop in range(key.shape[1], 0, -chunk_size):
@@ -379,7 +317,7 @@ def reverse_banked_linear_attention(
         weight = weight * (total.unsqueeze(2) - gates).exp()
         keys = key[:, chunk].to(dtype).transpose(1, 2)  # [B, H, C, K]
         values = value[:, chunk].to(dtype).transpose(1, 2)  # [B, H, C, V]
-        written_key = _expand(weight, keys)  # [B, H, C, R*K]
+        written_key = expand(weight, keys)  # [B, H, C, R*K]
         written = (written_key.transpose(-1, -2) @ values).view_as(memory)  # [B, H, R, K, V]
         growth = (-total).exp().unsqueeze(-1)  # [B, H, R, 1]
         memory = (memory - written) * growth.unsqueeze(-1)
@@ -410,7 +348,7 @@ def combine_chunks(log_decay: Tensor, memory: Tensor, normalizer: Tensor) -> Sta
         )
     bank = (*log_decay.shape, *memory.shape[4:6])
     expected = (("log_decay", log_decay, bank[:4]), ("memory", memory, bank))
-    _check_tensors("log_decay", log_decay.device, (*expected, ("normalizer", normalizer, bank[:5])))
+    check_tensors("log_decay", log_decay.device, (*expected, ("normalizer", normalizer, bank[:5])))
     # The decay over all later spans.
     later = torch.cat([log_decay[1:], torch.zeros_like(log_decay[:1])]).flip(0).cumsum(0).flip(0)
     kept = later.exp().unsqueeze(-1)  # [N, B, H, R, 1]
@@ -431,20 +369,6 @@ def init_memory_bank(query: Tensor, value: Tensor, read: Tensor) -> State:
     return memory, torch.zeros_like(memory[..., 0])
 
 
-def can_look_at(tensor: Tensor) -> bool:
-    """Returns whether the operators that run may depend on the elements of a tensor.
-
-    On a GPU they would have to be waited for. Where operators are recorded, or run for many tensors at once,
-    and in tensors of a subclass or with a tangent, there is no one answer.
-    """
-    if tensor.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return False
-    if type(tensor) is not Tensor or forward_ad._current_level >= 0:
-        return False
-    watched = torch._C._len_torch_dispatch_stack() > 0
-    return not watched and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
-
-
 def _named_state(name: str, state: State | None) -> dict[str, Tensor]:
     """Returns memory and normalizer by the names that errors give them; nothing for `None`."""
     if state is None:
@@ -454,108 +378,9 @@ def _named_state(name: str, state: State | None) -> dict[str, Tensor]:
     return {f"{name}[0]": state[0], f"{name}[1]": state[1]}
 
 
-def _check_inputs(
-    keys: Mapping[str, Tensor],
-    value: Tensor,
-    gates: Mapping[str, Tensor],
-    state: Mapping[str, Tensor],
-    dimensions: int = 4,
-) -> None:
-    """Raises a ValueError that names the first wrong input of the operator, if there is one.
-
-    Args:
-        keys: query and key, or key alone: [B, T, H, K], or [B, H, K] for three `dimensions`.
-        value: [B, T, H, V], or [B, H, V].
-        gates: read, write and log decay, or some of them: [B, T, H, R], or [B, H, R].
-        state: a memory [B, H, R, K, V] and a normalizer [B, H, R, K], or neither.
-        dimensions: 4 for inputs with a time dimension, 3 for one token.
-    """
-    of, like = next(iter(keys.items()))
-    if like.dim() != dimensions:
-        letters = "[batch, time, heads, key size]" if dimensions == 4 else "[batch, heads, key size]"
-        raise ValueError(f"`{of}` must have shape {letters}, got {tuple(like.shape)}")
-    gate, one_gate = next(iter(gates.items()))
-    for name, tensor in ((of, like), ("value", value), (gate, one_gate)):
-        if 0 in tensor.shape[1:]:
-            raise ValueError(
-                f"`{name}` must have at least one token, head and feature, got shape {tuple(tensor.shape)}"
-            )
-    tokens, key_size = tuple(like.shape[:-1]), like.shape[-1]
-    value_size, memories = (x.shape[-1] if x.dim() > 0 else 0 for x in (value, one_gate))
-    expected = [(name, tensor, (*tokens, key_size)) for name, tensor in keys.items()]
-    expected.append(("value", value, (*tokens, value_size)))
-    expected += [(name, tensor, (*tokens, memories)) for name, tensor in gates.items()]
-    bank = (tokens[0], tokens[-1], memories, key_size)
-    expected += zip(state, state.values(), ((*bank, value_size), bank), strict=False)
-    _check_tensors(of, like.device, expected)
-
-
-def _check_tensors(
-    of: str, device: torch.device, expected: Iterable[tuple[str, Tensor, tuple[int, ...]]]
-) -> None:
-    """Raises a ValueError that names the first tensor that does not go with the others.
-
-    Args:
-        of: the name of the tensor that the others have to go with.
-        device: the device of that tensor.
-        expected: name, tensor and shape of each tensor.
-    """
-    for name, tensor, shape in expected:
-        if tensor.shape != shape:
-            raise ValueError(
-                f"`{name}` must have shape {tuple(shape)} to go with `{of}`, got {tuple(tensor.shape)}"
-            )
-        if tensor.dtype not in DTYPES:
-            raise ValueError(f"`{name}` must be one of {DTYPES}, got {tensor.dtype}")
-        if tensor.device != device:
-            raise ValueError(f"`{name}` must be on {device} as `{of}` is, got a tensor on {tensor.device}")
-
-
-def _without_autocast(device: torch.device) -> AbstractContextManager:
-    """Returns a context in which products keep the dtypes that they are given."""
-    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
-
-
-def _check_chunk_size(chunk_size: int) -> None:
-    if not isinstance(chunk_size, int) or chunk_size < 1:
-        raise ValueError(f"`chunk_size` must be an integer of at least 1, got {chunk_size!r}")
-
-
 def _check_eps(eps: float) -> None:
     if not 0 <= eps < math.inf:
         raise ValueError(f"`eps` must be at least 0 and finite, got {eps}")
-
-
-def _safe_chunk_length(chunk_size: int, max_decay: float | None, tensors: Tensors) -> int:
-    """Returns the longest chunk, halving from `chunk_size`, whose centred exponents stay inside the dtype.
-
-    Args:
-        max_decay: the bound on all decays; `None` if there is none but the log decay in `tensors` itself.
-    """
-    log_decay, dtype = tensors[5], tensors[6].dtype
-    nothing, most = -_NOTHING[dtype], 2 * _MAX_EXPONENT[dtype]
-    if max_decay is not None:
-        decay = min(max_decay, nothing)
-        while chunk_size > 1 and (chunk_size - 1) * decay > most:
-            chunk_size //= 2
-        return chunk_size
-    while chunk_size // 2 >= log_decay.shape[1]:
-        chunk_size //= 2
-    if chunk_size == 1 or log_decay.is_meta or log_decay.numel() == 0:
-        return chunk_size
-    largest = float(log_decay.detach().abs().amax())
-    if (chunk_size - 1) * largest <= most:
-        return chunk_size
-    # Measure the decay of each whole chunk: a few tokens that forget much, or all, need not shorten them all.
-    # NaN shortens no chunk, so that it does not change the roundings of tokens before it.
-    decays = log_decay.detach().to(dtype).abs().nan_to_num(nan=0.0).clamp(max=nothing)
-    while chunk_size > 1:
-        padding = (0, 0, 0, 0, 0, -decays.shape[1] % chunk_size)
-        chunks = torch.nn.functional.pad(decays, padding).unflatten(1, (-1, chunk_size))  # [B, N, C, H, R]
-        if float(chunks[:, :, 1:].sum(2).amax()) <= most:
-            break
-        chunk_size //= 2
-    return chunk_size
 
 
 # The chunk form.
@@ -569,87 +394,10 @@ def _safe_chunk_length(chunk_size: int, max_decay: float | None, tensors: Tensor
 # others.
 
 
-class _ChunkGroup(NamedTuple):
-    """`chunks` of `length` tokens from token `start` on, which are computed at once."""
-
-    start: int
-    chunks: int
-    length: int
-
-
-def _in_chunks(tensor: Tensor, group: _ChunkGroup, dtype: torch.dtype) -> Tensor:
-    """Returns the tokens of a group in [B, T, H, F] as [B*H, N, C, F], for N chunks of C tokens."""
-    batch, _, heads, features = tensor.shape
-    start, chunks, length = group
-    tensor = tensor[:, start : start + chunks * length].unflatten(1, (chunks, length))  # [B, N, C, H, F]
-    return tensor.permute(0, 3, 1, 2, 4).to(dtype).reshape(batch * heads, chunks, length, features)
-
-
-def _from_chunks(tensor: Tensor, heads: int) -> Tensor:
-    """Returns [B*H, N, C, F] as [B, N*C, H, F]."""
-    return tensor.unflatten(0, (-1, heads)).permute(0, 2, 3, 1, 4).flatten(1, 2)
-
-
-def _chunk_groups(time: int, length: int, elements_per_chunk: int) -> list[_ChunkGroup]:
-    """Returns groups that fit the work space; the last one may be a single shorter chunk."""
-    length = min(length, time)
-    whole = time // length
-    per_group = max(1, _WORKSPACE // max(1, elements_per_chunk))
-    groups = [_ChunkGroup(i * length, min(per_group, whole - i), length) for i in range(0, whole, per_group)]
-    if whole * length < time:
-        groups.append(_ChunkGroup(whole * length, 1, time - whole * length))
-    return groups
-
-
-class _Gates:
-    """The exponentials of a group of chunks, each [B*H, N, C, R]; `decay` is [B*H, N, R]."""
-
-    def __init__(self, read: Tensor, write: Tensor, log_decay: Tensor):
-        total = log_decay.cumsum(-2)
-        first, last = total[..., :1, :], total[..., -1:, :]
-        # With a NaN in the chunk there is no midpoint. The other center bounds the exponents of the tokens
-        # before the NaN, whatever they decay by.
-        middle = torch.lerp(first, last, 0.5)
-        center = torch.where(last <= first, middle, first - _MAX_EXPONENT[total.dtype])
-        self.from_center, self.to_center = (total - center).exp_(), (center - total).exp_()
-        self.from_start, self.to_end = total.exp(), (last - total).exp_()
-        self.decay = last.squeeze(-2).exp()
-        self.read_inside, self.write_inside = read * self.from_center, write * self.to_center
-        self.read_state, self.write_state = read * self.from_start, write * self.to_end
-
-
-def _expand(weights: Tensor, features: Tensor) -> Tensor:
-    """Returns the products of weights [..., C, R] and features [..., C, K] as [..., C, R*K]."""
-    return (weights.unsqueeze(-1) * features.unsqueeze(-2)).flatten(-2)
-
-
-def _with_ones(value: Tensor) -> Tensor:
-    """Returns [..., V] with the column of the normalizer, as [..., V+1]."""
-    return torch.cat([value, torch.ones_like(value[..., :1])], dim=-1)
-
-
-def _scan(state: Tensor, decay: Tensor, update: Tensor) -> tuple[Tensor, Tensor]:
-    """Hands a state on from chunk to chunk.
-
-    Args:
-        state: [B*H, R*K, V+1]; decay: [B*H, N, R]; update: [B*H, N, R*K, V+1].
-
-    Returns:
-        The states at the start of each chunk [B*H, N, R*K, V+1], and the state after the last one.
-    """
-    key_size = update.shape[-2] // decay.shape[-1]
-    decay = decay.repeat_interleave(key_size, dim=-1).unsqueeze(-1)  # [B*H, N, R*K, 1]
-    starts = []
-    for chunk in range(update.shape[1]):
-        starts.append(state)
-        state = torch.addcmul(update[:, chunk], decay[:, chunk], state)
-    return torch.stack(starts, dim=1), state
-
-
 class _GroupResults(NamedTuple):
     """The results of all groups of chunks."""
 
-    groups: list[_ChunkGroup]
+    groups: list[ChunkGroup]
     output: Tensor  # [B, T, H, V]
     denominator: Tensor  # [B, T, H, 1]
     group_states: Tensor  # [groups, B*H, R*K, V+1], at the start of each
@@ -672,32 +420,27 @@ def _in_groups(
     batch, time, heads, key_size = inputs[0].shape
     memories, value_size = inputs[3].shape[-1], inputs[2].shape[-1]
     columns = memories * key_size
-    groups = _chunk_groups(
+    groups = chunk_groups(
         time, length, batch * heads * (length * (length + columns) + columns * (value_size + 1))
     )
     state = torch.cat([memory, normalizer.unsqueeze(-1)], dim=-1)  # [B, H, R, K, V+1]
     state = state.reshape(batch * heads, columns, value_size + 1)  # [B*H, R*K, V+1]
     group_states, outputs, denominators = [], [], []
     for group in groups:
-        q, k, v, r, w, g = (_in_chunks(tensor, group, memory.dtype) for tensor in inputs)
-        v = _with_ones(v)
-        gates = _Gates(r, w, g)
+        q, k, v, r, w, g = (in_chunks(tensor, group, memory.dtype) for tensor in inputs)
+        v = with_ones(v)
+        gates = Gates(r, w, g)
         group_states.append(state)
-        starts, state = _scan(state, gates.decay, _expand(gates.write_state, k).transpose(-1, -2) @ v)
+        starts, state = scan(state, gates.decay, expand(gates.write_state, k).transpose(-1, -2) @ v)
         weights = (q @ k.transpose(-1, -2)).mul_(_inside(gates)).tril_()
-        sums = _causal_product(weights, v) if prepared else weights @ v
-        sums = sums + _expand(gates.read_state, q) @ starts
+        sums = causal_product(weights, v) if prepared else weights @ v
+        sums = sums + expand(gates.read_state, q) @ starts
         denominator = sums[..., -1:] + eps
-        outputs.append(_from_chunks(sums[..., :-1] / denominator, heads))
-        denominators.append(_from_chunks(denominator, heads))
+        outputs.append(from_chunks(sums[..., :-1] / denominator, heads))
+        denominators.append(from_chunks(denominator, heads))
     return _GroupResults(
         groups, torch.cat(outputs, dim=1), torch.cat(denominators, dim=1), torch.stack(group_states), state
     )
-
-
-def _bounded(log_decay: Tensor, dtype: torch.dtype) -> Tensor:
-    """Returns the log decay with _NOTHING in place of everything below it."""
-    return log_decay.to(dtype).clamp(min=_NOTHING[dtype])
 
 
 class _ChunkedAttention(torch.autograd.Function):
@@ -705,7 +448,7 @@ class _ChunkedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, query, key, value, read, write, log_decay, memory, normalizer, length, eps):
-        inputs = (query, key, value, read, write, _bounded(log_decay, memory.dtype))
+        inputs = (query, key, value, read, write, bounded(log_decay, memory.dtype))
         # Being prepared for values that are no numbers takes time. Where the results may be looked at, it is
         # done only if there are such values.
         may_ask = can_look_at(value)
@@ -724,49 +467,40 @@ class _ChunkedAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_output, grad_memory, grad_normalizer):
-        with _without_autocast(grad_output.device):
+        with without_autocast(grad_output.device):
             return _ChunkedAttention._backward(ctx, grad_output, grad_memory, grad_normalizer)
 
     @staticmethod
     def _backward(ctx, grad_output, grad_memory, grad_normalizer):
         query, key, value, read, write, log_decay, output, denominator, group_states = ctx.saved_tensors
         dtype = denominator.dtype
-        inputs = (query, key, value, read, write, _bounded(log_decay, dtype))
+        inputs = (query, key, value, read, write, bounded(log_decay, dtype))
         heads = query.shape[2]
         grad_sums = grad_output.to(dtype) / denominator
         grad_sums = torch.cat([grad_sums, -(grad_sums * output).sum(-1, keepdim=True)], dim=-1)
         grad_state = torch.cat([grad_memory, grad_normalizer.unsqueeze(-1)], dim=-1).view_as(group_states[0])
         grads: list[list[Tensor]] = [[] for _ in range(6)]
         for group, state in zip(reversed(ctx.groups), reversed(group_states.unbind()), strict=True):
-            chunks = [_in_chunks(x, group, dtype) for x in inputs]
+            chunks = [in_chunks(x, group, dtype) for x in inputs]
             group_grads, grad_state = _group_backward(
-                chunks, state, _in_chunks(grad_sums, group, dtype), grad_state
+                chunks, state, in_chunks(grad_sums, group, dtype), grad_state
             )
             for collected, grad in zip(grads, group_grads, strict=True):
-                collected.append(_from_chunks(grad, heads))
+                collected.append(from_chunks(grad, heads))
         results = [torch.cat(parts[::-1], dim=1) for parts in grads]
         # No gradient passes a wiped memory; the sum has the rounding errors of terms that cancel.
-        results[5].masked_fill_(inputs[5] <= _NOTHING[dtype], 0.0)
+        results[5].masked_fill_(inputs[5] <= NOTHING[dtype], 0.0)
         results = [grad.to(x.dtype) for grad, x in zip(results, ctx.saved_tensors, strict=False)]
         grad_state = grad_state.view(*grad_memory.shape[:-1], grad_memory.shape[-1] + 1)
         return *results, grad_state[..., :-1], grad_state[..., -1], None, None
 
 
-def _inside(gates: _Gates) -> Tensor:
+def _inside(gates: Gates) -> Tensor:
     """Returns the weight of token j at token i of the same chunk, over all memories, as [B*H, N, C, C].
 
     Only j <= i has a meaning: the other elements may be infinities or NaN.
     """
     return gates.read_inside @ gates.write_inside.transpose(-1, -2)
-
-
-def _causal_product(weights: Tensor, value: Tensor) -> Tensor:
-    """Returns lower triangular `weights` [B*H, N, C, C] times `value` [B*H, N, C, V].
-
-    A plain product multiplies later values by 0, which is NaN for values that are not finite. This one leaves
-    such values out, and sets their column to NaN from their token on.
-    """
-    return weights @ value.nan_to_num(0.0, 0.0, 0.0) + (value - value).cumsum(-2)
 
 
 def _group_backward(
@@ -781,13 +515,13 @@ def _group_backward(
         grad_state: the gradient of the state after the group [B*H, R*K, V+1].
     """
     q, k, v, r, w, g = chunks
-    v = _with_ones(v)
-    gates = _Gates(r, w, g)
-    read_query, written_key = _expand(gates.read_state, q), _expand(gates.write_state, k)
-    starts, _ = _scan(state, gates.decay, written_key.transpose(-1, -2) @ v)
+    v = with_ones(v)
+    gates = Gates(r, w, g)
+    read_query, written_key = expand(gates.read_state, q), expand(gates.write_state, k)
+    starts, _ = scan(state, gates.decay, written_key.transpose(-1, -2) @ v)
     # From the last chunk to the first: gradients of each chunk's final state and of the group's initial one.
     decay = gates.decay.flip(1)
-    grad_ends, grad_state = _scan(grad_state, decay, (read_query.transpose(-1, -2) @ grad_sums).flip(1))
+    grad_ends, grad_state = scan(grad_state, decay, (read_query.transpose(-1, -2) @ grad_sums).flip(1))
     grad_ends = grad_ends.flip(1)
 
     scores, inside = q @ k.transpose(-1, -2), _inside(gates).tril()

@@ -1,128 +1,27 @@
 # Copyright 2026 The Stackformer authors. Licensed under the Apache License, Version 2.0.
 """The chunk form of `banked_linear_attention` for CPUs in C++: csrc/memory_bank.cpp, if it was built.
 
-setup.py builds the library where it finds a compiler. The library is loaded with ctypes and knows nothing of
-torch, so that one build serves every version of torch. Nothing depends on the library: without it,
-memory_bank.py computes the same in torch.
-
-The library reads and writes wherever a pointer leads, so every tensor is checked before it becomes a pointer:
-`check_tensors` checks its shape, dtype and device, and `_pointer` that it has elements in memory.
+The library reads and writes wherever a pointer leads, so every tensor is checked before it becomes a pointer.
 """
 
-import ctypes
-import warnings
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
-_CPU = torch.device("cpu")
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_INPUTS = ("query", "key", "value", "read", "write", "log_decay")
-# `Precision` of csrc/memory_bank.cpp, by the dtype of queries, keys, values and output.
-_PRECISIONS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
-
-
-class _Tokens(ctypes.Structure):
-    """The pointer and the strides of a tensor [B, T, H, ...] whose last dimension is dense."""
-
-    _fields_ = [("data", ctypes.c_void_p)] + [(name, ctypes.c_int64) for name in ("batch", "time", "head")]
-
-
-class _Problem(ctypes.Structure):
-    """`Problem` of csrc/memory_bank.cpp, field by field."""
-
-    _fields_ = (
-        [(n, ctypes.c_int64) for n in ("batch", "time", "heads", "key_size", "value_size")]
-        + [(n, ctypes.c_int64) for n in ("memories", "chunk")]
-        + [("eps", ctypes.c_double)]
-        + [(n, _Tokens) for n in _INPUTS]
-        + [(n, ctypes.c_void_p) for n in ["memory", "normalizer", "start_memory", "start_normalizer"]]
-        + [(n, _Tokens) for n in ["output", "denominator"]]
-        + [(n, ctypes.c_void_p) for n in ["final_memory", "final_normalizer"]]
-        + [(f"grad_{n}", _Tokens) for n in ("output", *_INPUTS)]
-    )
-
-
-class _Step(ctypes.Structure):
-    """`Step` of csrc/memory_bank.cpp, field by field."""
-
-    _fields_ = (
-        [(n, ctypes.c_int64) for n in ("batch", "count", "heads", "size", "banks", "levels", "taps")]
-        + [(n, ctypes.c_double) for n in ("eps", "norm_eps")]
-        + [(n, ctypes.c_void_p) for n in ("projected", "conv_weight")]
-        + [(n, ctypes.c_void_p) for n in ("pointer", "read", "write", "log_decay")]
-        + [(n, ctypes.c_void_p) for n in ("norm_weight", "gate", "past", "memory", "normalizer")]
-        + [(n, ctypes.c_void_p) for n in ("new_past", "new_memory", "new_normalizer", "output", "rows")]
-    )
-
-
-# `stackformer_abi` of csrc/memory_bank.cpp is the same number: it changes with what the functions do, here
-# and there, and with the sizes of the structs.
-_ABI = (2 * 10000 + ctypes.sizeof(_Problem)) * 10000 + ctypes.sizeof(_Step)
-
-
-def _load_library(folder: Path) -> ctypes.CDLL | None:
-    """Loads the library in a folder that was built for this platform and for this file.
-
-    Returns:
-        The library, or `None` if there is none, with a warning if there is one for another version.
-    """
-    others = []
-    for path in sorted(folder.glob("_memory_bank.*")):
-        try:
-            library = ctypes.CDLL(str(path))
-        except OSError:  # built for another platform
-            continue
-        if _abi_of(library) != _ABI:  # it would read structs that it was not built for
-            others.append(path.name)
-            continue
-        library.stackformer_memory_bank.argtypes = [ctypes.POINTER(_Problem)] + [ctypes.c_int] * 3
-        library.stackformer_step.argtypes = [ctypes.POINTER(_Step)] + [ctypes.c_int] * 2
-        return library
-    if others:
-        warnings.warn(
-            f"{', '.join(others)} in {folder} was built for another version of stackformer and is not used; "
-            "torch is, which is slower. Install stackformer again to build it anew.",
-            stacklevel=2,
-        )
-    return None
-
-
-def _abi_of(library: ctypes.CDLL) -> int | None:
-    """Returns the number that a library was built with; `None` for one from before there were numbers."""
-    try:
-        function = library.stackformer_abi
-    except AttributeError:
-        return None
-    function.restype = ctypes.c_int64
-    return function()
-
-
-_LIBRARY = _load_library(Path(__file__).parent)
-
-
-def is_available() -> bool:
-    """Returns whether the library was built for this platform."""
-    return _LIBRARY is not None
-
-
-def check_tensors(device: torch.device, expected: Iterable[tuple[str, Tensor, tuple[int, ...]]]) -> None:
-    """Raises a ValueError that names the first tensor whose elements are not what a pointer to them says.
-
-    Args:
-        device: where all tensors must be.
-        expected: name, tensor and shape of each.
-    """
-    for name, tensor, shape in expected:
-        if tensor.shape != shape or tensor.dtype not in DTYPES or tensor.device != device:
-            raise ValueError(
-                f"`{name}` must have shape {tuple(shape)}, be one of {DTYPES} and on {device}, got "
-                f"{tuple(tensor.shape)}, {tensor.dtype} and {tensor.device}"
-            )
+from .library import (
+    INPUTS,
+    Problem,
+    address_of,
+    check_layout,
+    contiguous,
+    dense,
+    is_available,
+    is_plain,
+    run_problem,
+    tokens_of,
+)
 
 
 def check_call(inputs: Sequence[Tensor], state: Sequence[Tensor], prefix: str = "") -> None:
@@ -133,8 +32,8 @@ def check_call(inputs: Sequence[Tensor], state: Sequence[Tensor], prefix: str = 
         state: memory [B, H, R, K, V] and normalizer [B, H, R, K], or their gradients.
         prefix: of the names of these two.
     """
-    if len(inputs) != len(_INPUTS):
-        raise ValueError(f"`inputs` must be the {len(_INPUTS)} tensors {_INPUTS}, got {len(inputs)}")
+    if len(inputs) != len(INPUTS):
+        raise ValueError(f"`inputs` must be the {len(INPUTS)} tensors {INPUTS}, got {len(inputs)}")
     query, _, value, read, _, _ = inputs
     if any(tensor.dim() != 4 or 0 in tensor.shape[1:] for tensor in (query, value, read)):
         raise ValueError(
@@ -145,39 +44,8 @@ def check_call(inputs: Sequence[Tensor], state: Sequence[Tensor], prefix: str = 
     values, gates = (batch, time, heads, value.shape[3]), (batch, time, heads, read.shape[3])
     bank = (batch, heads, read.shape[3], key_size, value.shape[3])
     shapes = (query.shape, query.shape, values, gates, gates, gates, bank, bank[:4])
-    names = (*_INPUTS, f"{prefix}memory", f"{prefix}normalizer")
-    check_tensors(query.device, zip(names, (*inputs, *state), shapes, strict=True))
-
-
-def _pointer(tensor: Tensor) -> int:
-    """Returns the address of the elements, and raises a ValueError if they are not in memory."""
-    pointer = tensor.data_ptr()
-    if not pointer and tensor.numel() > 0:
-        raise ValueError(
-            f"tensors must have their elements in memory, got a {type(tensor).__name__} of shape "
-            f"{tuple(tensor.shape)} without any"
-        )
-    return pointer
-
-
-def _tokens(tensor: Tensor) -> _Tokens:
-    return _Tokens(_pointer(tensor), *tensor.stride()[:3])
-
-
-def _dense(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Returns the tensor in the dtype, with a dense last dimension, and with the sign that is in memory."""
-    if tensor.dtype != dtype:  # `to` takes ten times as long, and decoding has many tensors
-        tensor = tensor.to(dtype)
-    if tensor.is_neg():
-        tensor = tensor.resolve_neg()
-    return tensor if tensor.stride()[-1] == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
-
-
-def _contiguous(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Returns the tensor in the dtype, with all dimensions dense, and with the sign that is in memory."""
-    if tensor.dtype == dtype and tensor.is_contiguous() and not tensor.is_neg():
-        return tensor
-    return tensor.to(dtype).contiguous().resolve_neg()
+    names = (*INPUTS, f"{prefix}memory", f"{prefix}normalizer")
+    check_layout(query.device, zip(names, (*inputs, *state), shapes, strict=True))
 
 
 def _dtypes(inputs: Sequence[Tensor], dtype: torch.dtype) -> list[torch.dtype]:
@@ -191,23 +59,16 @@ def _dtypes(inputs: Sequence[Tensor], dtype: torch.dtype) -> list[torch.dtype]:
 
 def _as_taken(inputs: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
     """Returns the inputs as the library takes them, for states in the dtype."""
-    return [_dense(tensor, taken) for tensor, taken in zip(inputs, _dtypes(inputs, dtype), strict=True)]
-
-
-def _run(problem: _Problem, dtype: torch.dtype, backwards: bool) -> None:
-    """Calls the library. `dtype` is the one of queries, keys, values and output."""
-    assert _LIBRARY is not None
-    if _LIBRARY.stackformer_memory_bank(problem, _PRECISIONS[dtype], backwards, torch.get_num_threads()):
-        raise MemoryError("no memory for the work space of banked linear attention")
+    return [dense(tensor, taken) for tensor, taken in zip(inputs, _dtypes(inputs, dtype), strict=True)]
 
 
 def _problem(
     inputs: Sequence[Tensor], output: Tensor, denominator: Tensor, length: int, eps: float
-) -> _Problem:
+) -> Problem:
     """Returns what forward and backward pass share of a problem."""
     query, _, value, read, _, _ = inputs
     batch, time, heads, key_size = query.shape
-    return _Problem(
+    return Problem(
         batch=batch,
         time=time,
         heads=heads,
@@ -216,9 +77,9 @@ def _problem(
         memories=read.shape[-1],
         chunk=min(length, time),
         eps=eps,
-        output=_tokens(output),
-        denominator=_tokens(denominator),
-        **{name: _tokens(tensor) for name, tensor in zip(_INPUTS, inputs, strict=True)},
+        output=tokens_of(output),
+        denominator=tokens_of(denominator),
+        **{name: tokens_of(tensor) for name, tensor in zip(INPUTS, inputs, strict=True)},
     )
 
 
@@ -233,14 +94,14 @@ def _forward(
         [B, H, chunks, ...], which are empty without `keep_states`.
     """
     inputs = _as_taken(inputs, memory.dtype)
-    memory, normalizer = (_contiguous(tensor, memory.dtype) for tensor in (memory, normalizer))
+    memory, normalizer = (contiguous(tensor, memory.dtype) for tensor in (memory, normalizer))
     results = _empty_results(inputs, memory, normalizer, length, eps, keep_states)
     problem = _problem(inputs, results[0], results[1], length, eps)
-    problem.memory, problem.normalizer = _pointer(memory), _pointer(normalizer)
-    problem.final_memory, problem.final_normalizer = _pointer(results[2]), _pointer(results[3])
+    problem.memory, problem.normalizer = address_of(memory), address_of(normalizer)
+    problem.final_memory, problem.final_normalizer = address_of(results[2]), address_of(results[3])
     if keep_states:
-        problem.start_memory, problem.start_normalizer = _pointer(results[4]), _pointer(results[5])
-    _run(problem, results[0].dtype, False)
+        problem.start_memory, problem.start_normalizer = address_of(results[4]), address_of(results[5])
+    run_problem(problem, results[0].dtype, False)
     return results
 
 
@@ -306,8 +167,8 @@ def _backward(
     _check_backward(inputs, *tensors, grad_output, grad_memory, grad_normalizer, length)
     dtype = denominator.dtype
     inputs = _as_taken(inputs, dtype)
-    output, grad_output = _dense(output, inputs[0].dtype), _dense(grad_output, inputs[0].dtype)
-    start_memory, start_normalizer = (_contiguous(x, dtype) for x in (start_memory, start_normalizer))
+    output, grad_output = dense(output, inputs[0].dtype), dense(grad_output, inputs[0].dtype)
+    start_memory, start_normalizer = (contiguous(x, dtype) for x in (start_memory, start_normalizer))
     grads = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in inputs]
     # Copies: the gradients of the final state are overwritten with those of the initial one.
     states = [
@@ -315,12 +176,12 @@ def _backward(
         for x in (grad_memory, grad_normalizer)
     ]
     problem = _problem(inputs, output, denominator, length, eps)
-    problem.start_memory, problem.start_normalizer = _pointer(start_memory), _pointer(start_normalizer)
-    problem.final_memory, problem.final_normalizer = _pointer(states[0]), _pointer(states[1])
-    problem.grad_output = _tokens(grad_output)
-    for name, grad in zip(_INPUTS, grads, strict=True):
-        setattr(problem, f"grad_{name}", _tokens(grad))
-    _run(problem, output.dtype, True)
+    problem.start_memory, problem.start_normalizer = address_of(start_memory), address_of(start_normalizer)
+    problem.final_memory, problem.final_normalizer = address_of(states[0]), address_of(states[1])
+    problem.grad_output = tokens_of(grad_output)
+    for name, grad in zip(INPUTS, grads, strict=True):
+        setattr(problem, f"grad_{name}", tokens_of(grad))
+    run_problem(problem, output.dtype, True)
     return grads + states
 
 
@@ -332,7 +193,7 @@ def _check_backward(
     _check_length(length)
     (batch, time, heads, _), value = inputs[0].shape, inputs[2]
     chunks, bank = -(-time // min(length, time)), grad_memory.shape[2:]
-    check_tensors(
+    check_layout(
         value.device,
         (
             ("output", output, value.shape),
@@ -357,7 +218,7 @@ def _fake_backward(
 
 if is_available():
     # As operators of torch, so that torch.compile takes them as they are.
-    _OPERATORS = torch.library.Library("stackformer", "DEF")
+    _OPERATORS = torch.library.Library("stackformer", "FRAGMENT")
     _OPERATORS.define(
         "chunk_forward(Tensor[] inputs, Tensor memory, Tensor normalizer, int length, float eps, "
         "bool keep_states) -> Tensor[]"
@@ -427,146 +288,3 @@ def attend(
     # Call the library directly: the way through torch's operators takes longer than a token.
     results = _forward(tensors[:6], memory, normalizer, length, eps, False)
     return results[0].to(value.dtype), results[2], results[3]
-
-
-def is_plain(*tensors: Tensor) -> bool:
-    """Returns whether every tensor is no more than the elements in its memory.
-
-    Tensors of a subclass, such as fake ones, and tangents of forward-mode differentiation are more than that.
-    """
-    return forward_ad._current_level < 0 and all(type(tensor) is Tensor for tensor in tensors)
-
-
-def _check_step(
-    projected: Tensor,
-    conv_weight: Tensor,
-    pointer: Tensor,
-    bank_weights: tuple[Tensor, Tensor, Tensor],
-    norm_weight: Tensor,
-    gate: Tensor,
-    state: tuple[Tensor, ...],
-    rows: Tensor | None,
-) -> tuple[int, int, int, int, int, int, int]:
-    """Checks the arguments of `decode_token`, and returns the sizes that `_Step` begins with."""
-    dimensions = (projected.dim(), conv_weight.dim(), pointer.dim(), bank_weights[0].dim())
-    if dimensions != (2, 3, 2, 3) or len(bank_weights) != 3 or len(state) != 3:
-        raise ValueError(
-            "`projected`, `conv_weight`, `pointer` and `bank_weights[0]` must have 2, 3, 2 and 3 dimensions, "
-            "and `bank_weights` and `state` 3 tensors each, got "
-            f"{dimensions} dimensions, and {len(bank_weights)} and {len(state)} tensors"
-        )
-    (batch, channels), (_, heads, banks) = projected.shape, bank_weights[0].shape
-    levels, taps, size = pointer.shape[1], conv_weight.shape[2], channels // max(3 * heads, 1)
-    if not (size and heads and banks and levels and taps):
-        raise ValueError(
-            "tokens must have at least one channel for each part of each head, bank, level and tap, got "
-            f"{channels} channels, {heads} heads, {banks} banks, {levels} levels and {taps} taps"
-        )
-    memory, normalizer, past = state
-    if rows is None:
-        count = batch
-    else:
-        count = memory.shape[0] if memory.dim() > 0 else 0
-        if rows.shape != (batch,) or rows.dtype != torch.int64 or not rows.is_cpu:
-            raise ValueError(
-                f"`rows` must be {batch} integers of 64 bits on the CPU, got a tensor of shape "
-                f"{tuple(rows.shape)}, {rows.dtype}, on {rows.device}"
-            )
-    gates, width = (batch, heads, banks), heads * size
-    bank = (count, heads, levels * banks, size)
-    check_tensors(
-        _CPU,
-        (
-            ("projected", projected, (batch, 3 * width)),
-            ("conv_weight", conv_weight, (channels, 1, taps)),
-            ("pointer", pointer, (batch, levels)),
-            ("bank_weights[0]", bank_weights[0], gates),
-            ("bank_weights[1]", bank_weights[1], gates),
-            ("bank_weights[2]", bank_weights[2], gates),
-            ("norm_weight", norm_weight, (size,)),
-            ("gate", gate, (batch, width)),
-            ("state[0]", memory, (*bank, size)),
-            ("state[1]", normalizer, bank),
-            ("state[2]", past, (count, taps - 1, channels)),
-        ),
-    )
-    return batch, count, heads, size, banks, levels, taps
-
-
-def decode_token(
-    projected: Tensor,
-    conv_weight: Tensor,
-    pointer: Tensor,
-    bank_weights: tuple[Tensor, Tensor, Tensor],
-    norm_weight: Tensor,
-    gate: Tensor,
-    state: tuple[Tensor, ...],
-    norm_eps: float,
-    rows: Tensor | None = None,
-    in_place: bool = False,
-    eps: float = 1e-6,
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Computes one token of `BankedLinearAttention` between its projections, in one call, without gradients.
-
-    It takes the convolution, the feature map `elu_plus_one`, the gates, one pass over the state, the norm and
-    the output gate.
-
-    Args:
-        projected: [B, 3 H F], queries, keys and values before the convolution; conv_weight: [3 H F, 1, taps].
-        pointer: [B, S]; bank_weights: read, write and log decay, [B, H, N] each.
-        norm_weight: [F]; gate: [B, H F].
-        state: memory [B, H, S N, F, F], normalizer [B, H, S N, F], past of the convolution
-            [B, taps - 1, 3 H F].
-        norm_eps: added to the mean square in the norm.
-        rows: [B], ascending, the rows of the state that the tokens belong to, if the state has more rows. The
-            state is written in place then.
-        in_place: whether to write the new state in place of the old one, which must be dense and in float32
-            (float64 for float64 tokens) then.
-        eps: added to the denominator.
-
-    Returns:
-        The input of the output projection [B, H F], in the dtype of `projected`, and the new state.
-
-    Raises:
-        ValueError: if shapes, dtypes or devices do not go together, for rows that the state does not have,
-            for a state that cannot be written in place, and for tensors that require gradients with these on.
-    """
-    assert _LIBRARY is not None
-    sizes = _check_step(projected, conv_weight, pointer, bank_weights, norm_weight, gate, state, rows)
-    if rows is not None and not in_place:
-        raise ValueError("`in_place` must be true where `rows` are given, got False")
-    tokens = (projected, conv_weight, norm_weight, gate)
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (*tokens, pointer, *bank_weights, *state)):
-        raise ValueError("`decode_token` must be called without gradients, got tensors that require them")
-    dtype = projected.dtype
-    low = dtype if dtype in _PRECISIONS else torch.float32
-    high = torch.float64 if low == torch.float64 else torch.float32
-    projected, conv_weight, norm_weight, gate = (_contiguous(tensor, low) for tensor in tokens)
-    pointer, read, write, log_decay = (_contiguous(tensor, high) for tensor in (pointer, *bank_weights))
-    old_state = tuple(_contiguous(tensor, high) for tensor in state)
-    if not in_place:
-        state = tuple(torch.empty_like(tensor) for tensor in old_state)
-    elif any(new is not old for new, old in zip(state, old_state, strict=True)):
-        raise ValueError(
-            f"`state` must be dense and in {high} to be written in place, got "
-            f"{[(tensor.dtype, tensor.stride()) for tensor in state]}"
-        )
-    else:  # autograd does not see what the library writes
-        torch.autograd.graph.increment_version([tensor for tensor in state if not tensor.is_inference()])
-    output = torch.empty_like(gate)
-    tensors = (
-        *(projected, conv_weight, pointer, read, write, log_decay, norm_weight, gate),
-        *(old_state[2], old_state[0], old_state[1], state[2], state[0], state[1], output),
-    )
-    pointers = [tensor.data_ptr() for tensor in tensors]
-    if not all(pointers):
-        pointers = list(map(_pointer, tensors))  # raises, unless a tensor without elements is the reason
-    step = _Step(
-        *sizes, eps, norm_eps, *pointers, None if rows is None else _pointer(rows := rows.contiguous())
-    )
-    failure = _LIBRARY.stackformer_step(step, _PRECISIONS[low], torch.get_num_threads())
-    if failure == 1:
-        raise MemoryError("no memory for the work space of a token")
-    if failure == 2:
-        raise ValueError(f"`rows` must be ascending and less than the state's {sizes[1]}, got {rows}")
-    return output if low == dtype else output.to(dtype), state

@@ -38,7 +38,8 @@ try:
 except ImportError:  # memory_bank.py does not import this module then
     raise
 
-from .memory_bank_cpu import check_call, check_tensors
+from .library import check_layout
+from .memory_bank_cpu import check_call
 
 # With TRITON_INTERPRET=1 kernels run on the CPU, in NumPy.
 INTERPRETED = triton.knobs.runtime.interpret
@@ -521,7 +522,7 @@ def _check(query, key, value, read, write, log_decay, memory, normalizer, *other
     check_call((query, key, value, read, write, log_decay), (memory, normalizer))
     names = ("output", "denominator", "grad_output", "grad_memory", "grad_normalizer")
     shapes = (value.shape, query.shape[:-1], value.shape, memory.shape, normalizer.shape)
-    check_tensors(query.device, zip(names, others, shapes, strict=False))
+    check_layout(query.device, zip(names, others, shapes, strict=False))
 
 
 # Operators of torch, so that torch.compile takes them as they are and torch knows their gradients. Named

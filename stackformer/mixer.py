@@ -6,16 +6,26 @@ A mixer has a state of constant or growing size, which is a tuple of named tenso
 """
 
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
 from .state import State, StateSpec
 from .token_layout import TokenLayout
 
-# What a mixer tells about its tokens: the weights of its banks (read, write and log decay, [n, H, N] each),
-# or in training a term of the loss for each token [n], or None.
-Told = tuple[Tensor, Tensor, Tensor] | Tensor | None
+
+class BankWeights(NamedTuple):
+    """How the tokens of a mixer use its banks."""
+
+    read: Tensor  # [n, H, N], the share of each bank in what is read
+    write: Tensor  # [n, H, N], and in what is written
+    log_decay: Tensor  # [n, H, N], at full mass
+    step_size: Tensor  # [n, H], of the delta rule; 1 for a mixer that adds
+
+
+# What a mixer tells about its tokens: how they use its banks, or in training a term of the loss for each
+# token [n], or None.
+Told = BankWeights | Tensor | None
 
 # The result of a mixer: the mixed tokens [n, d], the new state, and what it tells about its tokens.
 Mixed = tuple[Tensor, State, Told]
@@ -132,4 +142,4 @@ class Mixer(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} cannot be split over processes: it has no `carry`")
 
 
-__all__ = ["Mixed", "Mixer", "Told"]
+__all__ = ["BankWeights", "Mixed", "Mixer", "Told"]

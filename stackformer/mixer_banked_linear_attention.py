@@ -12,17 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from .configuration_stackformer import StackformerConfig
+from .decoding_cpu import FEATURE_MAPS as DECODED_FEATURE_MAPS
+from .decoding_cpu import decode_token
 from .dtypes import at_least_float32
-from .fused_ops import RMSNorm, swish_gate
-from .layers_stackformer import ResidualProjection, ShortConvolution, convolve, past_spec
-from .memory_bank import (
-    banked_linear_attention,
-    can_decode_token,
-    combine_chunks,
-    decode_token,
-    reverse_banked_linear_attention,
-)
-from .mixer import Mixed, Mixer
+from .fused_ops import swish_gate
+from .memory_bank import banked_linear_attention, combine_chunks, reverse_banked_linear_attention
+from .mixer import BankWeights, Mixed
+from .mixer_bank import BankMixer, address_memories
 from .state import State, StateSpec, TensorSpec
 from .token_layout import TokenLayout
 
@@ -71,39 +67,21 @@ class BankInputs(NamedTuple):
 
     # From query to log decay, [B', T', H, ...] each: the first arguments of `banked_linear_attention`.
     operands: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
-    bank_weights: tuple[Tensor, Tensor, Tensor]  # read, write, log decay times write, [n, H, N] each
+    bank_weights: BankWeights
     past: Tensor  # [B', kernel - 1, 3 d], of the convolution, after these tokens
 
 
-class BankedLinearAttention(Mixer):
-    """Linear attention to S*N memories per head. The stack pointer and a softmax over banks weight them."""
+class BankedLinearAttention(BankMixer):
+    """Linear attention to S*N memories per head, which add what is written to them."""
 
     state_type = BankState
     num_reversible = 2  # memory and normalizer; the past of the convolution is stored
     is_splittable = True
 
     def __init__(self, config: StackformerConfig):
-        super().__init__()
-        self.num_heads = config.num_attention_heads
-        self.num_banks = config.num_memory_banks
-        self.num_memories = config.num_memory_banks * config.stack_depth
-        self.head_dim = config.core_size // config.num_attention_heads
-        self.max_decay_rate = config.max_decay_rate
-        self.chunk_size = config.chunk_size
+        super().__init__(config)
+        self.feature_map_name = config.feature_map
         self.feature_map = FEATURE_MAPS[config.feature_map]
-
-        size = config.core_size
-        self.qkv_proj = nn.Linear(size, 3 * size, bias=False)
-        self.kernel_size = config.conv_kernel_size
-        self.conv = ShortConvolution.of(3 * size, self.kernel_size)
-        self.past_spec = past_spec(self.kernel_size, 3 * size)
-        self.decay_proj = nn.Linear(size, self.num_heads * self.num_banks)
-        if self.num_banks > 1:
-            self.read_proj = nn.Linear(size, self.num_heads * self.num_banks)
-            self.write_proj = nn.Linear(size, self.num_heads * self.num_banks)
-        self.gate_proj = nn.Linear(size, size, bias=False)
-        self.norm = RMSNorm(self.head_dim, eps=config.rms_norm_eps)
-        self.o_proj = ResidualProjection(size, size)
 
     def state_spec(self) -> StateSpec:
         """Specifies the memories, their key sums, and the last inputs of the convolution."""
@@ -124,7 +102,7 @@ class BankedLinearAttention(Mixer):
         in_place: bool = False,
     ) -> Mixed:
         """See [`Mixer.forward`]. A single token of each row is mixed by `_decode_token` where possible."""
-        if not in_place and state is not None and inputs is None and self._can_decode_token(hidden, layout):
+        if not in_place and state is not None and inputs is None and self.can_decode_token(hidden, layout):
             return self._decode_token(hidden, pointer, None, state)
         if in_place:
             return self._decode_token(hidden, pointer, layout, cast(BankState, state))
@@ -136,14 +114,11 @@ class BankedLinearAttention(Mixer):
         self, hidden: Tensor, pointer: Tensor, layout: TokenLayout, state: BankState | None
     ) -> BankInputs:
         """Computes the inputs of the recurrence. Of `state`, only `past` is read."""
-        weights = self._gates(hidden, pointer.dtype)
-        addressed = (address_memories(pointer, weight) for weight in weights)  # [n, H, R] each
+        weights = self.route(hidden, pointer.dtype)
+        addressed = (address_memories(pointer, weight) for weight in weights[:3])  # [n, H, R] each
         rows, read, write, log_decay = layout.to_rows(self.qkv_proj(hidden), *addressed)
-        rows, past = convolve(
-            self.conv, self.kernel_size, rows, None if state is None else state.past, layout
-        )
-        # [B', T', 3 d] -> [B', T', H, K] three times
-        query, key, value = rows.unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(2)
+        rows, past = self.convolve_heads(rows, None if state is None else state.past, layout)
+        query, key, value = rows.unbind(2)  # [B', T', H, K] each
         query, key = self.feature_map(query), self.feature_map(key)
         if torch.is_grad_enabled():  # a view would keep the memory of all three until the backward pass
             value = value.contiguous()
@@ -151,7 +126,7 @@ class BankedLinearAttention(Mixer):
 
     def mix(
         self, hidden: Tensor, inputs: BankInputs, layout: TokenLayout, state: BankState | None
-    ) -> tuple[Tensor, BankState, tuple[Tensor, Tensor, Tensor]]:
+    ) -> tuple[Tensor, BankState, BankWeights]:
         """Writes each token to the memories and then reads them, in the order of the tokens."""
         mixed, (memory, normalizer) = banked_linear_attention(
             *inputs.operands,
@@ -167,44 +142,26 @@ class BankedLinearAttention(Mixer):
         self, hidden: Tensor, pointer: Tensor, layout: TokenLayout | None, state: BankState
     ) -> Mixed:
         """Mixes one token of each row in one call of the C++ library. With a `layout`, it writes in place."""
-        weights = self._gates(hidden, pointer.dtype)
+        weights = self.route(hidden, pointer.dtype)
         projected, gate = self.qkv_proj(hidden), self.gate_proj(hidden)
         mixed, new = decode_token(
             projected,
             self.conv.weight,
             pointer,
-            weights,
+            weights[:3],
             self.norm.weight,
             gate,
             state,
             cast(float, self.norm.eps),
+            feature_map=self.feature_map_name,
             rows=None if layout is None else layout.rows,
             in_place=layout is not None,
         )
         return self.o_proj(mixed), BankState(*new) if layout is None else state, weights
 
-    def _can_decode_token(self, hidden: Tensor, layout: TokenLayout) -> bool:
-        """Whether `_decode_token` gives the same result as `project` and `mix`.
-
-        This holds for one token of each row, on a CPU, without gradients, and with modules that no adapter or
-        hook has changed.
-        """
-        if layout.row_length != 1 or layout.thinking is not None or not can_decode_token(hidden):
-            return False
-        if self.feature_map is not FEATURE_MAPS["elu_plus_one"]:
-            return False
-        return _is_untouched(self.conv, ShortConvolution) and _is_untouched(self.norm, RMSNorm)
-
-    def writes_in_place(self, hidden: Tensor, layout: TokenLayout, state: State) -> bool:
-        """See [`Mixer.writes_in_place`]."""
-        if (
-            len(state) != 3
-            or len(state[0]) != layout.batch_size
-            or not self._can_decode_token(hidden, layout)
-        ):
-            return False
-        dtype = at_least_float32(hidden)
-        return all(tensor.is_contiguous() and tensor.dtype == dtype for tensor in state)
+    def can_decode_token(self, hidden: Tensor, layout: TokenLayout) -> bool:
+        """See [`BankMixer.can_decode_token`]. The library knows only some feature maps."""
+        return self.feature_map_name in DECODED_FEATURE_MAPS and super().can_decode_token(hidden, layout)
 
     def total_decay(self, inputs: BankInputs) -> Tensor:
         """See [`Mixer.total_decay`]: [B', H, R]."""
@@ -233,48 +190,6 @@ class BankedLinearAttention(Mixer):
         )
         memory, normalizer = combine_chunks(*gather(-self.total_decay(inputs), memory, normalizer))
         return BankState(memory, normalizer, past), inputs
-
-    def _gates(self, hidden: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns read weights, write weights and log decay times write, [n, H, N] each, in `dtype`."""
-
-        def logits(projection: nn.Linear) -> Tensor:
-            return projection(hidden).to(dtype).unflatten(-1, (self.num_heads, self.num_banks))
-
-        log_decay = -self.max_decay_rate * logits(self.decay_proj).sigmoid()
-        if self.num_banks == 1:
-            one = torch.ones_like(log_decay)
-            return one, one, log_decay
-        write = logits(self.write_proj).softmax(-1)
-        return logits(self.read_proj).softmax(-1), write, write * log_decay
-
-
-def address_memories(pointer: Tensor, bank_weights: Tensor) -> Tensor:
-    """Computes the weights of each head's S*N memories: pointer times bank weights, for each level and bank.
-
-    Writes are weighted by the mass that is still on the stack. So the final memory is the sum of the memories
-    after each step, weighted by the mass dropped at that step. This is exact without decay. With decay, the
-    two differ: decayed to the power p, a memory is not p times the decayed one. At a decay of 1 nat per full
-    write, 6 steps and 3 levels, they differ by 19% for one bank and by 2% for four (docs/design.md).
-
-    Args:
-        pointer: [n, S]; bank_weights: [n, H, N].
-
-    Returns:
-        [n, H, S*N], level by level.
-    """
-    # [n, 1, S, 1] * [n, H, 1, N] -> [n, H, S, N] -> [n, H, S*N]
-    return (pointer[:, None, :, None] * bank_weights.unsqueeze(-2)).flatten(-2)
-
-
-def _is_untouched(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether a module is exactly of type `kind`, with a plain weight, its own `forward`, and no hooks.
-
-    Adapters replace modules, accelerate replaces the `forward` of modules whose weights it moves, and
-    quantised weights have types of their own.
-    """
-    if type(module) is not kind or type(module.weight) not in (Tensor, nn.Parameter):
-        return False
-    return "forward" not in vars(module) and not module._forward_hooks and not module._forward_pre_hooks
 
 
 def _last_of_parts(latest: Tensor, counts: Tensor) -> Tensor:

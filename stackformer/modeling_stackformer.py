@@ -40,6 +40,7 @@ from .generation_stackformer import StackformerGenerationMixin
 from .identity import Mark, active_adapters, new_number, sample_digest
 from .labels import check_num_items, label_each_token
 from .layers_stackformer import NORMS, ResidualProjection, ShortConvolution, SliceProjection, TokenShift
+from .mixer_bank import DecayProjection
 from .mixer_fast_weights import RecurrentProjection
 from .mixer_neural_memory import NeuralMemory
 from .mixer_rwkv import TimeMix
@@ -154,11 +155,11 @@ class StackformerPreTrainedModel(PreTrainedModel):
         | what                 | initial value                                                      |
         |----------------------|--------------------------------------------------------------------|
         | embeddings           | normal, standard deviation `initializer_range`; 0 for padding      |
-        | projections          | normal, standard deviation fan_in ** -0.5; biases 0 (of the decay: |
-        |                      | a memory that is written in full decays by half the maximal rate)  |
+        | projections          | normal, standard deviation fan_in ** -0.5; biases 0                |
+        | decays of banks      | weights as in projections, biases for half-lives on a log scale    |
         | residual projections | 0: every block starts as the identity                              |
         | slice projections    | identity on the channels that embedding and core both have         |
-        | recurrent projection | 0.05 times the identity: see `RecurrentProjection`                  |
+        | recurrent projection | 0.05 times the identity: see `RecurrentProjection`                 |
         | normalisations       | 1, biases 0                                                        |
         | step gate            | 0.1: steps after the first start small                             |
         | convolutions         | uniform within kernel_size ** -0.5                                 |
@@ -174,6 +175,9 @@ class StackformerPreTrainedModel(PreTrainedModel):
             init.eye_(module.weight)
         elif isinstance(module, ActionProjection):
             init.zeros_(module.weight)
+            init.copy_(module.bias, module.initial_bias())
+        elif isinstance(module, DecayProjection):
+            init.normal_(module.weight, std=module.in_features**-0.5)
             init.copy_(module.bias, module.initial_bias())
         elif isinstance(module, StepGate):
             init.constant_(module.weight, StepGate.INITIAL)

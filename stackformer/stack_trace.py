@@ -22,6 +22,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import ModelOutput
 
 from .files import replaced_file, write_file
+from .mixer import BankWeights
 from .stack_trace_page import PAGE
 from .token_layout import TokenLayout
 
@@ -48,6 +49,8 @@ class StackTrace(ModelOutput):
             Zeros for core layers without banks. `None` if no layer has banks.
         bank_decays (`torch.FloatTensor` [B, T, P, L, H, N]): logarithm of the decay factor of each bank, at
             most 0, for a level that holds all mass. For other levels, it is multiplied by their mass.
+        step_sizes (`torch.FloatTensor` [B, T, P, L, H]): the fraction of its error that a layer of the delta
+            rule corrects; 1 for layers whose banks add. `None`, like the fields above, if no layer has banks.
     """
 
     active: Tensor | None = None
@@ -56,14 +59,17 @@ class StackTrace(ModelOutput):
     bank_reads: Tensor | None = None
     bank_writes: Tensor | None = None
     bank_decays: Tensor | None = None
+    step_sizes: Tensor | None = None
 
     @staticmethod
-    def of_step(layout: TokenLayout, pointer: Tensor, actions: Tensor, bank_weights: list) -> list[Tensor]:
+    def of_step(
+        layout: TokenLayout, pointer: Tensor, actions: Tensor, bank_weights: list[BankWeights | None]
+    ) -> list[Tensor]:
         """Returns the fields at one ponder step for all tokens of the batch, [B, T, ...] each.
 
         Args:
             layout: of the n active tokens; pointer: [n, S]; actions: [n, 3].
-            bank_weights: for each layer, read, write and log decay [n, H, N] each, or `None`.
+            bank_weights: of each layer, or `None` for a layer without banks.
         """
         active = layout.thinking
         if active is None:
@@ -73,7 +79,7 @@ class StackTrace(ModelOutput):
         if some is not None:
             none = tuple(map(torch.zeros_like, some))
             by_layer = [none if weights is None else weights for weights in bank_weights]
-            # L times [n, H, N] -> [n, L, H, N]
+            # L times [n, H, ...] -> [n, L, H, ...]
             traced += [torch.stack(weights, dim=1) for weights in zip(*by_layer, strict=True)]
         return [
             layout.scatter(x, x.new_zeros(layout.batch_size, layout.length, *x.shape[1:])) for x in traced
@@ -102,8 +108,10 @@ class TextTrace:
         pointer (`np.ndarray` [T, P, S]): probability mass on each stack level, before the step.
         actions (`np.ndarray` [T, P, 3]): probabilities of push, no-op and pop.
         bank_reads, bank_writes (`np.ndarray` [T, P, L, H, N]): softmax over the memory banks. `None`, like
-            `bank_decays`, for a model whose mixers have no banks.
+            `bank_decays` and `step_sizes`, for a model whose mixers have no banks.
         bank_decays (`np.ndarray` [T, P, L, H, N]): logarithm of the decay factor of each bank, at full mass.
+        step_sizes (`np.ndarray` [T, P, L, H]): the fraction of its error that a layer of the delta rule
+            corrects; 1 for layers whose banks add.
     """
 
     tokens: list[str]
@@ -116,6 +124,7 @@ class TextTrace:
     bank_reads: np.ndarray | None
     bank_writes: np.ndarray | None
     bank_decays: np.ndarray | None
+    step_sizes: np.ndarray | None
 
     @classmethod
     def from_outputs(
@@ -126,9 +135,9 @@ class TextTrace:
         nats = torch.nn.functional.cross_entropy(
             outputs.logits[0, :-1].float(), ids[0, 1:].to(outputs.logits.device), reduction="none"
         )
-        reads, writes, decays = (
+        reads, writes, decays, step_sizes = (
             None if tensor is None else _to_numpy(tensor[0])
-            for tensor in (trace.bank_reads, trace.bank_writes, trace.bank_decays)
+            for tensor in (trace.bank_reads, trace.bank_writes, trace.bank_decays, trace.step_sizes)
         )
         return cls(
             tokens=split_text(ids[0].tolist(), tokenizer),
@@ -141,6 +150,7 @@ class TextTrace:
             bank_reads=reads,
             bank_writes=writes,
             bank_decays=decays,
+            step_sizes=step_sizes,
         )
 
     @property

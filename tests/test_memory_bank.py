@@ -12,17 +12,18 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
+from stackformer import implementation as implementation_of
 from stackformer import memory_bank
+from stackformer.implementation import can_decode_token
+from stackformer.library import is_available
 from stackformer.memory_bank import (
     banked_linear_attention,
     banked_linear_attention_step,
-    can_decode_token,
     combine_chunks,
     init_memory_bank,
     reverse_banked_linear_attention,
     which_implementation,
 )
-from stackformer.memory_bank_cpu import is_available
 from stackformer.mixer_banked_linear_attention import FEATURE_MAPS
 
 # Where no compiler was at hand when the package was installed, there is no C++ library.
@@ -274,7 +275,7 @@ def test_small_work_space(monkeypatch, groups):
     inputs = make_inputs(time=150)
     expected = results_and_gradients(inputs, "recurrent")
     per_chunk = 2 * 2 * (16 * (16 + 15) + 15 * 4)
-    monkeypatch.setattr("stackformer.memory_bank._WORKSPACE", groups * per_chunk)
+    monkeypatch.setattr("stackformer.chunks.WORKSPACE", groups * per_chunk)
     assert_same(expected, results_and_gradients(inputs, "chunk", chunk_size=16), rtol=1e-11)
 
 
@@ -325,10 +326,10 @@ def test_of_a_wiped_memory_nothing_is_left(implementation, dtype, time):
 def test_a_wiped_token_does_not_shorten_all_chunks(monkeypatch, dtype, log_decay):
     """Nor does one that forgets much, if the chunk has room for that."""
     lengths = []
-    original = memory_bank._safe_chunk_length
+    original = memory_bank.safe_chunk_length
     monkeypatch.setattr(
         memory_bank,
-        "_safe_chunk_length",
+        "safe_chunk_length",
         lambda *args: lengths.append(original(*args)) or lengths[-1],
     )
     inputs = make_inputs(time=200, rate=0.1)
@@ -566,7 +567,7 @@ def test_autocast_does_not_touch_the_backward_pass(implementation):
 def test_memory_grows_without_the_bank(monkeypatch):
     """No tensor of the forward or backward pass has T*R*K elements, and what is saved does not either."""
     batch, time, heads, key_size, memories = 1, 1024, 1, 16, 16
-    monkeypatch.setattr("stackformer.memory_bank._WORKSPACE", 2**15)
+    monkeypatch.setattr("stackformer.chunks.WORKSPACE", 2**15)
     inputs = make_inputs(batch, time, heads, key_size, key_size, memories, dtype=torch.float32)
     largest = 0
 
@@ -737,7 +738,7 @@ def test_bad_input_is_named(change, message):
 
 @pytest.mark.parametrize("library", [False, pytest.param(True, marks=CHUNKED[1].marks)])
 def test_the_first_implementation_that_can_run_is_taken(monkeypatch, library):
-    monkeypatch.setattr(memory_bank, "_HAS_LIBRARY", library)
+    monkeypatch.setattr(implementation_of, "HAS_LIBRARY", library)
     for time, expected in ((1, "recurrent"), (5, "chunk")):
         *tokens, _, _ = make_inputs(time=time).values()
         assert which_implementation(*tokens[:4]) == ("cpp" if library else expected)
@@ -753,7 +754,7 @@ def test_the_environment_names_an_implementation(monkeypatch, name):
     ran, row = [], memory_bank.IMPLEMENTATIONS[name]
     watched = row._replace(run=lambda *args: ran.append(name) or row.run(*args))
     monkeypatch.setitem(memory_bank.IMPLEMENTATIONS, name, watched)
-    monkeypatch.setattr(memory_bank, "_FROM_ENVIRONMENT", name)
+    monkeypatch.setattr(implementation_of, "FROM_ENVIRONMENT", name)
     assert which_implementation(*tokens) == name
     assert which_implementation(*tokens, implementation="chunk") == "chunk"
     run(inputs, None)
@@ -764,15 +765,15 @@ def test_the_environment_names_an_implementation(monkeypatch, name):
 
 def test_what_the_environment_may_not_name(monkeypatch):
     inputs = make_inputs(time=5)
-    monkeypatch.setattr(memory_bank, "_FROM_ENVIRONMENT", "fast")
+    monkeypatch.setattr(implementation_of, "FROM_ENVIRONMENT", "fast")
     message = r"`STACKFORMER_IMPLEMENTATION` must be one of \('cpp', .*\) or not set, got 'fast'"
     with pytest.raises(ValueError, match=message):
         run(inputs, None)
     run(inputs, "chunk")
-    monkeypatch.setattr(memory_bank, "_HAS_LIBRARY", False)
-    monkeypatch.setattr(memory_bank, "_HAS_TRITON", False)
+    monkeypatch.setattr(implementation_of, "HAS_LIBRARY", False)
+    monkeypatch.setattr(implementation_of, "HAS_TRITON", False)
     for name, reason in (("cpp", "the C.. library was not built"), ("triton", "Triton is not installed")):
-        monkeypatch.setattr(memory_bank, "_FROM_ENVIRONMENT", name)
+        monkeypatch.setattr(implementation_of, "FROM_ENVIRONMENT", name)
         with pytest.raises(ValueError, match=f"`STACKFORMER_IMPLEMENTATION` .*than '{name}' here: {reason}"):
             run(inputs, None)
         with pytest.raises(ValueError, match=f"`implementation` must .* than '{name}' here: {reason}"):

@@ -11,12 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from stackformer import memory_bank_cpu
+from stackformer import library as library_border
+from stackformer.decoding_cpu import decode_token
+from stackformer.library import is_available
 from stackformer.memory_bank import banked_linear_attention
-from stackformer.memory_bank_cpu import decode_token, is_available
 from tests.test_memory_bank import NAMES, WRONG, make_inputs, run
 
-SOURCE = Path(memory_bank_cpu.__file__).parent / "csrc" / "memory_bank.cpp"
+SOURCE = Path(library_border.__file__).parent / "csrc" / "memory_bank.cpp"
 COMPILER = shutil.which("c++") or shutil.which("g++") or shutil.which("cc")
 built = pytest.mark.skipif(not is_available(), reason="the C++ library was not built")
 
@@ -462,7 +463,7 @@ def compile_library(path, source):
 
 FUNCTIONS = "int stackformer_memory_bank(void) { return 0; } int stackformer_step(void) { return 0; }\n"
 OTHER = FUNCTIONS + "long long stackformer_abi(void) { return 10001; }\n"
-RIGHT = FUNCTIONS + f"long long stackformer_abi(void) {{ return {memory_bank_cpu._ABI}; }}\n"
+RIGHT = FUNCTIONS + f"long long stackformer_abi(void) {{ return {library_border.ABI}; }}\n"
 
 compiles = pytest.mark.skipif(
     COMPILER is None or not sys.platform.startswith("linux"), reason="needs a C compiler"
@@ -474,7 +475,7 @@ compiles = pytest.mark.skipif(
 def test_a_library_of_another_version_is_passed_over(tmp_path, source):
     compile_library(tmp_path / "_memory_bank.cpython-old.so", source)
     with pytest.warns(UserWarning, match="_memory_bank.cpython-old.so.*another version.*Install stackformer"):
-        assert memory_bank_cpu._load_library(tmp_path) is None
+        assert library_border.load_library(tmp_path) is None
 
 
 @compiles
@@ -487,7 +488,7 @@ def test_of_several_libraries_the_right_one_is_taken(tmp_path):
     (tmp_path / "_memory_bank.0.so").write_bytes(b"of another platform")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        library = memory_bank_cpu._load_library(tmp_path)
+        library = library_border.load_library(tmp_path)
     assert Path(library._name).name == "_memory_bank.c.so"
 
 
@@ -495,7 +496,7 @@ def test_without_a_library_nothing_is_said(tmp_path):
     (tmp_path / "_memory_bank.other.so").write_bytes(b"of another platform")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert memory_bank_cpu._load_library(tmp_path) is None
+        assert library_border.load_library(tmp_path) is None
 
 
 @compiles
@@ -509,7 +510,7 @@ def test_without_the_right_library_all_works(tmp_path):
     script = (
         "import torch; from stackformer.memory_bank import banked_linear_attention as attend\n"
         "x = torch.rand(1, 9, 1, 4); print(attend(x, x, x, x, x, -x)[0].shape)\n"
-        "from stackformer import memory_bank_cpu; assert not memory_bank_cpu.is_available()"
+        "from stackformer import library; assert not library.is_available()"
     )
     result = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
@@ -519,13 +520,11 @@ def test_without_the_right_library_all_works(tmp_path):
 
 @built
 def test_the_library_here_has_the_number():
-    assert memory_bank_cpu._abi_of(memory_bank_cpu._LIBRARY) == memory_bank_cpu._ABI
+    assert library_border.abi_of(library_border.LIBRARY) == library_border.ABI
 
 
 @pytest.mark.skipif(not SOURCE.exists(), reason="needs the source")
-@pytest.mark.parametrize(
-    "structure", [memory_bank_cpu._Tokens, memory_bank_cpu._Problem, memory_bank_cpu._Step]
-)
+@pytest.mark.parametrize("structure", [library_border.Tokens, library_border.Problem, library_border.Step])
 def test_structs_have_the_same_fields_on_both_sides(structure):
     """In the same order, and of the same kinds: sizes alone do not tell."""
     text = re.sub(r"//[^\n]*", "", SOURCE.read_text())

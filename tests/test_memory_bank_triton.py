@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from stackformer import implementation as implementation_of
 from stackformer import memory_bank
 from stackformer.memory_bank import banked_linear_attention
 from tests.test_memory_bank import (
@@ -151,7 +152,7 @@ def test_what_the_kernels_cannot_do_is_said(monkeypatch):
     if DEVICE == "cpu":
         with pytest.raises(ValueError, match="'triton'.*CUDA device, not on cpu"):
             attempt()
-    monkeypatch.setattr(memory_bank, "_HAS_TRITON", False)
+    monkeypatch.setattr(implementation_of, "HAS_TRITON", False)
     with pytest.raises(ValueError, match="'triton'.*not installed"):
         attempt()
 

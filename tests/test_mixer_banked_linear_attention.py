@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from stackformer import mixer_banked_linear_attention
-from stackformer.memory_bank_cpu import is_available
-from stackformer.mixer_banked_linear_attention import BankedLinearAttention, BankState
+from stackformer.library import is_available
+from stackformer.mixer_bank import BankMixer
+from stackformer.mixer_banked_linear_attention import BankState
 from stackformer.token_layout import TokenLayout
 from tests.models import tiny_model
 
@@ -225,7 +226,7 @@ def test_decoding_in_place_changes_nothing(monkeypatch, dtype, feed_forward_type
         assert len(some_rows) > 10 and len(all_rows) > 10
     else:
         assert not some_rows and not all_rows
-    monkeypatch.delattr(BankedLinearAttention, "writes_in_place")
+    monkeypatch.delattr(BankMixer, "writes_in_place")
     expected_logits, expected_slices = decode()
     assert torch.equal(logits, expected_logits)
     torch.testing.assert_close(slices, expected_slices, rtol=0, atol=0)

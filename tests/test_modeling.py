@@ -261,7 +261,7 @@ def test_later_steps_move_by_the_gate():
 @every_shape
 def test_every_parameter_learns(shape):
     model = tiny_model(**shape).train()
-    model(random_ids(2, 20), labels=random_ids(2, 20)).loss.backward()
+    model(random_ids(2, 40), labels=random_ids(2, 40)).loss.backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
 

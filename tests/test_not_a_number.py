@@ -4,7 +4,6 @@ import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from stackformer.mixer_delta_rule import delta_rule
 from tests.models import SHAPES, random_ids, tiny_model
 
 every_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
@@ -37,6 +36,18 @@ def test_tokens_before_it_and_other_rows(shape, value, dtype):
         torch.testing.assert_close(logits[0, :time], expected[0, :time], **CLOSE[dtype])
         torch.testing.assert_close(logits[1], expected[1], **CLOSE[dtype])
         assert not torch.isfinite(logits[0, time]).any()
+
+
+@torch.no_grad()
+def test_tokens_before_it_with_persistent_tokens_and_a_window():
+    """There, queries and keys are wider than values."""
+    model = tiny_model(**SHAPES["attention"], sliding_window=4, num_persistent_tokens=2)
+    embeds = embeddings(model)
+    expected = model(inputs_embeds=embeds).logits
+    embeds[0, 12] = torch.nan
+    logits = model(inputs_embeds=embeds).logits
+    torch.testing.assert_close(logits[0, :12], expected[0, :12], **CLOSE[torch.float64])
+    torch.testing.assert_close(logits[1], expected[1], **CLOSE[torch.float64])
 
 
 @every_shape
@@ -131,23 +142,3 @@ def test_nobody_looks_where_operators_are_recorded_or_run_for_many(name):
     expected = torch.stack([logits(part) for part in embeds])
     torch.testing.assert_close(torch.func.vmap(logits)(embeds), expected)
     torch.testing.assert_close(make_fx(logits)(embeds[0])(embeds[1]), expected[1])
-
-
-@pytest.mark.parametrize("value", [torch.nan, torch.inf])
-@pytest.mark.parametrize("place", range(5), ids=["query", "key", "value", "write", "log_decay"])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_the_delta_rule_is_what_its_steps_are(dtype, place, value):
-    """Also behind such a token, and in heads without one."""
-    generator = torch.Generator().manual_seed(0)
-    query, key, values = torch.randn(3, 2, 40, 2, 4, generator=generator, dtype=dtype)
-    write, log_decay = torch.rand(2, 2, 40, 2, generator=generator, dtype=dtype)
-    inputs = [query, torch.nn.functional.normalize(key, dim=-1), values, write, -log_decay]
-    before, _ = delta_rule(*inputs, chunk_size=16)
-    inputs[place][0, 20, 1] = value
-    actual, state = delta_rule(*inputs, chunk_size=16)
-    expected, expected_state = delta_rule(*inputs, chunk_size=1)
-    torch.testing.assert_close(actual, expected, equal_nan=True)
-    torch.testing.assert_close(state, expected_state, equal_nan=True)
-    torch.testing.assert_close(actual[0, :20], before[0, :20])
-    torch.testing.assert_close(actual[:, :, 0], before[:, :, 0])
-    torch.testing.assert_close(actual[1], before[1])

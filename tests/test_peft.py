@@ -133,7 +133,7 @@ KINDS = {
 }
 MIXERS = [
     {},
-    {"mixer_types": ["delta_rule", "neural_memory"]},
+    {"mixer_types": ["banked_delta_rule", "neural_memory"]},
     {"mixer_types": ["attention", "memory_as_context"], "num_persistent_tokens": 2},
 ]
 

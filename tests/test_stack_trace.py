@@ -42,7 +42,7 @@ def test_arrays_are_the_models():
     ids = tokenizer(TEXT, return_tensors="pt").input_ids
     outputs = model(ids, labels=ids, output_stack_trace=True)
     assert trace.ids.tolist() == ids[0].tolist()
-    for name in ("active", "pointer", "actions", "bank_reads", "bank_writes", "bank_decays"):
+    for name in ("active", "pointer", "actions", "bank_reads", "bank_writes", "bank_decays", "step_sizes"):
         np.testing.assert_array_equal(getattr(trace, name), outputs.stack_trace[name][0].numpy())
     assert math.isnan(trace.surprise[0])
     assert trace.surprise[1:].mean() * math.log(2) == pytest.approx(outputs.loss.item(), rel=1e-6)
@@ -67,7 +67,7 @@ def test_decays_are_what_memories_keep():
     model(ids[:, 2:], past_key_values=twice)
     kept = twice.layers[0].slices[0][0] - once.layers[0].slices[0][0]
     decays = trace.bank_decays[:, 0, 0, 0]  # [B, H, N]
-    assert decays.max() < 0 and decays.min() < -0.1
+    assert decays.max() < 0 and decays.min() < -0.05
     torch.testing.assert_close(kept, decays.exp()[..., None, None] * memory)
 
 

@@ -1,0 +1,157 @@
+# Copyright 2026 The Stackformer authors. Licensed under the Apache License, Version 2.0.
+"""What the mixers with a bank of memories share: their projections, and the routing of tokens to memories.
+
+Letters: n active tokens, B' rows, T' tokens of a row, d core width, H heads, K = V head size, S stack levels,
+N memory banks, R = S * N memories of a head.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from .configuration_stackformer import StackformerConfig
+from .dtypes import at_least_float32
+from .fused_ops import RMSNorm
+from .implementation import can_decode_token
+from .layers_stackformer import ResidualProjection, ShortConvolution, convolve, past_spec
+from .mixer import BankWeights, Mixer
+from .state import State
+from .token_layout import TokenLayout
+
+
+class DecayProjection(nn.Linear):
+    """Projects tokens [n, d] to logits of the decay of each head's banks [n, H N].
+
+    At initialisation the banks have half-lives spread evenly on a logarithmic scale, as long as tokens write
+    evenly to all banks: a text needs memories that forget within a word, and memories that keep a name for
+    thousands of tokens. The router learns which to use (docs/experiments.md).
+    """
+
+    def __init__(self, config: StackformerConfig):
+        self.num_heads, self.num_banks = config.num_attention_heads, config.num_memory_banks
+        super().__init__(config.core_size, self.num_heads * self.num_banks)
+        self.max_decay_rate = config.max_decay_rate
+        self.half_lives = config.initial_half_lives
+
+    def initial_bias(self) -> Tensor:
+        """Returns biases [H N] with which bank n of head h has the (n H + h)-th of H N half-lives.
+
+        A bank forgets at most `max_decay_rate / N` nats per token while tokens write evenly. Half-lives too
+        short for that start at 0.9 of this rate.
+        """
+        count = self.num_heads * self.num_banks
+        shortest, longest = map(math.log, self.half_lives)
+        half_lives = torch.linspace(shortest, longest, count, dtype=torch.float64).exp()
+        if self.max_decay_rate == 0:
+            return torch.zeros(count)
+        rates = math.log(2) * self.num_banks / (self.max_decay_rate * half_lives)
+        biases = rates.clamp(max=0.9).logit().view(self.num_banks, self.num_heads)
+        return biases.t().flatten().float()  # [N, H] -> [H N]
+
+
+class BankMixer(Mixer):
+    """A mixer whose heads have a bank of S*N memories.
+
+    The stack pointer and a softmax over banks weight the memories. The queries, keys and values of the tokens
+    pass a short convolution. What is read is normalised and gated.
+    """
+
+    def __init__(self, config: StackformerConfig):
+        super().__init__()
+        self.num_heads = config.num_attention_heads
+        self.num_banks = config.num_memory_banks
+        self.num_memories = config.num_memory_banks * config.stack_depth
+        self.head_dim = config.core_size // config.num_attention_heads
+        self.max_decay_rate = config.max_decay_rate
+        self.chunk_size = config.chunk_size
+
+        size = config.core_size
+        self.qkv_proj = nn.Linear(size, 3 * size, bias=False)
+        self.kernel_size = config.conv_kernel_size
+        self.conv = ShortConvolution.of(3 * size, self.kernel_size)
+        self.past_spec = past_spec(self.kernel_size, 3 * size)
+        self.decay_proj = DecayProjection(config)
+        if self.num_banks > 1:
+            self.read_proj = nn.Linear(size, self.num_heads * self.num_banks)
+            self.write_proj = nn.Linear(size, self.num_heads * self.num_banks)
+        self.gate_proj = nn.Linear(size, size, bias=False)
+        self.norm = RMSNorm(self.head_dim, eps=config.rms_norm_eps)
+        self.o_proj = ResidualProjection(size, size)
+
+    def convolve_heads(self, rows: Tensor, past: Tensor | None, layout: TokenLayout) -> tuple[Tensor, Tensor]:
+        """Convolves projected rows [B', T', 3 d] that follow `past`.
+
+        Returns:
+            The rows [B', T', 3, H, K], queries, keys and values, and the past for the next call.
+        """
+        rows, past = convolve(self.conv, self.kernel_size, rows, past, layout)
+        return rows.unflatten(-1, (3, self.num_heads, self.head_dim)), past
+
+    def route(self, hidden: Tensor, dtype: torch.dtype) -> BankWeights:
+        """Returns the share of each bank in the token's reads and writes, and its decay, in `dtype`.
+
+        A bank decays by its share of the write: what is not written to is kept.
+        """
+
+        def logits(projection: nn.Linear) -> Tensor:
+            return projection(hidden).to(dtype).unflatten(-1, (self.num_heads, self.num_banks))
+
+        log_decay = -self.max_decay_rate * logits(self.decay_proj).sigmoid()  # [n, H, N]
+        step_size = torch.ones_like(log_decay[..., 0])
+        if self.num_banks == 1:
+            one = torch.ones_like(log_decay)
+            return BankWeights(one, one, log_decay, step_size)
+        write = logits(self.write_proj).softmax(-1)
+        read = logits(self.read_proj).softmax(-1)
+        return BankWeights(read, write, write * log_decay, step_size)
+
+    def can_decode_token(self, hidden: Tensor, layout: TokenLayout) -> bool:
+        """Whether the C++ library can mix these tokens between the projections.
+
+        This holds for one token of each row, on a CPU, without gradients, and with modules that no adapter or
+        hook has changed.
+        """
+        if layout.row_length != 1 or layout.thinking is not None or not can_decode_token(hidden):
+            return False
+        return _is_untouched(self.conv, ShortConvolution) and _is_untouched(self.norm, RMSNorm)
+
+    def writes_in_place(self, hidden: Tensor, layout: TokenLayout, state: State) -> bool:
+        """See [`Mixer.writes_in_place`]."""
+        if (
+            len(state) != len(self.state_spec())
+            or len(state[0]) != layout.batch_size
+            or not self.can_decode_token(hidden, layout)
+        ):
+            return False
+        dtype = at_least_float32(hidden)
+        return all(tensor.is_contiguous() and tensor.dtype == dtype for tensor in state)
+
+
+def address_memories(pointer: Tensor, bank_weights: Tensor) -> Tensor:
+    """Computes the weights of each head's S*N memories: pointer times bank weights, for each level and bank.
+
+    Writes are weighted by the mass that is still on the stack. So the final memory is the sum of the memories
+    after each step, weighted by the mass dropped at that step. This is exact without decay. With decay, the
+    two differ: decayed to the power p, a memory is not p times the decayed one. At a decay of 1 nat per full
+    write, 6 steps and 3 levels, they differ by 19% for one bank and by 2% for four (docs/design.md).
+
+    Args:
+        pointer: [n, S]; bank_weights: [n, H, N].
+
+    Returns:
+        [n, H, S*N], level by level.
+    """
+    # [n, 1, S, 1] * [n, H, 1, N] -> [n, H, S, N] -> [n, H, S*N]
+    return (pointer[:, None, :, None] * bank_weights.unsqueeze(-2)).flatten(-2)
+
+
+def _is_untouched(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a module is exactly of type `kind`, with a plain weight, its own `forward`, and no hooks.
+
+    Adapters replace modules, accelerate replaces the `forward` of modules whose weights it moves, and
+    quantised weights have types of their own.
+    """
+    if type(module) is not kind or type(module.weight) not in (Tensor, nn.Parameter):
+        return False
+    return "forward" not in vars(module) and not module._forward_hooks and not module._forward_pre_hooks

@@ -1,0 +1,139 @@
+# Copyright 2026 The Stackformer authors. Licensed under the Apache License, Version 2.0.
+"""The delta rule on a bank of memories as a token mixer: each token corrects what the bank holds for its key.
+
+delta_bank.py has the operator and its sources. With one bank, one level and unit decay, this is the delta
+rule of DeltaNet; with decay, of Gated DeltaNet (Yang et al. 2024, arXiv 2412.06464).
+
+Letters: n active tokens, B' rows, T' tokens of a row, d core width, H heads, K = V head size, S stack levels,
+N memory banks, R = S * N memories of a head.
+"""
+
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from .configuration_stackformer import StackformerConfig
+from .decoding_cpu import decode_token
+from .delta_bank import banked_delta_rule
+from .dtypes import at_least_float32
+from .fused_ops import swish_gate
+from .mixer import BankWeights, Mixed
+from .mixer_bank import BankMixer, address_memories
+from .state import StateSpec, TensorSpec
+from .token_layout import TokenLayout
+
+
+class DeltaBankState(NamedTuple):
+    """The state of [`BankedDeltaRule`], float32 at least."""
+
+    memory: Tensor  # [B', H, R, K, V]
+    past: Tensor  # [B', kernel - 1, 3 d], the last inputs of the convolution
+
+
+class DeltaBankInputs(NamedTuple):
+    """The inputs of the recurrence."""
+
+    # From query to step size, [B', T', H, ...] each: the first arguments of `banked_delta_rule`.
+    operands: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+    bank_weights: BankWeights
+    past: Tensor  # [B', kernel - 1, 3 d], of the convolution, after these tokens
+
+
+class BankedDeltaRule(BankMixer):
+    """Fast weights in S*N memories per head, with keys and queries of length 1.
+
+    Its state cannot be reversed: a step size of 1 forgets what the memories held for a key.
+    """
+
+    state_type = DeltaBankState
+
+    def __init__(self, config: StackformerConfig):
+        super().__init__(config)
+        self.max_step_size = config.max_step_size
+        self.step_proj = nn.Linear(config.core_size, self.num_heads)
+
+    def forward(
+        self,
+        hidden: Tensor,
+        pointer: Tensor,
+        layout: TokenLayout,
+        state: DeltaBankState | None = None,
+        inputs: DeltaBankInputs | None = None,
+        in_place: bool = False,
+    ) -> Mixed:
+        """See [`Mixer.forward`]. A single token of each row is mixed by `_decode_token` where possible."""
+        if in_place:
+            return self._decode_token(hidden, pointer, layout, cast(DeltaBankState, state))
+        if state is not None and inputs is None and self.can_decode_token(hidden, layout):
+            return self._decode_token(hidden, pointer, None, state)
+        if inputs is None:
+            inputs = self.project(hidden, pointer, layout, state)
+        return self.mix(hidden, inputs, layout, state)
+
+    def state_spec(self) -> StateSpec:
+        """Specifies the memories, and the last inputs of the convolution."""
+        memories = (self.num_heads, self.num_memories, self.head_dim, self.head_dim)
+        return TensorSpec("memory", memories), self.past_spec
+
+    def project(
+        self, hidden: Tensor, pointer: Tensor, layout: TokenLayout, state: DeltaBankState | None
+    ) -> DeltaBankInputs:
+        """Computes the inputs of the recurrence. Of `state`, only `past` is read."""
+        weights = self.route(hidden, pointer.dtype)
+        # Over the banks, the write weights of a key have unit length: they are the roots of the shares. The
+        # root has no gradient at 0.
+        write = weights.write.clamp(min=torch.finfo(weights.write.dtype).tiny).sqrt()
+        addressed = [
+            address_memories(pointer, weight) for weight in (weights.read, write, weights.log_decay)
+        ]  # [n, H, R] each
+        rows, read, write, log_decay, step_size = layout.to_rows(
+            self.qkv_proj(hidden), *addressed, weights.step_size
+        )
+        rows, past = self.convolve_heads(rows, None if state is None else state.past, layout)
+        query, key, value = nn.functional.silu(rows).unbind(2)  # [B', T', H, K] each
+        dtype = at_least_float32(hidden)
+        query, key = (nn.functional.normalize(x.to(dtype), dim=-1) for x in (query, key))
+        return DeltaBankInputs((query, key, value, read, write, log_decay, step_size), weights, past)
+
+    def _decode_token(
+        self, hidden: Tensor, pointer: Tensor, layout: TokenLayout | None, state: DeltaBankState
+    ) -> Mixed:
+        """Mixes one token of each row in one call of the C++ library. With a `layout`, it writes in place."""
+        weights = self.route(hidden, pointer.dtype)
+        mixed, new = decode_token(
+            self.qkv_proj(hidden),
+            self.conv.weight,
+            pointer,
+            (weights.read, weights.write.sqrt(), weights.log_decay),
+            self.norm.weight,
+            self.gate_proj(hidden),
+            state,
+            cast(float, self.norm.eps),
+            step_size=weights.step_size,
+            rows=None if layout is None else layout.rows,
+            in_place=layout is not None,
+        )
+        return self.o_proj(mixed), DeltaBankState(*new) if layout is None else state, weights
+
+    def route(self, hidden: Tensor, dtype: torch.dtype) -> BankWeights:
+        """See [`BankMixer.route`]. The step size is between 0 and `max_step_size`."""
+        step_size = self.max_step_size * self.step_proj(hidden).to(dtype).sigmoid()
+        return super().route(hidden, dtype)._replace(step_size=step_size)
+
+    def mix(
+        self, hidden: Tensor, inputs: DeltaBankInputs, layout: TokenLayout, state: DeltaBankState | None
+    ) -> tuple[Tensor, DeltaBankState, BankWeights]:
+        """Corrects and then reads the memories, in the order of the tokens."""
+        mixed, memory = banked_delta_rule(
+            *inputs.operands,
+            initial_state=None if state is None else state.memory,
+            chunk_size=self.chunk_size,
+            max_decay=self.max_decay_rate,
+        )
+        mixed = self.norm(layout.to_tokens(mixed)).flatten(1)  # [n, H, V] -> [n, d]
+        output = self.o_proj(swish_gate(self.gate_proj(hidden), mixed))
+        return output, DeltaBankState(memory, inputs.past), inputs.bank_weights
+
+
+__all__ = ["BankedDeltaRule", "DeltaBankState"]
