@@ -71,11 +71,13 @@ COMPARED = {
         "inner-loop-tiny",
         None,
         "Ba et al. 2016 in full: a recurrent cell that settles in decayed sums of its own past, in one inner "
-        "step. One vector and one matrix per layer, no heads. A token is added with weight 0.05, not the "
-        "paper's 0.5, since wider vectors pull harder (docs/experiments.md).",
+        "step. One vector and one matrix per layer, no heads. A token is added with weight 0.002 instead "
+        "of the paper's 0.5, with which text is not learned at this width (docs/experiments.md).",
     ),
     "delta rule": Row("delta-tiny", None, "Schlag et al. 2021, Yang et al. 2024; without decay."),
     "RWKV": Row("rwkv-tiny", None, "RWKV-4, Peng et al. 2023."),
+    "coupled": Row("coupled-tiny", None, "a reversible recurrent cell (Gomez et al. 2017), token by token."),
+    "coupled angles": Row("coupled-angles-tiny", None, "the same with states that wrap around."),
     "memory bank": Row(
         "plain-tiny",
         "hidden_size=176,intermediate_size=552,num_memory_banks=4",

@@ -170,25 +170,26 @@ class StackformerConfig(PreTrainedConfig):
         mixer_types (`list[str]`, *optional*): The mixer of each core layer: "banked_linear_attention",
             "banked_delta_rule" (the delta rule on banks of memories), "attention" (softmax attention),
             "fast_weights" (a recurrent cell with fast weights and an inner loop), "fixed_size_attention"
-            (sums of f f^T), "coupled" (a reversible recurrent cell), "rwkv" (RWKV-4's time mix),
-            "neural_memory" (the memory of Titans alone), "memory_as_gate" (that memory times softmax
-            attention), "memory_as_context" (softmax attention inside of segments, with that memory as
-            context) or "continuous_attention"
+            (sums of f f^T), "coupled" (a reversible recurrent cell), "coupled_angles" (the same with states
+            that wrap around, so that no token fades), "rwkv" (RWKV-4's time mix), "neural_memory" (the memory
+            of Titans alone), "memory_as_gate" (that memory times softmax attention), "memory_as_context"
+            (softmax attention inside of segments, with that memory as context) or "continuous_attention"
             (infinity-former). All "banked_linear_attention" if `None`. docs/adding_a_mixer.md shows how to
             add your own.
         feed_forward_type (`str`, defaults to `"gated"`): The feed-forward of the core layers, "gated" or
             "rwkv_channel_mix" (that of RWKV-4, which also sees the previous token).
-        coupled_state_size (`int`, *optional*): Size of each of the two states of the coupled cell; half the
-            core's width, rounded up, if `None`.
+        coupled_state_size (`int`, *optional*): Size of each of the two states of the coupled cell, in either
+            form; half the core's width, rounded up, if `None`.
         fast_weights_steps (`int`, defaults to 1): Inner steps S for which each token settles in the
             fast weights of "fast_weights" (Ba et al. 2016).
         fast_weights_decay (`float`, defaults to 0.95): Factor by which these fast weights, and the matrix of
             "fixed_size_attention" (de Brebisson & Vincent 2016), decay per token.
         fast_weights_rate (`float`, defaults to 0.5): Weight with which a token is added to either.
         sliding_window (`int`, *optional*): Number of tokens that softmax attention sees, including the token
-            itself. If `None`, it sees all tokens, and its state grows.
+            itself, at any position of any text. If `None`, it sees all tokens, and its state grows.
         num_persistent_tokens (`int`, defaults to 0): Learned tokens that softmax attention always sees, in
-            front of all others and outside of any window.
+            front of all others and outside of any window. With a window, they are never further away than
+            `sliding_window` tokens.
         memory_depth (`int`, defaults to 2): Layers of the network of a neural memory; 1 is linear.
         memory_chunk_size (`int`, defaults to 16): Tokens per chunk of a neural memory, counted from the first
             token of each row. The gradients of a chunk are taken at the same weights. For

@@ -24,7 +24,7 @@ from .mixer_attention import Attention
 from .mixer_banked_delta_rule import BankedDeltaRule
 from .mixer_banked_linear_attention import BankedLinearAttention
 from .mixer_continuous import ContinuousAttention
-from .mixer_coupled import Coupled
+from .mixer_coupled import Coupled, CoupledAngles
 from .mixer_fast_weights import FastWeights
 from .mixer_fixed_size import FixedSizeAttention
 from .mixer_neural_memory import MemoryAsContext, MemoryAsGate, MemoryAsLayer
@@ -40,6 +40,7 @@ MIXERS: dict[str, Callable[[StackformerConfig], Mixer]] = {
     "banked_linear_attention": BankedLinearAttention,
     "continuous_attention": ContinuousAttention,
     "coupled": Coupled,
+    "coupled_angles": CoupledAngles,
     "fast_weights": FastWeights,
     "fixed_size_attention": FixedSizeAttention,
     "memory_as_context": MemoryAsContext,

@@ -490,7 +490,8 @@ class _ChunkedAttention(torch.autograd.Function):
         results = [torch.cat(parts[::-1], dim=1) for parts in grads]
         # No gradient passes a wiped memory; the sum has the rounding errors of terms that cancel.
         results[5].masked_fill_(inputs[5] <= NOTHING[dtype], 0.0)
-        results = [grad.to(x.dtype) for grad, x in zip(results, ctx.saved_tensors, strict=False)]
+        given = (query, key, value, read, write, log_decay)  # a checkpoint lets tensors be unpacked only once
+        results = [grad.to(x.dtype) for grad, x in zip(results, given, strict=True)]
         grad_state = grad_state.view(*grad_memory.shape[:-1], grad_memory.shape[-1] + 1)
         return *results, grad_state[..., :-1], grad_state[..., -1], None, None
 

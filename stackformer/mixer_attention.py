@@ -7,13 +7,15 @@ The stack pointer is not used: an active token has its full weight at every pond
 
 The keys and values of a row have no gaps between them. Those of the past come first, right-aligned, and those
 of this call follow, left-aligned. So distances between slots are distances between active tokens of the row,
-and padding changes no position.
+and padding changes no position. Angles are exact at any position (`rotary_embedding`), so that a model with a
+window runs for ever.
 
 Letters: n active tokens, B' rows, T tokens of the past, T' tokens of the call, H heads, K head size.
 """
 
 import math
 from collections.abc import Callable
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -28,11 +30,16 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager_attention_forward
 
 from .configuration_stackformer import StackformerConfig
+from .dtypes import at_least_float32
 from .implementation import can_look_at
 from .layers_stackformer import ResidualProjection, all_rows
 from .mixer import Mixer
 from .state import StateSpec, TensorSpec
 from .token_layout import TokenLayout
+
+# Angles of rotary positions are multiples of 2 ** -TURN_BITS turns, see `rotary_embedding`. The number is
+# even, and products of half and all of its bits fit into int64.
+TURN_BITS = 42
 
 
 class AttentionState(NamedTuple):
@@ -86,8 +93,7 @@ class Attention(Mixer):
         query, key, value = rows.unbind(2)  # [B', T', H, K] each
         seen = rows.new_zeros(len(rows), dtype=torch.long) if state is None else state.seen
         positions = seen.unsqueeze(1) + torch.arange(rows.shape[1], device=rows.device)
-        cos, sin = rotary_embedding(positions, self.head_dim, self.config.rope_parameters["rope_theta"])
-        query, key = apply_rotary_pos_emb(query, key, cos.to(key.dtype), sin.to(key.dtype), unsqueeze_dim=2)
+        query, key = self._rotate(query, key, positions)
         return AttentionInputs(query, key, value, seen)
 
     def mix(
@@ -129,7 +135,10 @@ class Attention(Mixer):
         if past > 0:
             real = torch.arange(total, device=key.device) >= past - seen.unsqueeze(1)
         if self.persistent is not None:
-            key, value = self._with_persistent(self.persistent, key, value)
+            reach = self.config.sliding_window
+            if past == 0 and total <= (reach or total) and reach != 1:
+                reach = None  # the rows begin here, and end inside the window
+            query, key, value = self._with_persistent(self.persistent, query, key, value, seen, reach)
             added = key.shape[1] - total
             past, total = past + added, total + added
             if window is not None:
@@ -156,8 +165,28 @@ class Attention(Mixer):
 
         return attend_to_numbers(attend, query, key, value)
 
-    def _with_persistent(self, tokens: nn.Module, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Puts keys and values of persistent tokens, at position 0, in front of those [B', T + T', H, K]."""
+    def _with_persistent(
+        self,
+        tokens: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        seen: Tensor,
+        reach: int | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Puts keys and values of persistent tokens, at position 0, in front of those [B', T + T', H, K].
+
+        With a window, tokens that are further away see them at the window's distance. Otherwise, logits would
+        depend on the position for ever, at distances that training never showed. So a query is rotated twice,
+        first for the persistent tokens, then for the others. A key has zeros where it must not be compared.
+
+        Args:
+            query: [B', T', H, K]; seen: [B'], the number of tokens in the past.
+            reach: the largest distance to the persistent tokens; `None` for any.
+
+        Returns:
+            Queries, keys and values. With `reach`, queries and keys have the size 2 K.
+        """
         if self.config.sliding_window is not None and "flash" in str(self.config._attn_implementation):
             raise ValueError(
                 "`attn_implementation` must be able to see `num_persistent_tokens` outside of a "
@@ -166,7 +195,20 @@ class Attention(Mixer):
         weights = all_rows(tokens, self.config.num_persistent_tokens, key.device)
         rows = self.qkv_proj(weights).to(key.dtype).unflatten(-1, (3, self.num_heads, self.head_dim))
         _, keys, values = rows.expand(len(key), -1, -1, -1, -1).unbind(2)
-        return torch.cat([keys, key], dim=1), torch.cat([values, value], dim=1)
+        if reach is not None:
+            positions = seen.unsqueeze(1) + torch.arange(query.shape[1], device=query.device)
+            back = positions.clamp(max=reach) - positions
+            near, _ = self._rotate(query, query, back)
+            query = torch.cat([near, query], dim=-1)
+            keys = nn.functional.pad(keys, (0, self.head_dim))
+            key = nn.functional.pad(key, (self.head_dim, 0))
+        return query, torch.cat([keys, key], dim=1), torch.cat([values, value], dim=1)
+
+    def _rotate(self, query: Tensor, key: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Rotates queries and keys [B', T', H, K] by `positions` [B', T']."""
+        theta = self.config.rope_parameters["rope_theta"]
+        cos, sin = rotary_embedding(positions, self.head_dim, theta, at_least_float32(key))
+        return apply_rotary_pos_emb(query, key, cos.to(key.dtype), sin.to(key.dtype), unsqueeze_dim=2)
 
 
 def attend_to_numbers(
@@ -180,12 +222,13 @@ def attend_to_numbers(
     result is not checked: there, NaN may spread to earlier tokens.
 
     Args:
-        attend: maps queries [B', T', H, K] and keys and values [B', T + T', H, K] to [B', T', H, K].
+        attend: maps queries [B', T', H, K] and keys and values [B', T + T', H, K] to [B', T', H, K]. Queries
+            and keys may have another size than values.
     """
     mixed = attend(query, key, value)
     if query.shape[1] == 1 or not can_look_at(mixed) or math.isfinite(mixed.detach().sum()):
         return mixed
-    lost = ~torch.isfinite(key.detach() + value.detach()).all(-1, keepdim=True)
+    lost = ~(torch.isfinite(key).all(-1, keepdim=True) & torch.isfinite(value).all(-1, keepdim=True))
     mixed = attend(query, key.masked_fill(lost, 0.0), value.masked_fill(lost, 0.0))
     marks = lost.to(value.dtype).expand_as(value)
     seen = attend(torch.zeros_like(query), torch.zeros_like(key), marks) > 0
@@ -203,15 +246,49 @@ def rotary_head_size(config: StackformerConfig) -> int:
     return size
 
 
-def rotary_embedding(positions: Tensor, size: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Returns cosines and sines [..., size] of the rotations at `positions` [...], float32.
+def rotary_embedding(
+    positions: Tensor, size: int, theta: float, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
+    """Returns cosines and sines [..., size] of the rotations at `positions` [...], in `dtype`.
 
-    They are not kept in a buffer, because a buffer would be rounded together with the weights.
+    Floating-point angles lose digits as positions grow. In float32 they are wrong by half a radian at 10
+    million tokens, and from 2 ** 24 on two neighbours have the same angle. So angles are integers here, in
+    units of 2 ** -TURN_BITS turns and modulo one turn. The angle between two tokens then depends only on
+    their distance, at any positions. Frequencies (Su et al. 2021, equation 15) are rounded to such units,
+    which moves the angle between two tokens by at most 2 ** -43 turns per token between them.
+
+    Args:
+        positions: int64.
+        size: the head size, even.
+        theta: the base of the frequencies.
+        dtype: float32 or float64.
     """
-    exponents = torch.arange(0, size, 2, device=positions.device, dtype=torch.float32) / size
-    angles = positions.unsqueeze(-1) * theta**-exponents
-    angles = torch.cat([angles, angles], dim=-1)
-    return angles.cos(), angles.sin()
+    if torch.compiler.is_compiling():  # a constant of the graph
+        turns = torch.tensor(_turns_per_token(size, theta), device=positions.device)
+    else:
+        turns = _turns_on(size, theta, positions.device)
+    # positions * turns modulo 2 ** TURN_BITS, in two parts whose products are below 2 ** 63
+    one_turn, half = 2**TURN_BITS - 1, TURN_BITS // 2
+    positions = positions.unsqueeze(-1) & one_turn
+    angles = (positions & (2**half - 1)) * turns
+    angles = angles + ((((positions >> half) * (turns & (2**half - 1))) & (2**half - 1)) << half)
+    angles = ((angles + 2 ** (TURN_BITS - 1)) & one_turn) - 2 ** (TURN_BITS - 1)  # half a turn either way
+    radians = angles.to(dtype) * (2 * math.pi / 2**TURN_BITS)
+    radians = torch.cat([radians, radians], dim=-1)
+    return radians.cos(), radians.sin()
+
+
+def _turns_per_token(size: int, theta: float) -> list[int]:
+    """Returns the `size` / 2 frequencies of rotary positions, in 2 ** -TURN_BITS turns per token."""
+    exponents = [2 * i / size for i in range(size // 2)]
+    return [round(theta**-x / (2 * math.pi) * 2**TURN_BITS) % 2**TURN_BITS for x in exponents]
+
+
+@lru_cache(maxsize=32)
+def _turns_on(size: int, theta: float, device: torch.device) -> Tensor:
+    """Returns `_turns_per_token` as a tensor on a device, so that a GPU is not waited for in every call."""
+    with torch.inference_mode(False):
+        return torch.tensor(_turns_per_token(size, theta), device=device)
 
 
 def _last_of_rows(slots: Tensor, count: int, layout: TokenLayout) -> Tensor:

@@ -10,7 +10,7 @@ time instead of depth. Two states are updated in turn, each from the other:
 
 To go back, the updates are subtracted in the opposite order. Floating-point sums cannot be undone exactly,
 but fixed-point sums can (MacKay et al. 2018, "Reversible Recurrent Neural Networks", section 3.2). So f is
-rounded to a multiple of 2 ** -FRACTION_BITS, and its gradient ignores the rounding. The states are
+rounded to a multiple of 2 ** -`fraction_bits`, and its gradient ignores the rounding. The states are
 fixed-point numbers stored as float64, which adds and subtracts integers of up to 53 bits exactly. Because
 |f| < 1, this holds for 2 ** 33 tokens. Unlike integers, float64 states take a gradient, in caches as well.
 
@@ -18,9 +18,18 @@ Each update depends on the states before, so tokens are computed one after anoth
 can track state. In training, only its inputs and the last state are kept, see `_ReversibleScan`. The stack
 pointer is not used.
 
+There are two forms. In [`Coupled`], states grow with the number of tokens T and are read normalised, so the
+effect of one token fades as 1 / T. In [`CoupledAngles`], states are angles: they wrap around, and are read by
+cosine and sine. The effect of a token does not fade, and the number of tokens has no limit:
+
+    s1 <- s1 + f1(s2, x) modulo 1         s2 <- s2 + f2(s1, x) modulo 1
+
+    f(s, x) = clip(1/2 + a/3, 0, 1) * clip(b, -1, 1) / 2,   [a, b] = W [cos 2 pi s ; sin 2 pi s] + U x
+
 Letters: B' rows, T' time, d core width, m size of each state, n active tokens.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -40,21 +49,29 @@ Drive = tuple[Tensor, Tensor | None]
 Rows = tuple[Tensor, Tensor | None]
 
 FRACTION_BITS = 20  # about the precision of f in float32
+ANGLE_BITS = 30  # of [`CoupledAngles`]; more than f in float32 has, so that the rounding adds no error
 DEFAULT_CHUNK_SIZE = 64
 
 
 class CoupledState(NamedTuple):
     """The state of [`Coupled`]."""
 
-    states: Tensor  # [B', 2, m], both states, fixed-point numbers in float64
+    # [B', 2, m], both states, fixed-point numbers in float64; for [`CoupledAngles`], in turns
+    states: Tensor
 
 
 class Coupled(Mixer):
-    """Two states that update each other, and a gated projection of both."""
+    """Two states that update each other, and a gated projection of both.
+
+    A subclass may read states otherwise than normalised (`read`, `num_features`), limit updates otherwise
+    (`squash`), and wrap states around (`wrap`).
+    """
 
     state_type = CoupledState
     num_reversible = 1
     reverses_exactly = True
+    fraction_bits = FRACTION_BITS
+    num_features = 1  # for each number of a state, see `read`
 
     def __init__(self, config: StackformerConfig):
         super().__init__()
@@ -62,12 +79,13 @@ class Coupled(Mixer):
         self.state_size = state_size
         self.eps = config.rms_norm_eps
         self.chunk_size = config.chunk_size or DEFAULT_CHUNK_SIZE
+        read_size = self.num_features * state_size
         self.in_proj = nn.Linear(size, 4 * state_size)
-        self.first_proj = nn.Linear(state_size, 2 * state_size, bias=False)
-        self.second_proj = nn.Linear(state_size, 2 * state_size, bias=False)
-        self.gate_proj = nn.Linear(size, 2 * state_size, bias=False)
-        self.norm = RMSNorm(2 * state_size, eps=config.rms_norm_eps)
-        self.o_proj = ResidualProjection(2 * state_size, size)
+        self.first_proj = nn.Linear(read_size, 2 * state_size, bias=False)
+        self.second_proj = nn.Linear(read_size, 2 * state_size, bias=False)
+        self.gate_proj = nn.Linear(size, 2 * read_size, bias=False)
+        self.norm = RMSNorm(2 * read_size, eps=config.rms_norm_eps)
+        self.o_proj = ResidualProjection(2 * read_size, size)
 
     def state_spec(self) -> StateSpec:
         """Specifies both states, which are fixed-point numbers stored as float64."""
@@ -107,6 +125,22 @@ class Coupled(Mixer):
             end = self.reverse_chunk(*chunk, end)
         return (end,)
 
+    def read(self, state: Tensor, dtype: torch.dtype) -> Tensor:
+        """Returns one state [B', m] as an update of the other sees it: normalised."""
+        return nn.functional.rms_norm(state.to(dtype), state.shape[-1:], eps=self.eps)
+
+    def read_both(self, states: Tensor, dtype: torch.dtype) -> Tensor:
+        """Returns both states [B', C, 2 m] as the tokens see them, before `norm`."""
+        return states.to(dtype)
+
+    def squash(self, gate: Tensor, value: Tensor) -> Tensor:
+        """Returns f [B', m] of a [B', m] and b [B', m], the gate and the value."""
+        return gate.sigmoid() * value.tanh()
+
+    def wrap(self, state: Tensor) -> Tensor:
+        """Returns a state [B', m] after an update or its reversal. It does not wrap around here."""
+        return state
+
     def chunks(self, rows: Tensor, real: Tensor | None) -> list[Rows]:
         """Splits rows [B', T', d] and `real` [B', T', 1] into chunks along time."""
         parts = rows.split(self.chunk_size, dim=1)
@@ -132,10 +166,11 @@ class Coupled(Mixer):
             first, second = state.unbind(1)  # [B', m] each
             states = []
             for to_first, to_second in self._drives(rows, real):
-                first = first + self._update(self.first_proj, second, *to_first)
-                second = second + self._update(self.second_proj, first, *to_second)
+                first = self.wrap(first + self._update(self.first_proj, second, *to_first))
+                second = self.wrap(second + self._update(self.second_proj, first, *to_second))
                 states.append(torch.cat([first, second], dim=1))
-            both = self.norm(torch.stack(states, dim=1).to(rows.dtype))  # [B', C, 2 m]
+            # [B', C, 2 m] -> [B', C, 2 m num_features]
+            both = self.norm(self.read_both(torch.stack(states, dim=1), rows.dtype))
             mixed = self.o_proj(swish_gate(self.gate_proj(rows), both))
         return mixed, torch.stack([first, second], dim=1)
 
@@ -144,8 +179,8 @@ class Coupled(Mixer):
         with torch.autocast(rows.device.type, enabled=False):
             first, second = state.unbind(1)  # [B', m] each
             for to_first, to_second in reversed(self._drives(rows.to(self.norm.weight.dtype), real)):
-                second = second - self._update(self.second_proj, first, *to_second)
-                first = first - self._update(self.first_proj, second, *to_first)
+                second = self.wrap(second - self._update(self.second_proj, first, *to_second))
+                first = self.wrap(first - self._update(self.first_proj, second, *to_first))
         return torch.stack([first, second], dim=1)
 
     def _drives(self, rows: Tensor, real: Tensor | None) -> list[tuple[Drive, Drive]]:
@@ -160,23 +195,59 @@ class Coupled(Mixer):
 
     def _update(self, proj: nn.Linear, source: Tensor, drive: Tensor, real: Tensor | None) -> Tensor:
         """Computes f [B', m], the update of one state from the other state `source` [B', m] and a token."""
-        normed = nn.functional.rms_norm(source.to(drive.dtype), source.shape[-1:], eps=self.eps)
-        gate, value = (proj(normed) + drive).chunk(2, dim=-1)  # [B', m] each
-        update = gate.sigmoid() * value.tanh()
-        return _FixedPoint.apply(update if real is None else update * real)
+        gate, value = (proj(self.read(source, drive.dtype)) + drive).chunk(2, dim=-1)  # [B', m] each
+        update = self.squash(gate, value)
+        return _FixedPoint.apply(update if real is None else update * real, self.fraction_bits)
+
+
+class CoupledAngles(Coupled):
+    """The coupled cell with angles for states, in turns: at least -1/2, and less than 1/2.
+
+    A token turns an angle by up to half a turn either way, so any angle leads to any other. Sigmoid and tanh
+    are piecewise linear here. So no turn and half a turn, which parity needs, are reached exactly, and no
+    error adds up over the tokens. At first, the states do not depend on each other. Then an angle is a sum
+    over the tokens, whose gradients neither vanish nor explode. Training may let them depend on each other so
+    strongly that small changes grow with time.
+    """
+
+    fraction_bits = ANGLE_BITS
+    num_features = 2  # cosine and sine
+
+    def __init__(self, config: StackformerConfig):
+        super().__init__(config)
+        read_size = self.num_features * self.state_size
+        self.first_proj = ResidualProjection(read_size, 2 * self.state_size)
+        self.second_proj = ResidualProjection(read_size, 2 * self.state_size)
+
+    def read(self, state: Tensor, dtype: torch.dtype) -> Tensor:
+        """Returns the cosines and sines [..., 2 m] of angles [..., m]."""
+        radians = 2 * math.pi * state.to(torch.promote_types(dtype, torch.float32))
+        return torch.cat([radians.cos(), radians.sin()], dim=-1).to(dtype)
+
+    def squash(self, gate: Tensor, value: Tensor) -> Tensor:
+        """Returns f [B', m], in turns: 0 from a = -3/2 down, and 1/2 from a = 3/2 and b = 1 up."""
+        return 0.5 * (0.5 + gate / 3).clamp(0, 1) * value.clamp(-1, 1)
+
+    def read_both(self, states: Tensor, dtype: torch.dtype) -> Tensor:
+        """Returns the cosines and sines [B', C, 4 m] of both states [B', C, 2 m]."""
+        return self.read(states, dtype)
+
+    def wrap(self, state: Tensor) -> Tensor:
+        """Returns angles modulo one turn. This is exact for fixed-point numbers, and its gradient is 1."""
+        return state - (state + 0.5).detach().floor()
 
 
 class _FixedPoint(torch.autograd.Function):
-    """Rounds to a multiple of 2 ** -FRACTION_BITS, as float64. The gradient ignores the rounding."""
+    """Rounds to a multiple of 2 ** -bits, as float64. The gradient ignores the rounding."""
 
     @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
+    def forward(ctx, x: Tensor, bits: int) -> Tensor:
         ctx.dtype = x.dtype
-        return (x.double() * 2.0**FRACTION_BITS).round() * 2.0**-FRACTION_BITS
+        return (x.double() * 2.0**bits).round() * 2.0**-bits
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
-        return grad.to(ctx.dtype)
+    def backward(ctx, grad: Tensor):
+        return grad.to(ctx.dtype), None
 
 
 class _ReversibleScan(torch.autograd.Function):
@@ -223,4 +294,4 @@ def _real_slots(layout: TokenLayout) -> Tensor | None:
     return (slots < layout.row_lengths.unsqueeze(1)).unsqueeze(-1)
 
 
-__all__ = ["Coupled"]
+__all__ = ["Coupled", "CoupledAngles"]

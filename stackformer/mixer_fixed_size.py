@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from .configuration_stackformer import StackformerConfig
 from .dtypes import at_least_float32
 from .fused_ops import RMSNorm, swish_gate
+from .implementation import can_look_at
 from .layers_stackformer import ResidualProjection, ShortConvolution, convolve, past_spec
-from .memory_bank import can_look_at
 from .mixer import Mixer
 from .mixer_fast_weights import add_outer_products, count_tokens, decay_powers
 from .state import State, StateSpec, TensorSpec

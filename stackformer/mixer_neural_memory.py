@@ -539,9 +539,14 @@ class MemoryAsContext(Mixer):
         # [B', C, 2, 2 d] -> [B', C, 2, 2, H, K] -> two times [B', C, 2, H, K]
         key, value = apply_linear(self.kv_proj, context).unflatten(-1, (2, *self.heads)).unbind(3)
         positions = begun.unsqueeze(1) + torch.arange(query.shape[1], device=query.device)
-        cos, sin = (x.to(query.dtype) for x in rotary_embedding(positions, self.heads[1], self.rope_theta))
+        dtype = at_least_float32(query)
+        cos, sin = rotary_embedding(positions, self.heads[1], self.rope_theta, dtype)
         query, key = apply_rotary_pos_emb(
-            query.unflatten(-1, self.heads), key.flatten(2, 3), cos, sin, unsqueeze_dim=2
+            query.unflatten(-1, self.heads),
+            key.flatten(2, 3),
+            cos.to(query.dtype),
+            sin.to(query.dtype),
+            unsqueeze_dim=2,
         )
         return query, torch.stack([key.view(value.shape), value], dim=2)
 

@@ -23,6 +23,10 @@ SHAPES = {
     },
     "hybrid stack": {"mixer_types": ["banked_linear_attention", "attention"], "halting_threshold": 0.2},
     "coupled": {"mixer_types": ["coupled", "banked_linear_attention"], "halting_threshold": 0.2},
+    "coupled angles": {
+        "mixer_types": ["coupled_angles", "banked_linear_attention"],
+        "halting_threshold": 0.2,
+    },
     "feedback": {"feedback": True, "stack_depth": 2, "max_ponder_steps": 3, "halting_threshold": 0.2},
     "rwkv": {
         "bottleneck_size": None,

@@ -55,8 +55,9 @@ FOREIGN = {
             )
         )
         for name in (
-            "attention", "banked_delta_rule", "fast_weights", "fixed_size_attention", "coupled", "rwkv",
-            "neural_memory", "memory_as_gate", "memory_as_context", "continuous_attention",
+            "attention", "banked_delta_rule", "fast_weights", "fixed_size_attention", "coupled",
+            "coupled_angles", "rwkv", "neural_memory", "memory_as_gate", "memory_as_context",
+            "continuous_attention",
         )
     },
     "RWKV's feed-forward": lambda: filled(tiny_model(feed_forward_type="rwkv_channel_mix")),

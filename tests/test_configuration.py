@@ -143,13 +143,15 @@ def test_there_are_presets():
         "titans-mag-tiny",
         "titans-mac-tiny",
         "rwkv-tiny",
+        "coupled-tiny",
+        "coupled-angles-tiny",
     }
 
 
 def test_presets_that_are_compared_have_the_same_size():
     names = (
         "stackformer-tiny", "wrapper-tiny", "softmax-tiny", "linear-tiny", "titans-mal-tiny",
-        "titans-mag-tiny", "titans-mac-tiny", "rwkv-tiny",
+        "titans-mag-tiny", "titans-mac-tiny", "rwkv-tiny", "coupled-tiny", "coupled-angles-tiny",
     )  # fmt: skip
     sizes = {
         path.stem: StackformerForCausalLM(StackformerConfig.from_json_file(path)).num_parameters()

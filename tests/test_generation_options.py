@@ -110,7 +110,7 @@ def test_enough_beams_find_the_best_of_all_texts(small):
 
 @pytest.mark.parametrize("num_beams", [2, 3, 5])
 @pytest.mark.parametrize("length_penalty", [1.0, 0.0, 2.5])
-@pytest.mark.parametrize("eos", [None, 3])
+@pytest.mark.parametrize("eos", [None, 4])
 def test_beam_search_in_a_left_padded_batch(small, num_beams, length_penalty, eos):
     """Narrow beams, where it matters which state goes on with which beam."""
     ids, mask = left_padded(PROMPTS, pad=5)
@@ -140,7 +140,7 @@ def test_beams_are_worth_testing(small):
     """Wider beams find something else than greedy decoding, and some of it ends early."""
     wide, greedy_texts = ([beam_search(small, prompt, n, 7)[0][1] for prompt in PROMPTS] for n in (5, 1))
     assert wide != greedy_texts
-    lengths = {len(tokens) for prompt in PROMPTS for _, tokens in beam_search(small, prompt, 5, 7, eos=3)}
+    lengths = {len(tokens) for prompt in PROMPTS for _, tokens in beam_search(small, prompt, 5, 7, eos=4)}
     assert len(lengths) > 2
 
 

@@ -112,7 +112,7 @@ def test_any_split_gives_the_same_at_any_threshold(threshold):
 
 def test_generate_takes_a_threshold():
     model, ids = tiny_model(), random_ids(2, 6)
-    options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+    options = {"max_new_tokens": 40, "do_sample": False, "eos_token_id": None}
     outputs = model.generate(ids, halting_threshold=0.9, **options)
     assert not torch.equal(outputs, model.generate(ids, **options)), "the threshold does not show"
     uncached = model.generate(ids, halting_threshold=0.9, use_cache=False, **options)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+import torch.utils.checkpoint
 
 from stackformer import implementation as implementation_of
 from stackformer import memory_bank
@@ -519,6 +520,22 @@ def test_low_precision_inputs_keep_a_float32_state():
     assert output.dtype == torch.bfloat16
     assert all(tensor.dtype == torch.float32 for tensor in state)
     assert (output - expected).abs().max() < 0.02 * expected.abs().max()
+
+
+@pytest.mark.parametrize("implementation", ["recurrent", *CHUNKED])
+def test_gradients_inside_a_checkpoint(implementation):
+    inputs = list(make_inputs(time=20).values())
+
+    def loss(*inputs):
+        *tokens, memory, normalizer = inputs
+        output, state = banked_linear_attention(
+            *tokens, initial_state=(memory, normalizer), chunk_size=8, implementation=implementation
+        )
+        return output.sum() + sum(x.square().sum() for x in state)
+
+    checkpointed = torch.utils.checkpoint.checkpoint(loss, *inputs, use_reentrant=False)
+    actual, expected = torch.autograd.grad(checkpointed, inputs), torch.autograd.grad(loss(*inputs), inputs)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
 
 
 def share_lost(seen: float, implementation: str, chunk_size: int, time: int = 1024) -> float:

@@ -1,5 +1,8 @@
 """Softmax attention: transformers' own is the reference; kernels agree; the state is what it should be."""
 
+import copy
+import math
+
 import pytest
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface, LlamaConfig
@@ -8,16 +11,21 @@ from transformers.masking_utils import (
     create_sliding_window_causal_mask,
     flash_attention_mask,
 )
-from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotaryEmbedding
+from transformers.models.llama.modeling_llama import (
+    LlamaAttention,
+    LlamaRotaryEmbedding,
+    apply_rotary_pos_emb,
+)
 
-from stackformer import StackformerConfig, StackformerForCausalLM
-from stackformer.mixer_attention import Attention
+from stackformer import StackformerCache, StackformerConfig, StackformerForCausalLM, StackformerStaticCache
+from stackformer.mixer_attention import Attention, AttentionState, rotary_embedding
 from stackformer.token_layout import TokenLayout
 from tests.models import SHAPES, random_ids, tiny_model
 from tests.test_generation import generate
 from tests.test_modeling import CLOSE, gradients_whole_and_through_the_cache
 
 SIZE, HEADS, LENGTH = 32, 4, 21
+FAR = (10**6, 10**7, 2**24, 10**8, 2**31 + 13, 10**15)
 WINDOWS = pytest.mark.parametrize("window", [None, 1, 2, 5, 30])
 
 
@@ -211,3 +219,141 @@ def test_odd_heads_are_refused():
     config = StackformerConfig(hidden_size=6, bottleneck_size=None, num_attention_heads=2)
     with pytest.raises(ValueError, match="`num_attention_heads` must leave the heads of attention an even"):
         Attention(config)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.float64, 1e-13)])
+@pytest.mark.parametrize("position", FAR)
+def test_angles_depend_on_distances_only(position, dtype, tolerance):
+    distance = torch.arange(100)
+    cos, sin = rotary_embedding(distance, 64, 10_000.0, dtype)
+    far_cos, far_sin = rotary_embedding(position + distance, 64, 10_000.0, dtype)
+    # the difference of two angles, from their cosines and sines
+    between = (far_cos * far_cos[:1] + far_sin * far_sin[:1], far_sin * far_cos[:1] - far_cos * far_sin[:1])
+    torch.testing.assert_close(between, (cos, sin), rtol=0, atol=tolerance)
+    assert (far_cos[1:] - far_cos[:-1]).abs().amax(1).min() > 0.01, "neighbours have the same angle"
+
+
+@pytest.mark.parametrize("theta", [500.0, 10_000.0, 5e6])
+def test_angles_are_those_of_rotary_positions(theta):
+    """Su et al. 2021, equation 15."""
+    positions = torch.tensor([0, 1, 2, 77, 4096, 10**6])
+    frequencies = theta ** -(torch.arange(0, 64, 2).double() / 64)
+    angles = (positions[:, None] * frequencies).repeat(1, 2)
+    expected = angles.cos(), angles.sin()
+    actual = rotary_embedding(positions, 64, theta, torch.float64)
+    # frequencies are rounded to 2 ** -42 turns, so a million tokens move by at most 7e-7 radians
+    torch.testing.assert_close(actual, expected, rtol=0, atol=10**6 * 2 * math.pi * 2.0**-43)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
+@pytest.mark.parametrize("position", FAR)
+@torch.no_grad()
+def test_a_window_is_the_same_at_any_position(position, dtype, tolerance):
+    """Once the window holds the same tokens, the tokens after it cannot tell how many there were before."""
+    window, hidden = 6, hidden_tokens().to(dtype)
+    mixer = attention(window, theta=10_000.0).to(dtype)
+    empty = hidden.new_zeros(2, window - 1, HEADS, SIZE // HEADS)
+    far = AttentionState(empty, empty, torch.full((2,), position))
+    expected, actual = read(mixer, hidden)[0], read(mixer, hidden, state=far)[0]
+    torch.testing.assert_close(actual[:, window:], expected[:, window:], rtol=tolerance, atol=tolerance)
+
+
+def move(cache, model, tokens: int):
+    """A copy of a cache as if each row had read `tokens` more tokens before those that it holds."""
+    cache = copy.deepcopy(cache)
+    for layer, module in zip(cache.layers, model.model.layers, strict=True):
+        names = [spec.name for spec in module.state_spec]
+        if "seen" not in names:
+            continue
+        for state in layer.slices.values():
+            key, seen = state[names.index("key")], state[names.index("seen")]
+            theta = model.config.rope_parameters["rope_theta"]
+            turn = rotary_embedding(torch.tensor([[tokens]]), key.shape[-1], theta, torch.float64)
+            key.copy_(apply_rotary_pos_emb(key.double(), key.double(), *turn, unsqueeze_dim=2)[0])
+            seen += tokens
+    return cache
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.float64, 1e-9)])
+@pytest.mark.parametrize(
+    "name",
+    ["sliding window", "neural memory", "memory as gate", "infinity-former", "sticky memories on a stack"],
+)
+@torch.no_grad()
+def test_models_with_a_window_run_for_ever(tmp_path, name, dtype, tolerance):
+    """In padded batches with halting tokens, from files, after rolling back, and in static caches."""
+    model, ids = tiny_model(dtype, noise=0.1, **SHAPES[name]), random_ids(2, 40)
+    mask = torch.ones(2, 40, dtype=torch.long)
+    mask[0, :7] = 0
+    cache = StackformerCache(model.config)
+    model(ids[:, :30], attention_mask=mask[:, :30], past_key_values=cache)
+    expected = model(ids[:, 30:], past_key_values=copy.deepcopy(cache)).logits
+    close = {"rtol": tolerance, "atol": tolerance}
+    for tokens in (15 * 10**6, 15 * 2**31):  # whole blocks of continuous attention
+        far = move(cache, model, tokens)
+        actual = model(ids[:, 30:], past_key_values=copy.deepcopy(far)).logits
+        torch.testing.assert_close(actual, expected, **close)
+
+        far.save_pretrained(tmp_path / "memory")
+        loaded = StackformerCache.from_pretrained(tmp_path / "memory", model)
+        loaded.activate_past_recording()
+        model(random_ids(2, 3, seed=1), past_key_values=loaded)
+        loaded.crop(-3)
+        steps = [model(ids[:, t : t + 1], past_key_values=loaded).logits for t in range(30, 40)]
+        torch.testing.assert_close(torch.cat(steps, dim=1), expected, **close)
+
+
+@pytest.mark.parametrize("name", ["sliding window", "memory as gate"])
+@torch.no_grad()
+def test_compiled_steps_with_a_window_run_for_ever(name):
+    torch._dynamo.reset()
+    model, ids = tiny_model(torch.float32, noise=0.1, **SHAPES[name]), random_ids(2, 40)
+    step = torch.compile(model, fullgraph=True, backend="aot_eager")
+    cache = StackformerStaticCache(model.config)
+    model(ids[:, :30], past_key_values=cache)
+    expected = model(ids[:, 30:], past_key_values=copy.deepcopy(cache)).logits
+    far = move(cache, model, 15 * 2**31)
+    steps = [step(ids[:, t : t + 1], past_key_values=far).logits for t in range(30, 40)]
+    torch.testing.assert_close(torch.cat(steps, dim=1), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("window", [1, 4, 30])
+@pytest.mark.parametrize("seen", [0, 2, 2**31 + 13])
+@torch.no_grad()
+def test_persistent_tokens_are_no_further_than_the_window(window, seen):
+    """Against loops over tokens, whose angles are those of small numbers."""
+    torch.manual_seed(0)
+    config = StackformerConfig(
+        hidden_size=SIZE,
+        bottleneck_size=None,
+        num_attention_heads=HEADS,
+        sliding_window=window,
+        num_persistent_tokens=3,
+        rope_parameters={"rope_type": "default", "rope_theta": 500.0},
+        attn_implementation="sdpa",
+    )
+    mixer, hidden = Attention(config).double(), hidden_tokens(1).double()
+    past = hidden.new_zeros(1, window - 1, HEADS, SIZE // HEADS)
+    state = AttentionState(past, past, torch.tensor([seen])) if seen else None
+    actual = read(mixer, hidden[:, :9], state=state)[0]
+
+    def parts(tokens):
+        return mixer.qkv_proj(tokens).unflatten(-1, (3, HEADS, -1)).unbind(-3)  # [T, H, K] each
+
+    def turned(x, distance):
+        cos, sin = rotary_embedding(torch.tensor([[distance]]), SIZE // HEADS, 500.0, torch.float64)
+        return apply_rotary_pos_emb(x[None, None], x[None, None], cos, sin, unsqueeze_dim=2)[0][0, 0]
+
+    queries, keys, values = parts(hidden[0])
+    _, always, always_values = parts(mixer.persistent.weight)
+    for t in range(9):
+        if seen and t < window - 1:
+            continue  # sees the zeros that stand for the past
+        visible = range(max(0, t - window + 1), t + 1)
+        near = turned(queries[t], min(seen + t, window))
+        scores = [(near * key).sum(-1) for key in always]
+        scores += [(turned(queries[t], t - j) * keys[j]).sum(-1) for j in visible]
+        weights = (torch.stack(scores) * (SIZE // HEADS) ** -0.5).softmax(0)  # [slots, H]
+        seen_values = torch.cat([always_values, values[visible.start : visible.stop]])
+        expected = mixer.o_proj((weights[..., None] * seen_values).sum(0).flatten())
+        torch.testing.assert_close(actual[0, t], expected, rtol=1e-10, atol=1e-10)

@@ -139,7 +139,7 @@ def naive_context(mixer, hidden):
         def rotate(x, position=position):
             """Equation 34 of RoFormer in complex numbers, halves as real and imaginary parts."""
             half = x.shape[-1] // 2
-            cos, sin = rotary_embedding(torch.tensor(position), 2 * half, 10000.0)  # in float32, as the mixer
+            cos, sin = rotary_embedding(torch.tensor(position), 2 * half, 10000.0, torch.float64)
             turned = torch.complex(x[..., :half], x[..., half:]) * torch.complex(cos[:half], sin[:half])
             return torch.cat([turned.real, turned.imag], dim=-1)
 

@@ -38,6 +38,18 @@ def test_tokens_before_it_and_other_rows(shape, value, dtype):
         assert not torch.isfinite(logits[0, time]).any()
 
 
+@torch.no_grad()
+def test_tokens_before_it_with_persistent_tokens_and_a_window():
+    """There, queries and keys are wider than values."""
+    model = tiny_model(**SHAPES["attention"], sliding_window=4, num_persistent_tokens=2)
+    embeds = embeddings(model)
+    expected = model(inputs_embeds=embeds).logits
+    embeds[0, 12] = torch.nan
+    logits = model(inputs_embeds=embeds).logits
+    torch.testing.assert_close(logits[0, :12], expected[0, :12], **CLOSE[torch.float64])
+    torch.testing.assert_close(logits[1], expected[1], **CLOSE[torch.float64])
+
+
 @every_shape
 @torch.no_grad()
 def test_tokens_before_it_in_calls_that_go_on(shape):
