@@ -56,6 +56,7 @@ OPTIONAL_COUNT = Rule(lambda x: x is None or _is_integer(x, least=1), "an intege
 NOT_NEGATIVE = Rule(_is_number, "a finite number of at least 0")
 POSITIVE = Rule(lambda x: _is_number(x) and x > 0, "a number above 0")
 UP_TO_ONE = Rule(lambda x: _is_number(x) and 0 < x <= 1, "a number above 0 and at most 1")
+OPTIONAL_POSITIVE = Rule(lambda x: x is None or _is_number(x) and x > 0, "a number above 0, or None")
 FRACTION = Rule(lambda x: _is_number(x) and 0 < x < 1, "a number above 0 and less than 1")
 
 
@@ -95,6 +96,7 @@ RULES: dict[str, Rule] = {
     "max_step_size": Rule(lambda x: _is_number(x) and 0 < x <= 2, "a number above 0 and at most 2"),
     "initializer_range": NOT_NEGATIVE,
     "memory_max_step_size": NOT_NEGATIVE,
+    "memory_max_surprise": OPTIONAL_POSITIVE,
     "halting_threshold": Rule(lambda x: _is_number(x) and x < 1, "a number of at least 0 and less than 1"),
     "memory_contraction": FRACTION,
     "memory_ridge": POSITIVE,
@@ -195,7 +197,13 @@ class StackformerConfig(PreTrainedConfig):
             token of each row. The gradients of a chunk are taken at the same weights. For
             "memory_as_context", a chunk is also a segment. Unlike `chunk_size`, it changes the results: 1 is
             the exact gradient for every token, and slow.
-        memory_max_step_size (`float`, defaults to 0.2): Largest step of a neural memory along a gradient.
+        memory_max_step_size (`float`, defaults to 0.05): Largest step theta of a neural memory along a
+            gradient. One step changes the error of its token by at most 2 theta times itself. The steps of a
+            chunk add up, so tokens with equal keys overshoot if theta times `memory_chunk_size` is above 1.
+        memory_max_surprise (`float`, *optional*, defaults to 10.0): Largest norm of a token's gradient in a
+            neural memory, over all layers of a head. Longer gradients are scaled down to it. The default is
+            rarely reached; with 1, nearly all gradients have the same norm. With `None`, the memory may
+            overflow if steps overshoot.
         rope_parameters (`dict`, *optional*): Rotary positions of softmax attention, as in transformers:
             `rope_theta`, 10000.0 if not given, and `rope_type`, which must be "default".
         memory_block (`int`, defaults to 64): Tokens per block that continuous attention takes into its
@@ -275,7 +283,8 @@ class StackformerConfig(PreTrainedConfig):
     num_persistent_tokens: int = 0
     memory_depth: int = 2
     memory_chunk_size: int = 16
-    memory_max_step_size: float = 0.2
+    memory_max_step_size: float = 0.05
+    memory_max_surprise: float | None = 10.0
     rope_parameters: dict = None  # type: ignore[assignment]
     memory_block: int = 64
     num_basis_functions: int = 64

@@ -5,7 +5,7 @@ Behrouz et al. 2024, "Titans: Learning to Memorize at Test Time" (arXiv 2501.006
 of `memory_depth` layers, M(x) = W_L silu(W_(L-1) ... silu(W_1 x)), which learns to map keys to values
 (equations 12 to 15). For each token, the memory is first written and then read:
 
-    g_t = gradient of |M(k_t) - v_t|^2, as a whole clipped to norm 1       surprise
+    g_t = gradient of |M(k_t) - v_t|^2, bounded (`measure_surprise`)       surprise
     S_t = eta_t S_(t-1) - theta_t g_t                                      momentum
     W_t = (1 - alpha_t) W_(t-1) + S_t                                      forgetting
     y_t = M_t(q_t)
@@ -16,8 +16,11 @@ and the state holds the position inside the chunk. So any split of a text into c
 The weights after single tokens are never formed. Within a chunk, W_t is a combination of the weights and the
 momentum at the start of the chunk, and of the gradients, which are outer products.
 
-The clipped gradient and the bounded step keep the memory finite for any text: the norm of the momentum is at
-most theta / (1 - eta), and the norm of the weights at most that divided by alpha.
+The gradient has a size, so that what surprises more is written more. Two bounds keep training stable. A step
+along the gradient changes the error of its token by no more than theta does in a linear memory with keys of
+length 1, whose curvature is 1. And no gradient is longer than c = `memory_max_surprise`, which few are. So
+the memory stays finite for any text: the norm of the momentum is at most c theta / (1 - eta), and the norm of
+the weights at most that divided by alpha.
 
 Letters: n active tokens, B' rows, T' tokens of a row, d core width, H heads, K head size, L layers of the
 memory, C tokens of a chunk.
@@ -53,6 +56,8 @@ from .token_layout import ChunkGrid, TokenLayout
 _INITIAL_FORGETTING = -4.6
 # exp(-30) is negligible in float32. With larger numbers, cumulated sums would lose digits of small ones.
 _LEAST_LOGARITHM = -30.0
+# Of a gradient. Below, it is 0 in effect, and the derivative of its inverse would overflow.
+_LEAST_SQUARE = 1e-12
 
 
 class Memory(NamedTuple):
@@ -108,15 +113,23 @@ class Writes(NamedTuple):
     real: Tensor  # 1 for a token, 0 for an empty slot
 
 
-def measure_surprise(weights: Tensor, key: Tensor, value: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+def measure_surprise(
+    weights: Tensor, key: Tensor, value: Tensor, max_surprise: float | None
+) -> tuple[list[Tensor], list[Tensor]]:
     """Computes the gradient of |M(key) - value|^2 for each token, as an outer product for each layer.
+
+    It is bounded twice. With e the gradient at the network's output and g that of all weights of a head, the
+    network has the curvature r = |g|^2 / |e|^2 along g. The gradient is divided by r where r is above 1. This
+    is the normalised step of Nagumo & Noda 1967 ("A learning method for system identification"): to first
+    order, a step theta changes the token's error along itself by 2 theta of it or less. A linear memory with
+    keys of length 1 has r = 1. Then the gradient is scaled to the norm `max_surprise` if it is longer.
 
     Args:
         weights: [B', L, H, K, K]; key, value: [B', H, C, K].
+        max_surprise: a number above 0; `None` for no second bound.
 
     Returns:
-        For each layer, its inputs and the gradients at its outputs, [B', H, C, K] each. The gradients are
-        scaled so that the norm of a token's whole gradient, over all layers of a head, is at most 1.
+        For each layer, its inputs and the gradients at its outputs, [B', H, C, K] each.
     """
     layers = weights.unbind(1)  # [B', H, K, K] each
     inputs, slopes = [key], []
@@ -125,12 +138,18 @@ def measure_surprise(weights: Tensor, key: Tensor, value: Tensor) -> tuple[list[
         gate = before.sigmoid()
         slopes.append(gate * (1 + before * (1 - gate)))
         inputs.append(before * gate)
-    errors = [2 * (inputs[-1] @ layers[-1].mT - value)]
+    error = 2 * (inputs[-1] @ layers[-1].mT - value)
+    scale = error.detach().abs().amax(-1, keepdim=True).clamp(min=1)  # so that no square overflows
+    errors = [error / scale]
     for weight, slope in zip(layers[:0:-1], slopes[::-1], strict=True):
         errors.insert(0, (errors[0] @ weight) * slope)
     squares = [x.square().sum(-1) * e.square().sum(-1) for x, e in zip(inputs, errors, strict=True)]
-    clip = torch.stack(squares).sum(0).clamp(min=1).rsqrt().unsqueeze(-1)
-    return inputs, [error * clip for error in errors]
+    total = torch.stack(squares).sum(0).unsqueeze(-1)  # |g|^2 / scale^2
+    curvature = total / errors[-1].square().sum(-1, keepdim=True).clamp(min=_LEAST_SQUARE)
+    factor = scale / curvature.clamp(min=1)
+    if max_surprise is not None:
+        factor = factor.minimum(max_surprise * total.clamp(min=_LEAST_SQUARE).rsqrt())
+    return inputs, [error * factor for error in errors]
 
 
 def ask_memory(weights: Tensor, query: Tensor) -> Tensor:
@@ -143,7 +162,7 @@ def ask_memory(weights: Tensor, query: Tensor) -> Tensor:
 
 
 def advance_memory(
-    memory: Memory, query: Tensor, key: Tensor, value: Tensor, writes: Writes
+    memory: Memory, query: Tensor, key: Tensor, value: Tensor, writes: Writes, max_surprise: float | None
 ) -> tuple[Tensor, Memory]:
     """Writes C tokens of one chunk, and reads the memory after each.
 
@@ -156,11 +175,12 @@ def advance_memory(
     Args:
         memory: before these tokens. Its anchor is not changed.
         query, key, value: [B', H, C, K].
+        max_surprise: see `measure_surprise`.
 
     Returns:
         The answers [B', H, C, K], and the memory after the last token.
     """
-    answer, after = _advance_at_once(memory, query, key, value, writes)
+    answer, after = _advance_at_once(memory, query, key, value, writes, max_surprise)
     if not can_look_at(after.weights) or math.isfinite(after.weights.detach().sum()):
         return answer, after
     # The products multiply later tokens, and the gates multiply empty slots, by 0, and 0 * NaN is NaN. So the
@@ -172,13 +192,14 @@ def advance_memory(
     for t in range(query.shape[2]):
         one = slice(t, t + 1)
         write = Writes(*(gate[..., one] for gate in writes))
-        answer, memory = _advance_at_once(memory, query[:, :, one], key[:, :, one], value[:, :, one], write)
+        q, k, v = (x[:, :, one] for x in (query, key, value))
+        answer, memory = _advance_at_once(memory, q, k, v, write, max_surprise)
         answers.append(answer)
     return torch.cat(answers, dim=2), memory
 
 
 def _advance_at_once(
-    memory: Memory, query: Tensor, key: Tensor, value: Tensor, writes: Writes
+    memory: Memory, query: Tensor, key: Tensor, value: Tensor, writes: Writes, max_surprise: float | None
 ) -> tuple[Tensor, Memory]:
     """`advance_memory` for all tokens in parallel, in a few matrix products."""
     # [B', H, C, C] each: a_t / a_j and c_t / c_j
@@ -191,7 +212,7 @@ def _advance_at_once(
     # G [B', H, C, C], and the factors of the gradients in the last momentum [B', H, 1, C]
     on_weights, on_momentum = (taken @ momentum) * step, momentum[..., -1:, :] * step
 
-    inputs, errors = measure_surprise(memory.anchor, key, value)
+    inputs, errors = measure_surprise(memory.anchor, key, value, max_surprise)
     answer, weights, momenta = query, [], []
     layers = zip(memory.weights.unbind(1), memory.momentum.unbind(1), inputs, errors, strict=True)
     for number, (weight, velocity, x, error) in enumerate(layers):
@@ -236,6 +257,7 @@ class NeuralMemory(nn.Module):
         self.head_dim = size // self.num_heads
         self.chunk_size = config.memory_chunk_size
         self.max_step_size = config.memory_max_step_size
+        self.max_surprise = config.memory_max_surprise
         self.qkv_proj = nn.Linear(size, 3 * size, bias=False)
         self.kernel_size = config.conv_kernel_size
         self.conv = ShortConvolution.of(3 * size, self.kernel_size)
@@ -337,7 +359,7 @@ class NeuralMemory(nn.Module):
         log_keep, log_momentum, step = (gates.movedim(1, 3) * real.unsqueeze(1)).unbind(1)
         writes = Writes(log_keep, log_momentum, step, real)
         with torch.autocast(qkv.device.type, enabled=False):
-            answer, memory = advance_memory(memory, query, key, value, writes)
+            answer, memory = advance_memory(memory, query, key, value, writes, self.max_surprise)
         full = chunks.full[:, number].view(-1, 1, 1, 1, 1)
         anchor = torch.where(full, memory.weights, memory.anchor)
         return answer.transpose(1, 2), memory._replace(anchor=anchor)
