@@ -112,19 +112,14 @@ def expand(weights: Tensor, features: Tensor) -> Tensor:
     return (weights.unsqueeze(-1) * features.unsqueeze(-2)).flatten(-2)
 
 
-def with_ones(value: Tensor) -> Tensor:
-    """Returns [..., V] with the column of the normalizer, as [..., V+1]."""
-    return torch.cat([value, torch.ones_like(value[..., :1])], dim=-1)
-
-
 def scan(state: Tensor, decay: Tensor, update: Tensor) -> tuple[Tensor, Tensor]:
     """Hands a state on from chunk to chunk.
 
     Args:
-        state: [B*H, R*K, V+1]; decay: [B*H, N, R]; update: [B*H, N, R*K, V+1].
+        state: [B*H, R*K, F]; decay: [B*H, N, R]; update: [B*H, N, R*K, F].
 
     Returns:
-        The states at the start of each chunk [B*H, N, R*K, V+1], and the state after the last one.
+        The states at the start of each chunk [B*H, N, R*K, F], and the state after the last one.
     """
     key_size = update.shape[-2] // decay.shape[-1]
     decay = decay.repeat_interleave(key_size, dim=-1).unsqueeze(-1)  # [B*H, N, R*K, 1]

@@ -142,13 +142,13 @@ def decode_token(
         torch.autograd.graph.increment_version([tensor for tensor in state if not tensor.is_inference()])
     output = torch.empty_like(gate)
     old_normalizer, new_normalizer = (None, None) if step_size is not None else (old_state[1], state[1])
-    addresses = [
-        None if tensor is None else address_of(tensor)
-        for tensor in (
-            *(projected, conv_weight, pointer, read, write, log_decay, step_size, norm_weight, gate),
-            *(old_state[-1], old_state[0], old_normalizer, state[-1], state[0], new_normalizer, output, rows),
-        )
-    ]
+    tensors = (
+        *(projected, conv_weight, pointer, read, write, log_decay, step_size, norm_weight, gate),
+        *(old_state[-1], old_state[0], old_normalizer, state[-1], state[0], new_normalizer, output, rows),
+    )
+    addresses = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+    if 0 in addresses:  # raises, unless a tensor without elements is the reason
+        addresses = [None if tensor is None else address_of(tensor) for tensor in tensors]
     step = Step(*sizes, FEATURE_MAPS.index(feature_map), eps, norm_eps, *addresses)
     failure = LIBRARY.stackformer_step(step, PRECISIONS[low], torch.get_num_threads())
     if failure == 1:

@@ -295,7 +295,7 @@ def _check(
 #     (1 + A diag(b)) E = V - sum_m diag(write_m exp(G_m)) K S_m
 #     A_ij = (k_i . k_j) sum_m write_im write_jm exp(G_im - G_jm)    for j < i, else 0
 # One product of keys for all memories, times a product of rank R, as in banked linear attention (chunks.py).
-# What a bank holds for a key is a read with the key and its write weights before the token's own write; and
+# A bank is read for what it holds with the key and the write weights, before the token's own write; and
 # diag(b) E is what the tokens write. So the output and the states follow as in banked linear attention.
 #
 # The inverses of all systems of a group are computed at once. Only the products with the state are computed
@@ -303,7 +303,7 @@ def _check(
 
 
 class _Group:
-    """What forward and backward pass of a group of chunks share, from query to step size [B*H, N, C, F]."""
+    """The tensors that both passes of a group of chunks need; query to step size are [B*H, N, C, F]."""
 
     def __init__(self, chunks: list[Tensor]):
         self.query, self.key, self.value, self.read, self.write, log_decay, self.step_size = chunks

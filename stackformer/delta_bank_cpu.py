@@ -12,14 +12,18 @@ from torch.autograd.function import once_differentiable
 
 from .library import (
     INPUTS,
-    Problem,
     address_of,
     check_layout,
+    check_length,
+    check_precision,
+    check_problem,
     contiguous,
     dense,
     is_available,
     is_plain,
+    problem_of,
     run_problem,
+    taken_dtypes,
     tokens_of,
 )
 
@@ -34,33 +38,9 @@ def check_call(inputs: Sequence[Tensor], memory: Tensor, length: int, prefix: st
         memory: [B, H, R, K, V], or its gradient.
         prefix: of the name of the memory.
     """
-    if len(inputs) != len(_NAMES):
-        raise ValueError(f"`inputs` must be the {len(_NAMES)} tensors {_NAMES}, got {len(inputs)}")
-    query, _, value, read = inputs[:4]
-    if any(tensor.dim() != 4 or 0 in tensor.shape[1:] for tensor in (query, value, read)):
-        raise ValueError(
-            "`query`, `value` and `read` must have at least one token, head and feature, got shapes "
-            f"{[tuple(tensor.shape) for tensor in (query, value, read)]}"
-        )
-    batch, time, heads, key_size = query.shape
-    values, gates = (batch, time, heads, value.shape[3]), (batch, time, heads, read.shape[3])
-    bank = (batch, heads, read.shape[3], key_size, value.shape[3])
-    shapes = (query.shape, query.shape, values, gates, gates, gates, gates[:3], bank)
-    names = (*_NAMES, f"{prefix}memory")
-    check_layout(query.device, zip(names, (*inputs, memory), shapes, strict=True))
-    if length < 1:
-        raise ValueError(f"`length` must be at least 1, got {length}")
-    if memory.dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"`{prefix}memory` must be torch.float32 or torch.float64, got {memory.dtype}")
-
-
-def _dtypes(inputs: Sequence[Tensor], dtype: torch.dtype) -> list[torch.dtype]:
-    """Returns the dtypes in which the library takes the inputs.
-
-    They are the dtype of the state, and bfloat16 for query, key and value if all three are bfloat16.
-    """
-    low = dtype == torch.float32 and all(tensor.dtype == torch.bfloat16 for tensor in inputs[:3])
-    return [torch.bfloat16 if low else dtype] * 3 + [dtype] * 4
+    check_problem(inputs, (memory,), (*_NAMES, f"{prefix}memory"))
+    check_length(length)
+    check_precision(f"{prefix}memory", memory)
 
 
 def _as_taken(inputs: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
@@ -68,26 +48,8 @@ def _as_taken(inputs: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
     *others, step_size = inputs
     return [
         dense(tensor, taken)
-        for tensor, taken in zip((*others, step_size.unsqueeze(-1)), _dtypes(inputs, dtype), strict=True)
+        for tensor, taken in zip((*others, step_size.unsqueeze(-1)), taken_dtypes(inputs, dtype), strict=True)
     ]
-
-
-def _problem(inputs: Sequence[Tensor], length: int, output: Tensor, errors: Tensor) -> Problem:
-    """Returns what forward and backward pass share of a problem."""
-    query, _, value, read = inputs[:4]
-    batch, time, heads, key_size = query.shape
-    return Problem(
-        batch=batch,
-        time=time,
-        heads=heads,
-        key_size=key_size,
-        value_size=value.shape[-1],
-        memories=read.shape[-1],
-        chunk=min(length, time),
-        output=tokens_of(output),
-        errors=tokens_of(errors),
-        **{name: tokens_of(tensor) for name, tensor in zip(_NAMES, inputs, strict=True)},
-    )
 
 
 def _forward(inputs: Sequence[Tensor], memory: Tensor, length: int, keep_states: bool) -> list[Tensor]:
@@ -102,7 +64,7 @@ def _forward(inputs: Sequence[Tensor], memory: Tensor, length: int, keep_states:
     memory = contiguous(memory, memory.dtype)
     results = _empty_results(inputs, memory, length, keep_states)
     output, final, errors, starts = results
-    problem = _problem(inputs, length, output, errors)
+    problem = problem_of(inputs, _NAMES, length, output=output, errors=errors)
     problem.memory, problem.final_memory = address_of(memory), address_of(final)
     if keep_states:
         problem.start_memory = address_of(starts)
@@ -129,7 +91,7 @@ def _empty_results(inputs, memory, length, keep_states) -> list[Tensor]:
     values = (batch, time if keep_states else 0, heads, memory.shape[-1])
     chunks = -(-time // min(length, time)) if keep_states else 0
     return [
-        memory.new_empty(batch, time, heads, memory.shape[-1], dtype=_dtypes(inputs, memory.dtype)[0]),
+        memory.new_empty(batch, time, heads, memory.shape[-1], dtype=taken_dtypes(inputs, memory.dtype)[0]),
         torch.empty_like(memory, memory_format=torch.contiguous_format),
         memory.new_empty(values),
         memory.new_empty(batch, heads, chunks, *memory.shape[2:]),
@@ -153,9 +115,8 @@ def _backward(
     grads = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in inputs]
     # A copy: the gradient of the final state is overwritten with that of the initial one.
     state = grad_memory.to(dtype).clone(memory_format=torch.contiguous_format).resolve_neg()
-    problem = _problem(inputs, length, grad_output, errors)
+    problem = problem_of(inputs, _NAMES, length, grad_output=grad_output, errors=errors)
     problem.start_memory, problem.final_memory = address_of(start_memory), address_of(state)
-    problem.grad_output = tokens_of(grad_output)
     for name, grad in zip(_NAMES, grads, strict=True):
         setattr(problem, f"grad_{name}", tokens_of(grad))
     run_problem(problem, inputs[0].dtype, True)
@@ -174,13 +135,12 @@ def _check_backward(inputs, errors, start_memory, grad_output, grad_memory, leng
             ("start_memory", start_memory, (batch, heads, chunks, *bank)),
         ),
     )
-    if errors.dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"`errors` must be torch.float32 or torch.float64, got {errors.dtype}")
+    check_precision("errors", errors)
 
 
 def _fake_backward(inputs, errors, start_memory, grad_output, grad_memory, length) -> list[Tensor]:
     _check_backward(inputs, errors, start_memory, grad_output, grad_memory, length)
-    dtypes = [*_dtypes(inputs, errors.dtype), errors.dtype]
+    dtypes = [*taken_dtypes(inputs, errors.dtype), errors.dtype]
     shapes = [x.shape for x in (*inputs, grad_memory)]
     return [errors.new_empty(shape, dtype=dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
 

@@ -11,7 +11,7 @@ The library reads and writes wherever a pointer leads, so every tensor is checke
 
 import ctypes
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -110,6 +110,70 @@ LIBRARY = load_library(Path(__file__).parent)
 def is_available() -> bool:
     """Returns whether the library was built for this platform."""
     return LIBRARY is not None
+
+
+def check_problem(inputs: Sequence[Tensor], state: Sequence[Tensor], names: Sequence[str]) -> None:
+    """Raises a ValueError unless the tensors of an operator go together, and are all where the first one is.
+
+    Args:
+        inputs: query to log decay [B, T, H, ...], and step sizes [B, T, H] for the delta rule.
+        state: memory [B, H, R, K, V], and normalizer [B, H, R, K] for linear attention, or their gradients.
+        names: of all of these.
+    """
+    count = len(names) - len(state)
+    if len(inputs) != count:
+        expected = tuple(names[:count])
+        raise ValueError(f"`inputs` must be the {count} tensors {expected}, got {len(inputs)}")
+    query, _, value, read = inputs[:4]
+    if any(tensor.dim() != 4 or 0 in tensor.shape[1:] for tensor in (query, value, read)):
+        raise ValueError(
+            "`query`, `value` and `read` must have at least one token, head and feature, got shapes "
+            f"{[tuple(tensor.shape) for tensor in (query, value, read)]}"
+        )
+    batch, time, heads, key_size = query.shape
+    values, gates = (batch, time, heads, value.shape[3]), (batch, time, heads, read.shape[3])
+    bank = (batch, heads, read.shape[3], key_size, value.shape[3])
+    tokens = (query.shape, query.shape, values, gates, gates, gates, gates[:3])[:count]
+    shapes = (*tokens, *(bank, bank[:4])[: len(state)])
+    check_layout(query.device, zip(names, (*inputs, *state), shapes, strict=True))
+
+
+def check_length(length: int) -> None:
+    """Raises a ValueError unless chunks have at least one token."""
+    if length < 1:
+        raise ValueError(f"`length` must be at least 1, got {length}")
+
+
+def check_precision(name: str, tensor: Tensor) -> None:
+    """Raises a ValueError unless a tensor has the precision of a state."""
+    if tensor.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"`{name}` must be torch.float32 or torch.float64, got {tensor.dtype}")
+
+
+def taken_dtypes(inputs: Sequence[Tensor], dtype: torch.dtype) -> list[torch.dtype]:
+    """Returns the dtypes in which the library takes the inputs of an operator.
+
+    They are the dtype of the state, and bfloat16 for query, key and value if all three are bfloat16.
+    """
+    low = dtype == torch.float32 and all(tensor.dtype == torch.bfloat16 for tensor in inputs[:3])
+    return [torch.bfloat16 if low else dtype] * 3 + [dtype] * (len(inputs) - 3)
+
+
+def problem_of(inputs: Sequence[Tensor], names: Sequence[str], length: int, **results: Tensor) -> Problem:
+    """Returns a problem with the sizes of an operator, its inputs and `results`, in chunks of `length`."""
+    query, _, value, read = inputs[:4]
+    batch, time, heads, key_size = query.shape
+    return Problem(
+        batch=batch,
+        time=time,
+        heads=heads,
+        key_size=key_size,
+        value_size=value.shape[-1],
+        memories=read.shape[-1],
+        chunk=min(length, time),
+        **{name: tokens_of(tensor) for name, tensor in zip(names, inputs, strict=True)},
+        **{name: tokens_of(tensor) for name, tensor in results.items()},
+    )
 
 
 def run_problem(problem: Problem, dtype: torch.dtype, backwards: bool) -> None:

@@ -49,7 +49,6 @@ from .chunks import (
     in_chunks,
     safe_chunk_length,
     scan,
-    with_ones,
 )
 from .dtypes import at_least_float32
 from .implementation import (
@@ -394,6 +393,11 @@ def _check_eps(eps: float) -> None:
 # others.
 
 
+def _with_ones(value: Tensor) -> Tensor:
+    """Returns [..., V] with the column of the normalizer, as [..., V+1]."""
+    return torch.cat([value, torch.ones_like(value[..., :1])], dim=-1)
+
+
 class _GroupResults(NamedTuple):
     """The results of all groups of chunks."""
 
@@ -428,7 +432,7 @@ def _in_groups(
     group_states, outputs, denominators = [], [], []
     for group in groups:
         q, k, v, r, w, g = (in_chunks(tensor, group, memory.dtype) for tensor in inputs)
-        v = with_ones(v)
+        v = _with_ones(v)
         gates = Gates(r, w, g)
         group_states.append(state)
         starts, state = scan(state, gates.decay, expand(gates.write_state, k).transpose(-1, -2) @ v)
@@ -516,7 +520,7 @@ def _group_backward(
         grad_state: the gradient of the state after the group [B*H, R*K, V+1].
     """
     q, k, v, r, w, g = chunks
-    v = with_ones(v)
+    v = _with_ones(v)
     gates = Gates(r, w, g)
     read_query, written_key = expand(gates.read_state, q), expand(gates.write_state, k)
     starts, _ = scan(state, gates.decay, written_key.transpose(-1, -2) @ v)

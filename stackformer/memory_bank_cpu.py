@@ -12,14 +12,18 @@ from torch.autograd.function import once_differentiable
 
 from .library import (
     INPUTS,
-    Problem,
     address_of,
     check_layout,
+    check_length,
+    check_precision,
+    check_problem,
     contiguous,
     dense,
     is_available,
     is_plain,
+    problem_of,
     run_problem,
+    taken_dtypes,
     tokens_of,
 )
 
@@ -32,55 +36,12 @@ def check_call(inputs: Sequence[Tensor], state: Sequence[Tensor], prefix: str = 
         state: memory [B, H, R, K, V] and normalizer [B, H, R, K], or their gradients.
         prefix: of the names of these two.
     """
-    if len(inputs) != len(INPUTS):
-        raise ValueError(f"`inputs` must be the {len(INPUTS)} tensors {INPUTS}, got {len(inputs)}")
-    query, _, value, read, _, _ = inputs
-    if any(tensor.dim() != 4 or 0 in tensor.shape[1:] for tensor in (query, value, read)):
-        raise ValueError(
-            "`query`, `value` and `read` must have at least one token, head and feature, got shapes "
-            f"{[tuple(tensor.shape) for tensor in (query, value, read)]}"
-        )
-    batch, time, heads, key_size = query.shape
-    values, gates = (batch, time, heads, value.shape[3]), (batch, time, heads, read.shape[3])
-    bank = (batch, heads, read.shape[3], key_size, value.shape[3])
-    shapes = (query.shape, query.shape, values, gates, gates, gates, bank, bank[:4])
-    names = (*INPUTS, f"{prefix}memory", f"{prefix}normalizer")
-    check_layout(query.device, zip(names, (*inputs, *state), shapes, strict=True))
-
-
-def _dtypes(inputs: Sequence[Tensor], dtype: torch.dtype) -> list[torch.dtype]:
-    """Returns the dtypes in which the library takes the inputs.
-
-    They are the dtype of the state, and bfloat16 for query, key and value if all three are bfloat16.
-    """
-    low = dtype == torch.float32 and all(tensor.dtype == torch.bfloat16 for tensor in inputs[:3])
-    return [torch.bfloat16 if low else dtype] * 3 + [dtype] * 3
+    check_problem(inputs, state, (*INPUTS, f"{prefix}memory", f"{prefix}normalizer"))
 
 
 def _as_taken(inputs: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
     """Returns the inputs as the library takes them, for states in the dtype."""
-    return [dense(tensor, taken) for tensor, taken in zip(inputs, _dtypes(inputs, dtype), strict=True)]
-
-
-def _problem(
-    inputs: Sequence[Tensor], output: Tensor, denominator: Tensor, length: int, eps: float
-) -> Problem:
-    """Returns what forward and backward pass share of a problem."""
-    query, _, value, read, _, _ = inputs
-    batch, time, heads, key_size = query.shape
-    return Problem(
-        batch=batch,
-        time=time,
-        heads=heads,
-        key_size=key_size,
-        value_size=value.shape[-1],
-        memories=read.shape[-1],
-        chunk=min(length, time),
-        eps=eps,
-        output=tokens_of(output),
-        denominator=tokens_of(denominator),
-        **{name: tokens_of(tensor) for name, tensor in zip(INPUTS, inputs, strict=True)},
-    )
+    return [dense(tensor, taken) for tensor, taken in zip(inputs, taken_dtypes(inputs, dtype), strict=True)]
 
 
 def _forward(
@@ -96,7 +57,8 @@ def _forward(
     inputs = _as_taken(inputs, memory.dtype)
     memory, normalizer = (contiguous(tensor, memory.dtype) for tensor in (memory, normalizer))
     results = _empty_results(inputs, memory, normalizer, length, eps, keep_states)
-    problem = _problem(inputs, results[0], results[1], length, eps)
+    problem = problem_of(inputs, INPUTS, length, output=results[0], denominator=results[1])
+    problem.eps = eps
     problem.memory, problem.normalizer = address_of(memory), address_of(normalizer)
     problem.final_memory, problem.final_normalizer = address_of(results[2]), address_of(results[3])
     if keep_states:
@@ -120,20 +82,10 @@ def _fake_forward(inputs, memory, normalizer, length, eps, keep_states) -> list[
 
 def _check_forward(inputs: Sequence[Tensor], memory: Tensor, normalizer: Tensor, length: int) -> None:
     check_call(inputs, (memory, normalizer))
-    _check_length(length)
-    _check_precision("memory", memory)
+    check_length(length)
+    check_precision("memory", memory)
     if normalizer.dtype != memory.dtype:
         raise ValueError(f"`normalizer` must be {memory.dtype} as `memory` is, got {normalizer.dtype}")
-
-
-def _check_length(length: int) -> None:
-    if length < 1:
-        raise ValueError(f"`length` must be at least 1, got {length}")
-
-
-def _check_precision(name: str, tensor: Tensor) -> None:
-    if tensor.dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"`{name}` must be torch.float32 or torch.float64, got {tensor.dtype}")
 
 
 def _empty_results(inputs, memory, normalizer, length, eps, keep_states) -> list[Tensor]:
@@ -141,7 +93,7 @@ def _empty_results(inputs, memory, normalizer, length, eps, keep_states) -> list
     batch, time, heads, _ = inputs[0].shape
     chunks = -(-time // min(length, time)) if keep_states else 0
     return [
-        memory.new_empty(batch, time, heads, memory.shape[-1], dtype=_dtypes(inputs, memory.dtype)[0]),
+        memory.new_empty(batch, time, heads, memory.shape[-1], dtype=taken_dtypes(inputs, memory.dtype)[0]),
         memory.new_empty(batch, time, heads, 1),
         torch.empty_like(memory, memory_format=torch.contiguous_format),
         torch.empty_like(normalizer, memory_format=torch.contiguous_format),
@@ -175,7 +127,8 @@ def _backward(
         x.to(dtype).clone(memory_format=torch.contiguous_format).resolve_neg()
         for x in (grad_memory, grad_normalizer)
     ]
-    problem = _problem(inputs, output, denominator, length, eps)
+    problem = problem_of(inputs, INPUTS, length, output=output, denominator=denominator)
+    problem.eps = eps
     problem.start_memory, problem.start_normalizer = address_of(start_memory), address_of(start_normalizer)
     problem.final_memory, problem.final_normalizer = address_of(states[0]), address_of(states[1])
     problem.grad_output = tokens_of(grad_output)
@@ -190,7 +143,7 @@ def _check_backward(
     length,
 ) -> None:  # fmt: skip
     check_call(inputs, (grad_memory, grad_normalizer), prefix="grad_")
-    _check_length(length)
+    check_length(length)
     (batch, time, heads, _), value = inputs[0].shape, inputs[2]
     chunks, bank = -(-time // min(length, time)), grad_memory.shape[2:]
     check_layout(
@@ -203,7 +156,7 @@ def _check_backward(
             ("start_normalizer", start_normalizer, (batch, heads, chunks, *bank[:-1])),
         ),
     )
-    _check_precision("denominator", denominator)
+    check_precision("denominator", denominator)
 
 
 def _fake_backward(
@@ -211,7 +164,7 @@ def _fake_backward(
 ) -> list[Tensor]:
     tensors = (output, denominator, memory, normalizer, grad_output, grad_memory, grad_normalizer)
     _check_backward(inputs, *tensors, length)
-    dtypes = _dtypes(inputs, denominator.dtype) + [denominator.dtype] * 2
+    dtypes = taken_dtypes(inputs, denominator.dtype) + [denominator.dtype] * 2
     shapes = [x.shape for x in (*inputs, grad_memory, grad_normalizer)]
     return [denominator.new_empty(shape, dtype=dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
 

@@ -23,8 +23,7 @@ class BankWeights(NamedTuple):
     step_size: Tensor  # [n, H], of the delta rule; 1 for a mixer that adds
 
 
-# What a mixer tells about its tokens: how they use its banks, or in training a term of the loss for each
-# token [n], or None.
+# A mixer may tell how its tokens use its banks, or in training a term of the loss for each token [n].
 Told = BankWeights | Tensor | None
 
 # The result of a mixer: the mixed tokens [n, d], the new state, and what it tells about its tokens.

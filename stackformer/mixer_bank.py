@@ -1,21 +1,22 @@
 # Copyright 2026 The Stackformer authors. Licensed under the Apache License, Version 2.0.
-"""What the mixers with a bank of memories share: their projections, and the routing of tokens to memories.
+"""The base of the mixers with a bank of memories: projections, and the routing of tokens to memories.
 
 Letters: n active tokens, B' rows, T' tokens of a row, d core width, H heads, K = V head size, S stack levels,
 N memory banks, R = S * N memories of a head.
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .configuration_stackformer import StackformerConfig
 from .dtypes import at_least_float32
-from .fused_ops import RMSNorm
+from .fused_ops import RMSNorm, swish_gate
 from .implementation import can_decode_token
 from .layers_stackformer import ResidualProjection, ShortConvolution, convolve, past_spec
-from .mixer import BankWeights, Mixer
+from .mixer import BankWeights, Mixed, Mixer
 from .state import State
 from .token_layout import TokenLayout
 
@@ -79,6 +80,33 @@ class BankMixer(Mixer):
         self.norm = RMSNorm(self.head_dim, eps=config.rms_norm_eps)
         self.o_proj = ResidualProjection(size, size)
 
+        self.num_state_tensors = len(self.state_spec())
+
+    def forward(
+        self,
+        hidden: Tensor,
+        pointer: Tensor,
+        layout: TokenLayout,
+        state: Any = None,
+        inputs: Any = None,
+        in_place: bool = False,
+    ) -> Mixed:
+        """See [`Mixer.forward`]. A single token of each row is mixed by `decode_token` where possible."""
+        if in_place:
+            return self.decode_token(hidden, pointer, layout, state)
+        if state is not None and inputs is None and self.can_decode_token(hidden, layout):
+            return self.decode_token(hidden, pointer, None, state)
+        return super().forward(hidden, pointer, layout, state, inputs)
+
+    def decode_token(self, hidden: Tensor, pointer: Tensor, layout: TokenLayout | None, state: Any) -> Mixed:
+        """Mixes one token of each row in one call of the C++ library. With a `layout`, it writes in place."""
+        raise NotImplementedError
+
+    def read_out(self, hidden: Tensor, mixed: Tensor, layout: TokenLayout) -> Tensor:
+        """Normalises, gates and projects what rows [B', T', H, V] have read, to tokens [n, d]."""
+        mixed = self.norm(layout.to_tokens(mixed)).flatten(1)  # [n, H, V] -> [n, d]
+        return self.o_proj(swish_gate(self.gate_proj(hidden), mixed))
+
     def convolve_heads(self, rows: Tensor, past: Tensor | None, layout: TokenLayout) -> tuple[Tensor, Tensor]:
         """Convolves projected rows [B', T', 3 d] that follow `past`.
 
@@ -119,7 +147,7 @@ class BankMixer(Mixer):
     def writes_in_place(self, hidden: Tensor, layout: TokenLayout, state: State) -> bool:
         """See [`Mixer.writes_in_place`]."""
         if (
-            len(state) != len(self.state_spec())
+            len(state) != self.num_state_tensors
             or len(state[0]) != layout.batch_size
             or not self.can_decode_token(hidden, layout)
         ):

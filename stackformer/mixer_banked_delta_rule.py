@@ -17,7 +17,6 @@ from .configuration_stackformer import StackformerConfig
 from .decoding_cpu import decode_token
 from .delta_bank import banked_delta_rule
 from .dtypes import at_least_float32
-from .fused_ops import swish_gate
 from .mixer import BankWeights, Mixed
 from .mixer_bank import BankMixer, address_memories
 from .state import StateSpec, TensorSpec
@@ -53,24 +52,6 @@ class BankedDeltaRule(BankMixer):
         self.max_step_size = config.max_step_size
         self.step_proj = nn.Linear(config.core_size, self.num_heads)
 
-    def forward(
-        self,
-        hidden: Tensor,
-        pointer: Tensor,
-        layout: TokenLayout,
-        state: DeltaBankState | None = None,
-        inputs: DeltaBankInputs | None = None,
-        in_place: bool = False,
-    ) -> Mixed:
-        """See [`Mixer.forward`]. A single token of each row is mixed by `_decode_token` where possible."""
-        if in_place:
-            return self._decode_token(hidden, pointer, layout, cast(DeltaBankState, state))
-        if state is not None and inputs is None and self.can_decode_token(hidden, layout):
-            return self._decode_token(hidden, pointer, None, state)
-        if inputs is None:
-            inputs = self.project(hidden, pointer, layout, state)
-        return self.mix(hidden, inputs, layout, state)
-
     def state_spec(self) -> StateSpec:
         """Specifies the memories, and the last inputs of the convolution."""
         memories = (self.num_heads, self.num_memories, self.head_dim, self.head_dim)
@@ -96,10 +77,10 @@ class BankedDeltaRule(BankMixer):
         query, key = (nn.functional.normalize(x.to(dtype), dim=-1) for x in (query, key))
         return DeltaBankInputs((query, key, value, read, write, log_decay, step_size), weights, past)
 
-    def _decode_token(
+    def decode_token(
         self, hidden: Tensor, pointer: Tensor, layout: TokenLayout | None, state: DeltaBankState
     ) -> Mixed:
-        """Mixes one token of each row in one call of the C++ library. With a `layout`, it writes in place."""
+        """See [`BankMixer.decode_token`]."""
         weights = self.route(hidden, pointer.dtype)
         mixed, new = decode_token(
             self.qkv_proj(hidden),
@@ -131,9 +112,7 @@ class BankedDeltaRule(BankMixer):
             chunk_size=self.chunk_size,
             max_decay=self.max_decay_rate,
         )
-        mixed = self.norm(layout.to_tokens(mixed)).flatten(1)  # [n, H, V] -> [n, d]
-        output = self.o_proj(swish_gate(self.gate_proj(hidden), mixed))
-        return output, DeltaBankState(memory, inputs.past), inputs.bank_weights
+        return self.read_out(hidden, mixed, layout), DeltaBankState(memory, inputs.past), inputs.bank_weights
 
 
 __all__ = ["BankedDeltaRule", "DeltaBankState"]

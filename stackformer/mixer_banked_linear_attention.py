@@ -15,7 +15,6 @@ from .configuration_stackformer import StackformerConfig
 from .decoding_cpu import FEATURE_MAPS as DECODED_FEATURE_MAPS
 from .decoding_cpu import decode_token
 from .dtypes import at_least_float32
-from .fused_ops import swish_gate
 from .memory_bank import banked_linear_attention, combine_chunks, reverse_banked_linear_attention
 from .mixer import BankWeights, Mixed
 from .mixer_bank import BankMixer, address_memories
@@ -92,24 +91,6 @@ class BankedLinearAttention(BankMixer):
             self.past_spec,
         )
 
-    def forward(
-        self,
-        hidden: Tensor,
-        pointer: Tensor,
-        layout: TokenLayout,
-        state: BankState | None = None,
-        inputs: BankInputs | None = None,
-        in_place: bool = False,
-    ) -> Mixed:
-        """See [`Mixer.forward`]. A single token of each row is mixed by `_decode_token` where possible."""
-        if not in_place and state is not None and inputs is None and self.can_decode_token(hidden, layout):
-            return self._decode_token(hidden, pointer, None, state)
-        if in_place:
-            return self._decode_token(hidden, pointer, layout, cast(BankState, state))
-        if inputs is None:
-            inputs = self.project(hidden, pointer, layout, state)
-        return self.mix(hidden, inputs, layout, state)
-
     def project(
         self, hidden: Tensor, pointer: Tensor, layout: TokenLayout, state: BankState | None
     ) -> BankInputs:
@@ -134,14 +115,16 @@ class BankedLinearAttention(BankMixer):
             chunk_size=self.chunk_size,
             max_decay=self.max_decay_rate,
         )
-        mixed = self.norm(layout.to_tokens(mixed)).flatten(1)  # [n, H, V] -> [n, d]
-        output = self.o_proj(swish_gate(self.gate_proj(hidden), mixed))
-        return output, BankState(memory, normalizer, inputs.past), inputs.bank_weights
+        return (
+            self.read_out(hidden, mixed, layout),
+            BankState(memory, normalizer, inputs.past),
+            inputs.bank_weights,
+        )
 
-    def _decode_token(
+    def decode_token(
         self, hidden: Tensor, pointer: Tensor, layout: TokenLayout | None, state: BankState
     ) -> Mixed:
-        """Mixes one token of each row in one call of the C++ library. With a `layout`, it writes in place."""
+        """See [`BankMixer.decode_token`]."""
         weights = self.route(hidden, pointer.dtype)
         projected, gate = self.qkv_proj(hidden), self.gate_proj(hidden)
         mixed, new = decode_token(

@@ -201,7 +201,7 @@ def assert_whole_and_steps_are(reference, mixer, hidden):
 
 @pytest.mark.parametrize("limit", [None, 1.0, 3.0])
 def test_the_surprise_is_the_bounded_gradient(limit):
-    """Where each of both bounds is active, and where it is not."""
+    """A bound is active in some cases and not in others: both bounds are tested in both."""
     generator = torch.Generator().manual_seed(0)
     weights = torch.randn(1, 3, 1, 5, 5, generator=generator, dtype=torch.float64) * 0.6
     key, value = torch.randn(2, 1, 1, 16, 5, generator=generator, dtype=torch.float64).unbind()
@@ -460,7 +460,7 @@ def test_presets_read_a_hundred_thousand_tokens(preset):
         norms.append(torch.stack([state.norm() for state in states]))
     assert cache.get_seq_length() == 100_000
     early, late = torch.stack(norms).chunk(2)
-    # What grows with the tokens is twice as large. (A momentum is small, and as large as its last surprise.)
+    # A tensor that grows with the tokens doubles. (A momentum is small, and as large as its last surprise.)
     assert (late.amax(0) < 1.3 * early.amax(0) + 0.5).all()
 
 
