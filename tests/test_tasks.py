@@ -1,6 +1,7 @@
 """Generated tasks: labels against independent definitions, and the harness that trains, resumes and draws."""
 
 import json
+import math
 import shutil
 from collections import Counter
 from itertools import product
@@ -403,9 +404,54 @@ def test_a_grid_with_typos(tmp_path, grid):
 @pytest.mark.parametrize("path", sorted(Path(run.__file__).parent.glob("*.json")), ids=lambda path: path.stem)
 def test_grids_that_come_along(path, tmp_path):
     args, systems, training = run.parse(["--grid", str(path)])
-    runs = run.plan(args, systems, str(tmp_path))
-    assert len(runs) == len(args.task) * len(systems) * len(args.depths or [1]) * len(args.seeds)
+    training.output_dir = str(tmp_path)
+    runs = run.plan(args, systems, training)
+    several = (args.task, systems, args.depths or [1], args.learning_rates or [1], args.seeds)
+    assert len(runs) == math.prod(map(len, several))
     assert {one.system for one in runs} == set(systems) and len({one.folder for one in runs}) == len(runs)
+
+
+def test_each_system_at_its_best_learning_rate(tmp_path, grid, capsys):
+    """Its runs differ in nothing but the rate and the seed."""
+    rates = (1e-9, 1e-2)
+    options = ("--depths", "1", "--learning_rates", *map(str, rates), "--seeds", "0", "1")
+    rows = run.main(_argv(tmp_path, grid, *options))
+    found = {(row["system"], row["learning_rate"], row["seed"]) for row in rows}
+    assert found == set(product(("llama", "stack"), rates, (0, 1))) and len(rows) == 16
+    record = tmp_path / "out" / "parity" / "stack" / "depth1-rate0.01-seed1" / "run.json"
+    assert json.loads(record.read_text())["settings"]["training"]["learning_rate"] == 1e-2
+    best = heat_map.best_rates(rows)
+    assert set(best) == {("parity", "llama"), ("parity", "stack")}
+    for (task, system), rate in best.items():
+        of_rate = {
+            one: [row for row in rows if (row["system"], row["learning_rate"]) == (system, one)]
+            for one in rates
+        }
+        sums = {one: sum(row["accuracy"] for row in found) for one, found in of_rate.items()}
+        assert sums[rate] == max(sums.values())
+        of_seeds = [row["accuracy"] for row in of_rate[rate] if row["length"] == 4]
+        assert next(iter(heat_map.panels(rows)[task, system].values()))[4] == sum(of_seeds) / 2
+    assert f"stack, {best['parity', 'stack']:g}, P = 1" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="learning_rates=0"):
+        run.main(_argv(tmp_path, grid, "--learning_rates", "0"))
+
+
+@pytest.mark.parametrize("shape", ["llama", "stack"])
+def test_logits_of_answers_alone_give_the_loss_and_gradients_of_all(shape, tmp_path, grid):
+    args, systems, training = run.parse(_argv(tmp_path, grid, "--task", "mqar"))
+    args.task_options = '{"vocab_size": 32, "num_kv_pairs": 2}'
+    config = next(one.config for one in run.plan(args, systems, training) if one.system == shape)
+    model = AutoModelForCausalLM.from_config(config).train()
+    batch = run.TaskCollator(run.build_task("mqar", json.loads(args.task_options)), [16], 0)([0, 1, 2])
+    trainer = run.TaskTrainer(model, training)
+    model(**batch).loss.backward()
+    expected = {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
+    model.zero_grad()
+    loss = trainer.compute_loss(model, batch)
+    torch.testing.assert_close(loss, model(**batch).loss)
+    loss.backward()
+    for name, weight in model.named_parameters():
+        torch.testing.assert_close(weight.grad, expected.get(name), rtol=1e-4, atol=1e-6)
 
 
 def test_heat_map_is_of_medians_and_says_which_depth(tmp_path, capsys):
@@ -426,7 +472,9 @@ def test_heat_map_is_of_medians_and_says_which_depth(tmp_path, capsys):
     picture = tmp_path / "final.png"
     heat_map.main(["--results", str(tmp_path), "--measure", "final", "--output", str(picture)])
     assert picture.read_bytes()[:4] == b"\x89PNG"
-    assert "parity: final by length" in capsys.readouterr().out
+    assert "0.600 (0.500-1.000)" not in (out := capsys.readouterr().out) and "parity: final by length" in out
+    heat_map.main(["--results", str(tmp_path), "--output", str(picture)])
+    assert "0.600 (0.500-1.000)" in capsys.readouterr().out
     with pytest.raises(ValueError, match="measure='loss'"):
         heat_map.panels(rows, "loss")
     with pytest.raises(ValueError, match="at least one result"):

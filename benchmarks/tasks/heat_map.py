@@ -4,13 +4,15 @@
     python -m benchmarks.tasks.heat_map --results outputs/tasks --measure final --output heat_map.png
 
 One panel for each task and system; its rows are depths (ponder steps of the training, and of the test where
-they differ), its columns lengths, a line after those of the training. A cell is the median over seeds, as are
-the figures in the tables.
+they differ), its columns lengths, a line after those of the training. A cell is the median over seeds; the
+tables also have the lowest and the highest. A system that was trained with several learning rates is shown at
+the one with the best mean of the measure.
 """
 
 import statistics
 from collections import defaultdict
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import matplotlib
@@ -40,32 +42,66 @@ def panels(rows: Rows, measure: str = "accuracy") -> dict[tuple[str, str], dict[
     Raises:
         ValueError: for an unknown measure.
     """
+    values = _values(rows, measure)
+    return {
+        key: {
+            depth: {length: statistics.median(seeds) for length, seeds in cells.items()}
+            for depth, cells in table.items()
+        }
+        for key, table in values.items()
+    }
+
+
+def best_rates(rows: Rows, measure: str = "accuracy") -> dict[tuple[str, str], float | None]:
+    """{(task, system): the learning rate with the best mean of `measure`, over all its rows}."""
+    found: dict[tuple[str, str], dict[float | None, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        found[row["task"], row["system"]][row.get("learning_rate")].append(row[measure])
+    return {key: max(rates, key=lambda rate: fmean(rates[rate])) for key, rates in found.items()}
+
+
+def _values(rows: Rows, measure: str) -> dict[tuple[str, str], dict[str, dict[int, list[float]]]]:
+    """{(task, system): {depth: {length: one value for each seed}}}, at the best learning rates, in order."""
     if measure not in MEASURES:
         raise ValueError(f"measure={measure!r}: expected one of {MEASURES}.")
+    rates = best_rates(rows, measure)
     values: dict[tuple, list[float]] = defaultdict(list)
     for row in rows:
+        if row.get("learning_rate") != rates[row["task"], row["system"]]:
+            continue
         settings = (row["train_depth"], row["depth"], row["halting_threshold"])
         depth = tuple(-1 if value is None else value for value in settings)  # which sorts
         values[row["task"], row["system"], depth, row["length"]].append(row[measure])
-    result: dict[tuple[str, str], dict[str, dict[int, float]]] = defaultdict(lambda: defaultdict(dict))
+    result: dict[tuple[str, str], dict[str, dict[int, list[float]]]] = defaultdict(lambda: defaultdict(dict))
     for task, system, depth, length in sorted(values):
-        cell = statistics.median(values[task, system, depth, length])
-        result[task, system][_depth_label(*depth)][length] = cell
+        result[task, system][_depth_label(*depth)][length] = values[task, system, depth, length]
     return result
 
 
 def print_tables(rows: Rows, measure: str = "accuracy") -> None:
     """Print a table for each task: systems and depths by length, and what guessing has."""
     chance = {row["task"]: row["chance"] for row in rows}
+    values, rates = _values(rows, measure), best_rates(rows, measure)
+    several = len({row.get("learning_rate") for row in rows}) > 1
     for task in sorted(chance):
-        of_task = {key: table for key, table in panels(rows, measure).items() if key[0] == task}
         lengths = sorted({row["length"] for row in rows if row["task"] == task})
-        print(f"\n{task}: {measure} by length, median over seeds; guessing has {chance[task]:.3f}")
-        print(f"{'':40}" + "".join(f"{length:>8}" for length in lengths))
-        for (_, system), table in of_task.items():
+        print(
+            f"\n{task}: {measure} by length, median over seeds (lowest to highest); guessing has "
+            f"{chance[task]:.3f}"
+        )
+        print(f"{'':40}" + "".join(f"{length:>20}" for length in lengths))
+        for (_, system), table in ((key, table) for key, table in values.items() if key[0] == task):
+            rate = f", {rates[task, system]:g}" if several else ""
             for depth, cells in table.items():
-                figures = (f"{cells[n]:8.3f}" if n in cells else f"{'-':>8}" for n in lengths)
-                print(f"{system + ', ' + depth:40}" + "".join(figures))
+                figures = (_figure(cells.get(length)) for length in lengths)
+                print(f"{f'{system}{rate}, {depth}':40}" + "".join(f"{figure:>20}" for figure in figures))
+
+
+def _figure(seeds: list[float] | None) -> str:
+    if seeds is None:
+        return "-"
+    spread = f" ({min(seeds):.3f}-{max(seeds):.3f})" if len(seeds) > 1 else ""
+    return f"{statistics.median(seeds):.3f}{spread}"
 
 
 def draw_heat_map(rows: Rows, path: str | Path, measure: str = "accuracy") -> None:

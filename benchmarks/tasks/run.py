@@ -6,17 +6,18 @@
         --seeds 0 1 2 --train_length 20 --test_lengths 20 40 80 160 --output_dir outputs/parity
     python -m benchmarks.tasks.run --grid benchmarks/tasks/depth.json --output_dir outputs/depth
 
-Several values make a grid: tasks x systems x depths x seeds, tested at lengths x depths. A system is any
-causal language model that a preset describes, a Stackformer or another one of transformers; depth is
-`max_ponder_steps`, for models that have it. A grid file is JSON of these same options (the command line goes
+Several values make a grid: tasks x systems x depths x learning rates x seeds, tested at lengths x depths. A
+system is any causal language model that a preset describes, a Stackformer or another one of transformers;
+depth is `max_ponder_steps`, for models that have it. The tables show each system at the learning rate that is
+best for it. A grid file is JSON of these same options (the command line goes
 first) and of `systems`, {name: {"preset": file, "overrides": {field: value}}}, beside those of --config.
 
-Every run has a folder, output_dir/task/system/depth-seed: run.json (what was asked for, and what training
-took), the model, and results.jsonl, one line for each length and depth. What is there is not done again: the
-same command goes on where it was stopped (inside a training, too, with --save_strategy steps), and one with
-more lengths, depths, seeds or systems does what is missing. All are tested on the same sequences, drawn apart
-from those of training. At the end the tables are printed, and heat_map.png drawn from all that is in
-output_dir.
+Every run has a folder, output_dir/task/system/depth-rate-seed: run.json (what was asked for, and what
+training took), the model, and results.jsonl, one line for each length and depth. What is there is not done
+again: the same command goes on where it was stopped (inside a training, too, with --save_strategy steps), and
+one with more lengths, depths, seeds or systems does what is missing. All are tested on the same sequences,
+drawn apart from those of training. At the end the tables are printed, and heat_map.png drawn from all that is
+in output_dir.
 
 accuracy    of all answers, as in the papers; what guessing has is printed beside it
 final       of the last answer in each sequence: where there are answers all along, the longest in distance
@@ -35,7 +36,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import (
     AutoModelForCausalLM,
@@ -47,14 +48,24 @@ from transformers import (
     set_seed,
 )
 
-import stackformer  # also registers the Auto classes
+from benchmarks.models import read
+from benchmarks.models import state_bytes as bytes_of
 from benchmarks.tasks import IGNORED, TASKS, Task, seeded
 from benchmarks.tasks.heat_map import RESULTS, draw_heat_map, print_tables, read_rows
-from experiments.command_line import COUNT, NATURAL, THRESHOLD, DataclassParser, check_input_file, run_main
+from experiments.command_line import (
+    COUNT,
+    NATURAL,
+    POSITIVE,
+    THRESHOLD,
+    DataclassParser,
+    check_input_file,
+    run_main,
+)
 from experiments.engine import CountSteps, execute
 from experiments.presets import read_json, read_preset
 from experiments.report import commit, draw_or_warn, machine_line, write_json, write_text
 from experiments.training import check_training, save
+from stackformer import StackformerCache  # also registers the Auto classes
 from stackformer.training.checkpoints import WholeCheckpoints, newest_checkpoint
 from stackformer.versions import CACHE_NAME
 
@@ -82,6 +93,9 @@ class TaskArguments:
     )
     depths: list[int] | None = field(
         default=None, metadata={"help": "max_ponder_steps to train with; the config's if not given."}
+    )
+    learning_rates: list[float] | None = field(
+        default=None, metadata={"help": "Learning rates to train with; --learning_rate if not given."}
     )
     seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "Seeds of weights and training."})
     train_length: int = field(default=20, metadata={"help": "Longest sequences of the training."})
@@ -113,7 +127,8 @@ class TaskArguments:
 
     def __post_init__(self) -> None:
         for name, expected in (
-            ("depths", COUNT), ("seeds", NATURAL), ("train_length", COUNT), ("curriculum_steps", NATURAL),
+            ("depths", COUNT), ("learning_rates", POSITIVE), ("seeds", NATURAL),
+            ("train_length", COUNT), ("curriculum_steps", NATURAL),
             ("test_lengths", COUNT), ("test_depths", COUNT), ("test_halting_threshold", THRESHOLD),
             ("num_test", COUNT), ("chunk_length", COUNT), ("jobs", COUNT), ("threads", COUNT),
         ):  # fmt: skip
@@ -123,7 +138,31 @@ class TaskArguments:
 
 
 class TaskTrainer(WholeCheckpoints, Trainer):
-    """transformers' Trainer, which leaves no checkpoint half-written."""
+    """transformers' Trainer, which leaves no checkpoint half-written, and computes logits for answers only.
+
+    In most tasks few tokens have an answer, and with a large vocabulary their logits take most of the time.
+    """
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """See transformers' Trainer. A model whose loss has further terms computes it itself."""
+        asked = inputs["labels"] != IGNORED
+        if return_outputs or model is not self.model or asked.all() or _has_added_losses(model.config):
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        hidden = model.base_model(input_ids=inputs["input_ids"], use_cache=False).last_hidden_state
+        logits, labels = model.get_output_embeddings()(hidden[asked]), inputs["labels"][asked]
+        divisor = len(labels) if num_items_in_batch is None else num_items_in_batch
+        return nn.functional.cross_entropy(logits.float(), labels, reduction="sum") / divisor
+
+
+def _has_added_losses(config: PreTrainedConfig) -> bool:
+    """Whether a Stackformer's loss has more than the cross-entropy."""
+    return any(getattr(config, name, 0) for name in ("ponder_loss_coef", "density_loss_coef"))
 
 
 def make_parser() -> DataclassParser:
@@ -148,12 +187,13 @@ def make_parser() -> DataclassParser:
 
 @dataclass(frozen=True)
 class Run:
-    """One training: a task, a system at a depth, and a seed; `folder` is where it lives."""
+    """One training: a task, a system at a depth, a learning rate and a seed; `folder` is where it lives."""
 
     task_name: str
     task: Task
     system: str
     config: PreTrainedConfig
+    learning_rate: float
     seed: int
     folder: Path
 
@@ -174,7 +214,8 @@ class Run:
             "seed": self.seed,
             "train_length": args.train_length,
             "curriculum_steps": args.curriculum_steps,
-            "training": {name: training.to_dict()[name] for name in TRAINING_FIELDS},
+            "training": {name: training.to_dict()[name] for name in TRAINING_FIELDS}
+            | {"learning_rate": self.learning_rate},
         }
         return json.loads(json.dumps(values))
 
@@ -242,6 +283,7 @@ def train(
 
     arguments = copy.copy(training)
     arguments.output_dir, arguments.seed, arguments.remove_unused_columns = str(run.folder), run.seed, False
+    arguments.learning_rate = run.learning_rate
     if args.curriculum_steps:
         arguments.train_sampling_strategy = "sequential"  # an index tells the step
     set_seed(run.seed)
@@ -273,11 +315,11 @@ def train(
 
 
 @torch.no_grad()
-def state_bytes(model: PreTrainedModel, task: Task, length: int) -> int | None:
-    """Size of the recurrent state after one sequence; `None` for a model with another kind of cache."""
+def state_bytes(model: PreTrainedModel, task: Task, length: int) -> int:
+    """Size of the state, or of the keys and values, after one sequence."""
     input_ids, _ = task.sample(1, length, seeded(TEST, length))
-    cache = model.eval()(input_ids=input_ids.to(model.device), use_cache=True)[CACHE_NAME]
-    return cache.num_bytes if isinstance(cache, stackformer.StackformerCache) else None
+    _, cache = read(model.eval(), input_ids.to(model.device))
+    return cache.num_bytes if isinstance(cache, StackformerCache) else bytes_of(cache)
 
 
 @torch.no_grad()
@@ -337,6 +379,7 @@ def measure(run: Run, args: TaskArguments, training: TrainingArguments) -> None:
         "system": run.system,
         "train_depth": run.depth,
         "train_length": args.train_length,
+        "learning_rate": run.learning_rate,
         "seed": run.seed,
         "chance": 1 / run.task.num_answers,
     }
@@ -353,7 +396,7 @@ def measure(run: Run, args: TaskArguments, training: TrainingArguments) -> None:
         write_text(results, "".join(json.dumps(row) + "\n" for row in rows))
 
 
-def plan(args: TaskArguments, systems: dict[str, dict[str, Any]], output_dir: str) -> list[Run]:
+def plan(args: TaskArguments, systems: dict[str, dict[str, Any]], training: TrainingArguments) -> list[Run]:
     """All runs of the grid, so that every task and config is checked before the first one starts.
 
     Args:
@@ -361,7 +404,10 @@ def plan(args: TaskArguments, systems: dict[str, dict[str, Any]], output_dir: st
     """
     runs: dict[Path, Run] = {}  # by folder: a system without depth has one run for all depths
     options = parse_task_options(args.task_options)
-    for task_name, system, depth, seed in product(args.task, systems, args.depths or [None], args.seeds):
+    rates = args.learning_rates or [None]
+    for task_name, system, depth, rate, seed in product(
+        args.task, systems, args.depths or [None], rates, args.seeds
+    ):
         task = build_task(task_name, options)
         config = read_preset(
             **systems[system],
@@ -373,8 +419,10 @@ def plan(args: TaskArguments, systems: dict[str, dict[str, Any]], output_dir: st
         if depth is not None and ponder_depth(config) is not None:
             config.max_ponder_steps = depth
             config.validate()
-        folder = Path(output_dir) / task_name / system / f"depth{ponder_depth(config)}-seed{seed}"
-        runs[folder] = Run(task_name, task, system, config, seed, folder)
+        name = f"depth{ponder_depth(config)}-{'' if rate is None else f'rate{rate:g}-'}seed{seed}"
+        folder = Path(training.output_dir) / task_name / system / name
+        rate = training.learning_rate if rate is None else rate
+        runs[folder] = Run(task_name, task, system, config, rate, seed, folder)
     return list(runs.values())
 
 
@@ -389,7 +437,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     check_training(training)
     output_dir = Path(training.output_dir)
     work = partial(train_and_measure, args=args, training=training)
-    runs = plan(args, systems, training.output_dir)
+    runs = plan(args, systems, training)
     for _ in execute(runs, work, training.max_steps, args.jobs, args.threads, training.disable_tqdm):
         pass  # each run records itself, in its folder
     rows = read_rows(output_dir)
