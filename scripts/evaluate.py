@@ -5,6 +5,8 @@
     python -m scripts.evaluate --model_name_or_path runs/tiny --text enwik8 --range 95000000:96000000 \
         --window 1024 --stride 256 --chunk_length 512 --json results/tiny.json
     python -m scripts.evaluate --model_name_or_path runs/tiny --text text.txt --no_windowed
+    python -m scripts.evaluate --model_name_or_path runs/tiny --text enwik8 --range 95000000:96000000 \
+        --no_windowed --no_carry_state --context_length 8192
 
 windowed   every token is predicted from at most `window` tokens before it and, once there are that many,
            from more than `window - stride`: the usual measure of a model with a limited context.
@@ -12,13 +14,17 @@ carried    the text is read once, from its start, in chunks; the cache is carrie
            of the text so far. With a cache that grows this slows down; with a state of one size it does not.
 
 Both predict every token but the first one exactly once. Works for any causal language model of transformers
-(carried: for those that return a cache).
+(carried and context_length: for those that return a cache).
+
+--context_length cuts the text into contexts of so many tokens, reads each from its own start, and prints the
+bits of a token by its position in the context: a model that remembers predicts late tokens better than early
+ones. What is left over at the end of the text is not read.
 """
 
 import math
 import time
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -49,16 +55,21 @@ class EvaluationArguments:
         default=True, metadata={"help": "Evaluate with the state carried across the text."}
     )
     chunk_length: int = field(default=256, metadata={"help": "Tokens at once where the state is carried."})
+    context_length: int | None = field(
+        default=None, metadata={"help": "Also print bits by position in contexts of so many tokens."}
+    )
     device: str = field(default="cpu", metadata={"help": "Device of the model, such as cuda."})
     json: str | None = field(default=None, metadata={"help": "File to write the results to."})
 
     def __post_init__(self) -> None:
-        for name in ("window", "stride", "batch_size", "chunk_length"):
+        for name in ("window", "stride", "batch_size", "chunk_length", "context_length"):
             COUNT.check(name, getattr(self, name))
         if self.stride is not None and self.stride > self.window:
             raise ValueError(f"stride={self.stride}: expected 1 <= stride <= window={self.window}.")
-        if not self.windowed and not self.carry_state:
-            raise ValueError("windowed=False, carry_state=False: expected one of them to be evaluated.")
+        if not self.windowed and not self.carry_state and self.context_length is None:
+            raise ValueError(
+                "windowed=False, carry_state=False, context_length=None: expected one of them to evaluate."
+            )
         if self.range is not None:
             parse_range(self.range, None, "range")
 
@@ -110,12 +121,66 @@ def carried_nll(model: PreTrainedModel, ids: torch.Tensor, chunk_length: int) ->
     with tqdm(total=len(ids) - 1, desc="carried", unit="token") as progress:
         for inputs, targets in zip(ids[:-1].split(chunk_length), ids[1:].split(chunk_length), strict=True):
             outputs = model(input_ids=inputs[None], use_cache=True, **{CACHE_NAME: cache})
-            cache = outputs.get(CACHE_NAME)
-            if cache is None:
-                raise ValueError(f"carry_state: {type(model).__name__} returned no cache to carry.")
+            cache = _cache_of(outputs, model, "carry_state")
             total += _nll(outputs.logits[0], targets)
             progress.update(len(inputs))
     return total
+
+
+@torch.no_grad()
+def nll_by_position(
+    model: PreTrainedModel, ids: torch.Tensor, context_length: int, chunk_length: int, batch_size: int = 16
+) -> torch.Tensor:
+    """Mean -log p(token) in nats at each position but the first of contexts of `context_length` tokens.
+
+    Args:
+        ids: [tokens], on its device. What does not fill a context is left out.
+
+    Returns:
+        [context_length - 1], in float64.
+
+    Raises:
+        ValueError: if a size is not positive, the text is shorter than a context of at least two tokens, or
+            the model returns no cache.
+    """
+    COUNT.check("chunk_length", chunk_length)
+    COUNT.check("batch_size", batch_size)
+    if not 2 <= context_length <= len(ids):
+        raise ValueError(
+            f"context_length={context_length}: expected at least 2 and at most the text's {len(ids)} tokens."
+        )
+    contexts = ids[: len(ids) // context_length * context_length].view(-1, context_length)
+    total = torch.zeros(context_length - 1, dtype=torch.float64)
+    with tqdm(total=contexts.numel(), desc="by position", unit="token") as progress:
+        for rows in contexts.split(batch_size):
+            cache = None
+            for start in range(0, context_length - 1, chunk_length):
+                targets = rows[:, start + 1 : start + 1 + chunk_length]
+                inputs = rows[:, start : start + targets.shape[1]]
+                outputs = model(input_ids=inputs, use_cache=True, **{CACHE_NAME: cache})
+                cache = _cache_of(outputs, model, "context_length")
+                losses = torch.nn.functional.cross_entropy(
+                    outputs.logits.float().transpose(1, 2), targets, reduction="none"
+                )
+                total[start : start + targets.shape[1]] += losses.double().sum(0).cpu()
+                progress.update(inputs.numel())
+    return total / len(contexts)
+
+
+def position_bins(context_length: int, first: int = 64) -> list[tuple[int, int]]:
+    """Positions start..stop-1 of a context, each bin as long as all before it: 1..63, 64..127, 128..255."""
+    edges = [1]
+    while edges[-1] < context_length:
+        edges.append(min(context_length, first if len(edges) == 1 else 2 * edges[-1]))
+    return list(zip(edges[:-1], edges[1:], strict=True))
+
+
+def _cache_of(outputs: Any, model: PreTrainedModel, option: str) -> Any:
+    """The cache of the outputs; raises a ValueError that names `option` if there is none."""
+    cache = outputs.get(CACHE_NAME)
+    if cache is None:
+        raise ValueError(f"{option}: {type(model).__name__} returned no cache to carry.")
+    return cache
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
@@ -143,6 +208,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     results = {name: _measure(run, len(ids), len(data)) for name, run in runs.items()}
     report = {
         "results": results,
+        "by_position": {} if args.context_length is None else _by_position(model, ids, args),
         "tokens": len(ids),
         "bytes": len(data),
         "parameters": model.num_parameters(),
@@ -165,7 +231,19 @@ def print_table(report: dict[str, Any]) -> None:
             f"{name:10} {row['bits_per_byte']:10.4f} {row['perplexity']:11.4f} {row['predictions']:10d} "
             f"{row['seconds']:9.1f} {speed:9.0f}"
         )
+    for positions, bits in report["by_position"].items():
+        print(f"positions {positions:>16} {bits:8.4f} bits per token")
     print(f"{report['parameters']:,} parameters; {report['machine']}")
+
+
+def _by_position(model: PreTrainedModel, ids: torch.Tensor, args: EvaluationArguments) -> dict[str, float]:
+    """Mean bits of a token in each bin of positions, by "first-last"."""
+    length = cast(int, args.context_length)
+    nll = nll_by_position(model, ids, length, args.chunk_length, args.batch_size)
+    return {
+        f"{start}-{stop - 1}": nll[start - 1 : stop - 1].mean().item() / math.log(2)
+        for start, stop in position_bins(length)
+    }
 
 
 def _measure(run, num_tokens: int, num_bytes: int) -> dict[str, float]:
@@ -184,7 +262,16 @@ def _nll(logits: torch.Tensor, targets: torch.Tensor) -> float:
     return torch.nn.functional.cross_entropy(logits.float(), targets, reduction="sum").item()
 
 
-__all__ = ["EvaluationArguments", "carried_nll", "main", "print_table", "window_spans", "windowed_nll"]
+__all__ = [
+    "EvaluationArguments",
+    "carried_nll",
+    "main",
+    "nll_by_position",
+    "position_bins",
+    "print_table",
+    "window_spans",
+    "windowed_nll",
+]
 
 
 if __name__ == "__main__":

@@ -62,11 +62,9 @@ class BankedDeltaRule(BankMixer):
     ) -> DeltaBankInputs:
         """Computes the inputs of the recurrence. Of `state`, only `past` is read."""
         weights = self.route(hidden, pointer.dtype)
-        # Over the banks, the write weights of a key have unit length: they are the roots of the shares. The
-        # root has no gradient at 0.
-        write = weights.write.clamp(min=torch.finfo(weights.write.dtype).tiny).sqrt()
+        read, write = _unit_length(weights.read), _unit_length(weights.write)
         addressed = [
-            address_memories(pointer, weight) for weight in (weights.read, write, weights.log_decay)
+            address_memories(pointer, weight) for weight in (read, write, weights.log_decay)
         ]  # [n, H, R] each
         rows, read, write, log_decay, step_size = layout.to_rows(
             self.qkv_proj(hidden), *addressed, weights.step_size
@@ -86,7 +84,7 @@ class BankedDeltaRule(BankMixer):
             self.qkv_proj(hidden),
             self.conv.weight,
             pointer,
-            (weights.read, weights.write.sqrt(), weights.log_decay),
+            (_unit_length(weights.read), _unit_length(weights.write), weights.log_decay),
             self.norm.weight,
             self.gate_proj(hidden),
             state,
@@ -113,6 +111,16 @@ class BankedDeltaRule(BankMixer):
             max_decay=self.max_decay_rate,
         )
         return self.read_out(hidden, mixed, layout), DeltaBankState(memory, inputs.past), inputs.bank_weights
+
+
+def _unit_length(shares: Tensor) -> Tensor:
+    """Returns the weights of banks [n, H, N] whose squares are `shares`.
+
+    So a query that equals a key, and reads the banks with the weights of its write, reads what a full
+    correction wrote. With shares in place of these weights, recall is learned later (docs/experiments.md).
+    The root has no gradient at 0.
+    """
+    return shares.clamp(min=torch.finfo(shares.dtype).tiny).sqrt()
 
 
 __all__ = ["BankedDeltaRule", "DeltaBankState"]

@@ -148,6 +148,28 @@ def test_bad_chunk_length(model):
         evaluate.carried_nll(model, _ids(4), 0)
 
 
+@pytest.mark.parametrize("chunk_length, batch_size", [(3, 2), (5, 1), (64, 16)])
+@torch.no_grad()
+def test_bits_by_position_are_those_of_each_context_read_at_once(model, chunk_length, batch_size):
+    ids, length = _ids(40), 12
+    contexts = ids[:36].view(3, length)
+    logits = model(input_ids=contexts[:, :-1], use_cache=False).logits
+    expected = torch.nn.functional.cross_entropy(logits.transpose(1, 2), contexts[:, 1:], reduction="none")
+    actual = evaluate.nll_by_position(model, ids, length, chunk_length, batch_size)
+    torch.testing.assert_close(actual, expected.double().mean(0), rtol=1e-5, atol=1e-6)
+
+
+def test_position_bins_cover_all_positions_once():
+    assert evaluate.position_bins(300) == [(1, 64), (64, 128), (128, 256), (256, 300)]
+    assert evaluate.position_bins(64) == [(1, 64)] and evaluate.position_bins(2) == [(1, 2)]
+
+
+@pytest.mark.parametrize("length", [1, 41])
+def test_a_context_that_does_not_fit(model, length):
+    with pytest.raises(ValueError, match=f"context_length={length}: expected at least 2 and at most .* 40"):
+        evaluate.nll_by_position(model, _ids(40), length, 8)
+
+
 def test_evaluate_script(model, tmp_path, capsys):
     model.save_pretrained(tmp_path)
     build_byte_tokenizer().save_pretrained(tmp_path)
@@ -169,6 +191,13 @@ def test_evaluate_script(model, tmp_path, capsys):
     assert all(f"{row['bits_per_byte']:.4f}" in printed for row in report["results"].values())
     assert sorted(evaluate.main([*argv, "--no_windowed"])["results"]) == ["carried"]
     assert sorted(evaluate.main([*argv, "--no_carry_state"])["results"]) == ["windowed"]
+    neither = [*argv, "--no_windowed", "--no_carry_state"]
+    report = evaluate.main([*neither, "--context_length", "16"])
+    bits = evaluate.nll_by_position(model, ids, 16, 256).mean().item() / math.log(2)
+    assert report["results"] == {} and report["by_position"] == {"1-15": pytest.approx(bits)}
+    assert "1-15" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="context_length=None: expected one"):
+        evaluate.main(neither)
 
 
 def test_bits_per_byte_of_a_bpe(tmp_path):
