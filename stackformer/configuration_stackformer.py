@@ -152,7 +152,7 @@ class StackformerConfig(PreTrainedConfig):
             distribution.
         max_decay_rate (`float`, defaults to 1.0): Largest decay of a memory per token, in nats, for a token
             that writes with weight 1. With 0, memories never decay.
-        initial_half_lives (`list[float]`, defaults to `[4.0, 4096.0]`): Shortest and longest half-life of the
+        initial_half_lives (`list[float]`, defaults to `[1.0, 1024.0]`): Shortest and longest half-life of the
             memories of a layer at initialisation, in tokens that write evenly to all banks. The banks of all
             heads are spread evenly between the two on a logarithmic scale. None forgets faster than
             `max_decay_rate` allows.
@@ -309,7 +309,7 @@ class StackformerConfig(PreTrainedConfig):
         if self.mixer_types is None and isinstance(self.num_hidden_layers, int):
             self.mixer_types = ["banked_linear_attention"] * self.num_hidden_layers
         if self.initial_half_lives is None:
-            self.initial_half_lives = [4.0, 4096.0]
+            self.initial_half_lives = [1.0, 1024.0]
         if isinstance(self.vocab_size, int):
             for name in SPECIAL_TOKENS:
                 default = getattr(type(self), name)

@@ -30,10 +30,8 @@ class DecayProjection(nn.Linear):
     """
 
     def __init__(self, config: StackformerConfig):
-        self.num_heads, self.num_banks = config.num_attention_heads, config.num_memory_banks
-        super().__init__(config.core_size, self.num_heads * self.num_banks)
-        self.max_decay_rate = config.max_decay_rate
-        self.half_lives = config.initial_half_lives
+        super().__init__(config.core_size, config.num_attention_heads * config.num_memory_banks)
+        self.config = config
 
     def initial_bias(self) -> Tensor:
         """Returns biases [H N] with which bank n of head h has the (n H + h)-th of H N half-lives.
@@ -41,14 +39,27 @@ class DecayProjection(nn.Linear):
         A bank forgets at most `max_decay_rate / N` nats per token while tokens write evenly. Half-lives too
         short for that start at 0.9 of this rate.
         """
-        count = self.num_heads * self.num_banks
-        shortest, longest = map(math.log, self.half_lives)
-        half_lives = torch.linspace(shortest, longest, count, dtype=torch.float64).exp()
-        if self.max_decay_rate == 0:
-            return torch.zeros(count)
-        rates = math.log(2) * self.num_banks / (self.max_decay_rate * half_lives)
-        biases = rates.clamp(max=0.9).logit().view(self.num_banks, self.num_heads)
+        heads, banks = self.config.num_attention_heads, self.config.num_memory_banks
+        shortest, longest = map(math.log, self.config.initial_half_lives)
+        half_lives = torch.linspace(shortest, longest, heads * banks, dtype=torch.float64).exp()
+        if self.config.max_decay_rate == 0:
+            return torch.zeros(heads * banks)
+        rates = math.log(2) * banks / (self.config.max_decay_rate * half_lives)
+        biases = rates.clamp(max=0.9).logit().view(banks, heads)
         return biases.t().flatten().float()  # [N, H] -> [H N]
+
+
+class ReadProjection(DecayProjection):
+    """Projects tokens [n, d] to logits of the share of each head's banks in what is read [n, H N].
+
+    A bank that forgets slowly holds more tokens, so it weighs more in a normalised read: with equal shares,
+    the slowest bank drowns the others. The initial biases are the logarithms of the rates of decay, so that
+    all banks start with about the same weight in what is read (docs/experiments.md).
+    """
+
+    def initial_bias(self) -> Tensor:
+        """Returns the biases [H N]."""
+        return nn.functional.logsigmoid(super().initial_bias())
 
 
 class BankMixer(Mixer):

@@ -96,9 +96,13 @@ class BankedDeltaRule(BankMixer):
         return self.o_proj(mixed), DeltaBankState(*new) if layout is None else state, weights
 
     def route(self, hidden: Tensor, dtype: torch.dtype) -> BankWeights:
-        """See [`BankMixer.route`]. The step size is between 0 and `max_step_size`."""
-        step_size = self.max_step_size * self.step_proj(hidden).to(dtype).sigmoid()
-        return super().route(hidden, dtype)._replace(step_size=step_size)
+        """See [`BankMixer.route`]. The step size is between 0 and `max_step_size`, and reaches both.
+
+        A sigmoid, whose tangent this is, reaches neither: a memory flipped by 1.98 in place of 2 loses a
+        tenth in ten tokens, so what is learned on short texts does not hold on long ones.
+        """
+        fraction = (0.5 + self.step_proj(hidden).to(dtype) / 4).clamp(0, 1)
+        return super().route(hidden, dtype)._replace(step_size=self.max_step_size * fraction)
 
     def mix(
         self, hidden: Tensor, inputs: DeltaBankInputs, layout: TokenLayout, state: DeltaBankState | None

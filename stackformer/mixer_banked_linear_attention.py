@@ -17,7 +17,7 @@ from .decoding_cpu import decode_token
 from .dtypes import at_least_float32
 from .memory_bank import banked_linear_attention, combine_chunks, reverse_banked_linear_attention
 from .mixer import BankWeights, Mixed
-from .mixer_bank import BankMixer, address_memories
+from .mixer_bank import BankMixer, ReadProjection, address_memories
 from .state import State, StateSpec, TensorSpec
 from .token_layout import TokenLayout
 
@@ -79,6 +79,8 @@ class BankedLinearAttention(BankMixer):
 
     def __init__(self, config: StackformerConfig):
         super().__init__(config)
+        if self.num_banks > 1:
+            self.read_proj = ReadProjection(config)
         self.feature_map_name = config.feature_map
         self.feature_map = FEATURE_MAPS[config.feature_map]
 

@@ -117,7 +117,9 @@ def tiny_config(**overrides) -> StackformerConfig:
         "initializer_range": 0.2,
         **SHAPES["halting stack"],
     }
-    return StackformerConfig(**(fields | overrides))
+    fields |= overrides
+    fields.setdefault("mixer_types", ["banked_linear_attention"] * fields["num_hidden_layers"])
+    return StackformerConfig(**fields)
 
 
 def spread_weights(model: torch.nn.Module, noise: float = 0.2, seed: int = 0) -> torch.nn.Module:

@@ -97,13 +97,15 @@ def test_rows_of_a_batch_are_alone():
 @torch.no_grad()
 def test_keys_have_at_most_length_one_over_all_memories():
     mixer, hidden, pointer, state = example()
-    query, key, _, _, write, log_decay, step_size = mixer.project(
+    query, key, _, read, write, log_decay, step_size = mixer.project(
         hidden, pointer, TokenLayout.full(3, 1), state
     ).operands
     torch.testing.assert_close(key.norm(dim=-1), torch.ones_like(step_size), **CLOSE)
     torch.testing.assert_close(query.norm(dim=-1), torch.ones_like(step_size), **CLOSE)
-    torch.testing.assert_close(write.norm(dim=-1), pointer.norm(dim=-1)[:, None, None].expand_as(step_size))
-    assert (log_decay <= 0).all() and (step_size > 0).all() and (step_size < 2).all()
+    for weights in (read, write):
+        length = pointer.norm(dim=-1)[:, None, None].expand_as(step_size)
+        torch.testing.assert_close(weights.norm(dim=-1), length)
+    assert (log_decay <= 0).all() and (step_size >= 0).all() and (step_size <= 2).all()
 
 
 @pytest.mark.parametrize("shape", [PLAIN, STACK], ids=["plain", "stack"])
@@ -181,6 +183,20 @@ def test_memories_start_with_their_half_lives(mixer_type, banks, heads):
     half_lives = (-math.log(2) / weights.log_decay[0]).t().flatten()  # [H, N] -> [N H]
     expected = torch.logspace(math.log10(5), math.log10(2000), banks * heads)
     torch.testing.assert_close(half_lives, expected, rtol=1e-3, atol=0)
+
+
+@torch.no_grad()
+def test_banks_start_with_the_same_weight_in_a_normalised_read():
+    """The longer a bank holds its tokens, the smaller its share in a read. What the delta rule holds does not
+    grow with the tokens."""
+    fields = {"hidden_size": 16, "bottleneck_size": None, "num_hidden_layers": 1, "num_memory_banks": 4}
+    for mixer_type, weight in (("banked_linear_attention", -1), ("banked_delta_rule", 0)):
+        config = StackformerConfig(**fields, mixer_types=[mixer_type], initial_half_lives=[5.0, 2000.0])
+        mixer = StackformerForCausalLM(config).model.layers[0].mixer
+        weights = mixer.route(torch.zeros(1, 16), torch.float32)
+        half_lives = -math.log(2) / weights.log_decay
+        expected = half_lives**weight
+        torch.testing.assert_close(weights.read, expected / expected.sum(-1, keepdim=True))
 
 
 def test_half_lives_shorter_than_the_rate_allows():
