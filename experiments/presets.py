@@ -48,8 +48,8 @@ def build_config(preset: str, overrides: str | None, tokenizer: PreTrainedTokeni
 def read_preset(preset: str, overrides: str | None = None, **given: Any) -> PreTrainedConfig:
     """A config from a JSON preset, with the fields that are `given`, and then `overrides`.
 
-    Given fields of `None` that the model does not have, as RWKV has no padding token, are left out. The fields
-    are merged before the config is built, so what it derives and checks is what is asked for.
+    Given fields of `None` that the model does not have, as RWKV has no padding token, are left out. The
+    fields are merged before the config is built, so what it derives and checks is what is asked for.
     """
     if not Path(preset).is_file():
         raise ValueError(f"config={preset!r}: expected a JSON file with the fields of a config.")
