@@ -48,8 +48,8 @@ def build_config(preset: str, overrides: str | None, tokenizer: PreTrainedTokeni
 def read_preset(preset: str, overrides: str | None = None, **given: Any) -> PreTrainedConfig:
     """A config from a JSON preset, with the fields that are `given`, and then `overrides`.
 
-    Given fields of `None` that the model does not have, as RWKV has no padding token, are left out. The
-    fields are merged before the config is built, so what it derives and checks is what is asked for.
+    Given fields that the model does not have, as RWKV has no padding token, are left out. The fields are
+    merged before the config is built, so what it derives and checks is what is asked for.
     """
     if not Path(preset).is_file():
         raise ValueError(f"config={preset!r}: expected a JSON file with the fields of a config.")
@@ -61,7 +61,7 @@ def read_preset(preset: str, overrides: str | None = None, **given: Any) -> PreT
         raise ValueError(
             f"config={preset!r}: expected a model_type of transformers, got {model_type!r}."
         ) from error
-    fields |= {name: value for name, value in given.items() if name in defaults or value is not None}
+    fields |= {name: value for name, value in given.items() if name in defaults}
     if unknown := sorted(set(fields) - set(defaults)):
         raise ValueError(f"config={preset!r}: unknown fields {unknown}, expected some of {sorted(defaults)}.")
     if overrides:

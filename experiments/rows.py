@@ -3,6 +3,7 @@
 
 `COMPARED`   systems of equal size on text: scripts/compare.py
 `QUALITY`    depth, stack, banks and halting, each on its own: benchmarks/quality.py
+`TEXT`       memories, and models of transformers, at 20 bytes per parameter: benchmarks/text.py
 `PRESETS`    all presets: benchmarks/presets.py
 `FAMILIES`   models of any size, for speed and memory: benchmarks/models.py
 """
@@ -15,6 +16,7 @@ from transformers import LlamaConfig, Mamba2Config, PreTrainedConfig, Qwen3NextC
 
 from stackformer import StackformerConfig
 
+LLAMA, MAMBA2, RWKV, QWEN3_NEXT = "llama", "mamba2", "rwkv", "qwen3_next"
 CONFIGS = Path(__file__).parent.parent / "configs"
 
 
@@ -114,6 +116,28 @@ QUALITY = {
     "1 bank of their size, P = 4": Row(_TINY, "max_ponder_steps=4,num_memory_banks=1,num_attention_heads=1"),
 }
 
+_TEXT = "hidden_size=96,intermediate_size=264"
+_PEER = "hidden_size=96,intermediate_size=264,num_attention_heads=4,num_key_value_heads=4,head_dim=24"
+_LAYERS = 'mixer_types=["{}","{}"]'
+_ADD, _DELTA = "banked_linear_attention", "banked_delta_rule"
+TEXT = {
+    "one bank": Row("plain-tiny", _TEXT),
+    "4 banks": Row("plain-tiny", f"{_TEXT},num_memory_banks=4"),
+    "delta rule": Row("plain-tiny", f"{_TEXT},{_LAYERS.format(_DELTA, _DELTA)}"),
+    "4 delta banks": Row("plain-tiny", f"{_TEXT},num_memory_banks=4,{_LAYERS.format(_DELTA, _DELTA)}"),
+    "4 banks, then 4 delta banks": Row(
+        "plain-tiny", f"{_TEXT},num_memory_banks=4,{_LAYERS.format(_ADD, _DELTA)}"
+    ),
+    LLAMA: Row("peers/llama", _PEER.replace("264", "302")),
+    QWEN3_NEXT: Row(
+        "peers/qwen3_next",
+        f"{_PEER},linear_num_key_heads=4,linear_num_value_heads=4,linear_key_head_dim=24,"
+        "linear_value_head_dim=24",
+    ),
+    MAMBA2: Row("peers/mamba2", "hidden_size=96,num_heads=6,state_size=32"),
+    RWKV: Row("peers/rwkv", "hidden_size=96,attention_hidden_size=96,intermediate_size=400"),
+}
+
 PRESETS = {path.stem: str(path) for path in sorted(CONFIGS.glob("*-tiny.json"))}
 
 VOCABULARY = 261
@@ -188,7 +212,6 @@ def _qwen3_next(width: int, size: int, layers: int) -> Qwen3NextConfig:
 
 
 PLAIN, BANKS, STACK = "plain core", "plain core, 4 banks", "stack"
-LLAMA, MAMBA2, RWKV, QWEN3_NEXT = "llama", "mamba2", "rwkv", "qwen3_next"
 OURS = (PLAIN, BANKS, STACK)
 FAMILIES = {
     PLAIN: Family(_plain, lambda width: 3 * width),
@@ -216,6 +239,7 @@ __all__ = [
     "QWEN3_NEXT",
     "RWKV",
     "STACK",
+    "TEXT",
     "Family",
     "Row",
 ]

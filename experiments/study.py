@@ -181,7 +181,8 @@ def measure(run: Run, args: argparse.Namespace) -> dict[str, Any]:
 def identify(run: Run, args: argparse.Namespace) -> dict[str, Any]:
     """All that a run's result depends on: two runs with the same are the same run."""
     preset = json.loads(Path(run.preset).read_text(encoding="utf-8"))
-    return asdict(run) | {"preset": preset} | {option: getattr(args, option) for option in OPTIONS}
+    options = {option: getattr(args, option) for option in OPTIONS}
+    return options | asdict(run) | {"preset": preset}  # a run may have options of its own
 
 
 def run_all(

@@ -14,7 +14,7 @@ carried    the text is read once, from its start, in chunks; the cache is carrie
            of the text so far. With a cache that grows this slows down; with a state of one size it does not.
 
 Both predict every token but the first one exactly once. Works for any causal language model of transformers
-(carried and context_length: for those that return a cache).
+(carried: for those that return a cache).
 
 --context_length cuts the text into contexts of so many tokens, reads each from its own start, and prints the
 bits of a token by its position in the context: a model that remembers predicts late tokens better than early
@@ -24,7 +24,7 @@ ones. What is left over at the end of the text is not read.
 import math
 import time
 from dataclasses import asdict, dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -121,7 +121,9 @@ def carried_nll(model: PreTrainedModel, ids: torch.Tensor, chunk_length: int) ->
     with tqdm(total=len(ids) - 1, desc="carried", unit="token") as progress:
         for inputs, targets in zip(ids[:-1].split(chunk_length), ids[1:].split(chunk_length), strict=True):
             outputs = model(input_ids=inputs[None], use_cache=True, **{CACHE_NAME: cache})
-            cache = _cache_of(outputs, model, "carry_state")
+            cache = outputs.get(CACHE_NAME)
+            if cache is None:
+                raise ValueError(f"carry_state: {type(model).__name__} returned no cache to carry.")
             total += _nll(outputs.logits[0], targets)
             progress.update(len(inputs))
     return total
@@ -129,21 +131,20 @@ def carried_nll(model: PreTrainedModel, ids: torch.Tensor, chunk_length: int) ->
 
 @torch.no_grad()
 def nll_by_position(
-    model: PreTrainedModel, ids: torch.Tensor, context_length: int, chunk_length: int, batch_size: int = 16
+    model: PreTrainedModel, ids: torch.Tensor, context_length: int, batch_size: int = 1
 ) -> torch.Tensor:
     """Mean -log p(token) in nats at each position but the first of contexts of `context_length` tokens.
 
     Args:
         ids: [tokens], on its device. What does not fill a context is left out.
+        batch_size: contexts at once.
 
     Returns:
         [context_length - 1], in float64.
 
     Raises:
-        ValueError: if a size is not positive, the text is shorter than a context of at least two tokens, or
-            the model returns no cache.
+        ValueError: if a size is not positive, or the text is shorter than a context of at least two tokens.
     """
-    COUNT.check("chunk_length", chunk_length)
     COUNT.check("batch_size", batch_size)
     if not 2 <= context_length <= len(ids):
         raise ValueError(
@@ -151,20 +152,19 @@ def nll_by_position(
         )
     contexts = ids[: len(ids) // context_length * context_length].view(-1, context_length)
     total = torch.zeros(context_length - 1, dtype=torch.float64)
-    with tqdm(total=contexts.numel(), desc="by position", unit="token") as progress:
-        for rows in contexts.split(batch_size):
-            cache = None
-            for start in range(0, context_length - 1, chunk_length):
-                targets = rows[:, start + 1 : start + 1 + chunk_length]
-                inputs = rows[:, start : start + targets.shape[1]]
-                outputs = model(input_ids=inputs, use_cache=True, **{CACHE_NAME: cache})
-                cache = _cache_of(outputs, model, "context_length")
-                losses = torch.nn.functional.cross_entropy(
-                    outputs.logits.float().transpose(1, 2), targets, reduction="none"
-                )
-                total[start : start + targets.shape[1]] += losses.double().sum(0).cpu()
-                progress.update(inputs.numel())
+    for rows in tqdm(contexts.split(batch_size), desc="by position", unit="batch"):
+        logits = model(input_ids=rows[:, :-1], use_cache=False).logits.float()
+        losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), rows[:, 1:], reduction="none")
+        total += losses.double().sum(0).cpu()
     return total / len(contexts)
+
+
+def mean_bits(nll: torch.Tensor) -> dict[str, float]:
+    """Mean bits of a token in each of `position_bins`, by "first-last"; nll: of `nll_by_position`."""
+    return {
+        f"{start}-{stop - 1}": nll[start - 1 : stop - 1].mean().item() / math.log(2)
+        for start, stop in position_bins(len(nll) + 1)
+    }
 
 
 def position_bins(context_length: int, first: int = 64) -> list[tuple[int, int]]:
@@ -173,14 +173,6 @@ def position_bins(context_length: int, first: int = 64) -> list[tuple[int, int]]
     while edges[-1] < context_length:
         edges.append(min(context_length, first if len(edges) == 1 else 2 * edges[-1]))
     return list(zip(edges[:-1], edges[1:], strict=True))
-
-
-def _cache_of(outputs: Any, model: PreTrainedModel, option: str) -> Any:
-    """The cache of the outputs; raises a ValueError that names `option` if there is none."""
-    cache = outputs.get(CACHE_NAME)
-    if cache is None:
-        raise ValueError(f"{option}: {type(model).__name__} returned no cache to carry.")
-    return cache
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
@@ -208,7 +200,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     results = {name: _measure(run, len(ids), len(data)) for name, run in runs.items()}
     report = {
         "results": results,
-        "by_position": {} if args.context_length is None else _by_position(model, ids, args),
+        "by_position": {}
+        if args.context_length is None
+        else mean_bits(nll_by_position(model, ids, args.context_length)),
         "tokens": len(ids),
         "bytes": len(data),
         "parameters": model.num_parameters(),
@@ -236,16 +230,6 @@ def print_table(report: dict[str, Any]) -> None:
     print(f"{report['parameters']:,} parameters; {report['machine']}")
 
 
-def _by_position(model: PreTrainedModel, ids: torch.Tensor, args: EvaluationArguments) -> dict[str, float]:
-    """Mean bits of a token in each bin of positions, by "first-last"."""
-    length = cast(int, args.context_length)
-    nll = nll_by_position(model, ids, length, args.chunk_length, args.batch_size)
-    return {
-        f"{start}-{stop - 1}": nll[start - 1 : stop - 1].mean().item() / math.log(2)
-        for start, stop in position_bins(length)
-    }
-
-
 def _measure(run, num_tokens: int, num_bytes: int) -> dict[str, float]:
     started = time.perf_counter()
     mean_nll = run() / (num_tokens - 1)
@@ -266,6 +250,7 @@ __all__ = [
     "EvaluationArguments",
     "carried_nll",
     "main",
+    "mean_bits",
     "nll_by_position",
     "position_bins",
     "print_table",

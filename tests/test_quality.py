@@ -7,9 +7,11 @@ import json
 import pytest
 import torch
 
-from benchmarks import quality
+from benchmarks import quality, text
+from benchmarks.models import num_parameters
+from experiments import study
 from experiments.presets import build_config
-from experiments.rows import QUALITY
+from experiments.rows import QUALITY, TEXT
 from stackformer import build_byte_tokenizer
 from tests.models import SHAPES, tiny_config, tiny_model
 
@@ -63,6 +65,44 @@ def test_rows_are_models(name):
     tokenizer, overrides = build_byte_tokenizer(), QUALITY[name].overrides
     config = build_config("configs/stackformer-tiny.json", overrides, tokenizer)
     assert f"P = {config.max_ponder_steps}" in name or config.max_ponder_steps == 1
+
+
+def test_text_at_the_best_learning_rate_of_each_model(tmp_path, monkeypatch, capsys):
+    """All rates with the first seed, the best of them with the others, and nothing twice."""
+    (tmp_path / "text").write_bytes(bytes(range(256)) * 8)
+    command = ["--data_path", tmp_path / "text", "--train_range", "0:1500", "--eval_range", "1500:2000"]
+    command += ["--steps", 3, "--block_size", 32, "--seeds", 0, 1, "--learning_rates", "1e-9", "1e-2", "1e-3"]
+    command += ["--context_length", 100, "--long_range", "1500:1800", "--rows", "4 banks", "llama"]
+    command += ["--json", tmp_path / "runs.jsonl", "--plot", tmp_path / "text.png"]
+    command = [str(x) for x in command]
+    rows = text.main(command)
+    lines = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
+    for name, row in rows.items():
+        of_row = [line for line in lines if line["row"] == name]
+        rates = {line["learning_rate"]: line["bits_per_byte"] for line in of_row if line["seed"] == 0}
+        assert set(rates) == {1e-9, 1e-2, 1e-3} and len(of_row) == 4
+        best = min(rates, key=rates.get)
+        assert best != 1e-9 and row["learning_rate"] == (best, best, best)
+        scores = {line["bits_per_byte"] for line in of_row if line["learning_rate"] == best}
+        assert len(scores) == 2 and (row["bits_per_byte"].lowest, row["bits_per_byte"].highest) == (
+            min(scores),
+            max(scores),
+        )
+        assert row["at 1-63"].median > 0 and row["at 64-99"].median > 0
+    assert (tmp_path / "text.png").read_bytes().startswith(b"\x89PNG")
+    monkeypatch.setattr(study, "train", lambda *args: pytest.fail("trained again"))
+    assert text.main(command) == rows
+    assert "| llama |" in capsys.readouterr().out
+    with pytest.raises(
+        ValueError, match="context_length=500: expected at least 2, .* the 300 bytes"
+    ):
+        text.main([*command, "--context_length", "500"])
+
+
+@pytest.mark.parametrize("name", TEXT)
+def test_models_of_text_have_equal_size(name):
+    config = build_config(TEXT[name].path, TEXT[name].overrides, build_byte_tokenizer())
+    assert num_parameters(config) == pytest.approx(300_000, rel=0.03)
 
 
 @pytest.mark.parametrize("mean", [1.0, 1.7, 3.0, 4.0])

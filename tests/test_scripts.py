@@ -148,15 +148,17 @@ def test_bad_chunk_length(model):
         evaluate.carried_nll(model, _ids(4), 0)
 
 
-@pytest.mark.parametrize("chunk_length, batch_size", [(3, 2), (5, 1), (64, 16)])
+@pytest.mark.parametrize("batch_size", [1, 2, 16])
 @torch.no_grad()
-def test_bits_by_position_are_those_of_each_context_read_at_once(model, chunk_length, batch_size):
+def test_bits_by_position_are_those_of_each_context_alone(model, batch_size):
     ids, length = _ids(40), 12
     contexts = ids[:36].view(3, length)
     logits = model(input_ids=contexts[:, :-1], use_cache=False).logits
     expected = torch.nn.functional.cross_entropy(logits.transpose(1, 2), contexts[:, 1:], reduction="none")
-    actual = evaluate.nll_by_position(model, ids, length, chunk_length, batch_size)
+    actual = evaluate.nll_by_position(model, ids, length, batch_size)
     torch.testing.assert_close(actual, expected.double().mean(0), rtol=1e-5, atol=1e-6)
+    bits = evaluate.mean_bits(torch.arange(1.0, 200.0) * math.log(2))
+    assert bits == pytest.approx({"1-63": 32, "64-127": 95.5, "128-199": 163.5})
 
 
 def test_position_bins_cover_all_positions_once():
@@ -167,7 +169,7 @@ def test_position_bins_cover_all_positions_once():
 @pytest.mark.parametrize("length", [1, 41])
 def test_a_context_that_does_not_fit(model, length):
     with pytest.raises(ValueError, match=f"context_length={length}: expected at least 2 and at most .* 40"):
-        evaluate.nll_by_position(model, _ids(40), length, 8)
+        evaluate.nll_by_position(model, _ids(40), length)
 
 
 def test_evaluate_script(model, tmp_path, capsys):
@@ -193,7 +195,7 @@ def test_evaluate_script(model, tmp_path, capsys):
     assert sorted(evaluate.main([*argv, "--no_carry_state"])["results"]) == ["windowed"]
     neither = [*argv, "--no_windowed", "--no_carry_state"]
     report = evaluate.main([*neither, "--context_length", "16"])
-    bits = evaluate.nll_by_position(model, ids, 16, 256).mean().item() / math.log(2)
+    bits = evaluate.nll_by_position(model, ids, 16).mean().item() / math.log(2)
     assert report["results"] == {} and report["by_position"] == {"1-15": pytest.approx(bits)}
     assert "1-15" in capsys.readouterr().out
     with pytest.raises(ValueError, match="context_length=None: expected one"):
