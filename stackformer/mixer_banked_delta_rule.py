@@ -8,6 +8,7 @@ Letters: n active tokens, B' rows, T' tokens of a row, d core width, H heads, K 
 N memory banks, R = S * N memories of a head.
 """
 
+import math
 from typing import NamedTuple, cast
 
 import torch
@@ -39,6 +40,17 @@ class DeltaBankInputs(NamedTuple):
     past: Tensor  # [B', kernel - 1, 3 d], of the convolution, after these tokens
 
 
+class StepProjection(nn.Linear):
+    """Projects tokens [n, d] to logits of the step size of each head [n, H].
+
+    It starts at about a quarter of the largest step size: half the error for one of 2, as in DeltaNet.
+    """
+
+    def initial_bias(self) -> Tensor:
+        """Returns the bias [H], the logit of a quarter."""
+        return torch.full_like(self.bias, -math.log(3))
+
+
 class BankedDeltaRule(BankMixer):
     """Fast weights in S*N memories per head, with keys and queries of length 1.
 
@@ -50,7 +62,7 @@ class BankedDeltaRule(BankMixer):
     def __init__(self, config: StackformerConfig):
         super().__init__(config)
         self.max_step_size = config.max_step_size
-        self.step_proj = nn.Linear(config.core_size, self.num_heads)
+        self.step_proj = StepProjection(config.core_size, self.num_heads)
 
     def state_spec(self) -> StateSpec:
         """Specifies the memories, and the last inputs of the convolution."""
@@ -96,13 +108,9 @@ class BankedDeltaRule(BankMixer):
         return self.o_proj(mixed), DeltaBankState(*new) if layout is None else state, weights
 
     def route(self, hidden: Tensor, dtype: torch.dtype) -> BankWeights:
-        """See [`BankMixer.route`]. The step size is between 0 and `max_step_size`, and reaches both.
-
-        A sigmoid, whose tangent this is, reaches neither: a memory flipped by 1.98 in place of 2 loses a
-        tenth in ten tokens, so what is learned on short texts does not hold on long ones.
-        """
-        fraction = (0.5 + self.step_proj(hidden).to(dtype) / 4).clamp(0, 1)
-        return super().route(hidden, dtype)._replace(step_size=self.max_step_size * fraction)
+        """See [`BankMixer.route`]. The step size is between 0 and `max_step_size`, and reaches both."""
+        step_size = self.max_step_size * stretched_sigmoid(self.step_proj(hidden).to(dtype))
+        return super().route(hidden, dtype)._replace(step_size=step_size)
 
     def mix(
         self, hidden: Tensor, inputs: DeltaBankInputs, layout: TokenLayout, state: DeltaBankState | None
@@ -115,6 +123,15 @@ class BankedDeltaRule(BankMixer):
             max_decay=self.max_decay_rate,
         )
         return self.read_out(hidden, mixed, layout), DeltaBankState(memory, inputs.past), inputs.bank_weights
+
+
+def stretched_sigmoid(logits: Tensor) -> Tensor:
+    """A sigmoid stretched to -0.02 and 1.02 and clipped to 0 and 1 (Louizos et al. 2018, arXiv 1712.01312).
+
+    A sigmoid never reaches its ends. A memory that is flipped by 1.98 of its error in place of 2 has lost
+    four fifths after 80 flips, so what is learned on short texts does not hold on long ones.
+    """
+    return (1.04 * logits.sigmoid() - 0.02).clamp(0, 1)
 
 
 def _unit_length(shares: Tensor) -> Tensor:

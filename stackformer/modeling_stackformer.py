@@ -41,6 +41,7 @@ from .identity import Mark, active_adapters, new_number, sample_digest
 from .labels import check_num_items, label_each_token
 from .layers_stackformer import NORMS, ResidualProjection, ShortConvolution, SliceProjection, TokenShift
 from .mixer_bank import DecayProjection
+from .mixer_banked_delta_rule import StepProjection
 from .mixer_fast_weights import RecurrentProjection
 from .mixer_neural_memory import NeuralMemory
 from .mixer_rwkv import TimeMix
@@ -157,6 +158,8 @@ class StackformerPreTrainedModel(PreTrainedModel):
         | embeddings           | normal, standard deviation `initializer_range`; 0 for padding      |
         | projections          | normal, standard deviation fan_in ** -0.5; biases 0                |
         | decays of banks      | weights as in projections, biases for half-lives on a log scale    |
+        | reads of banks       | biases against the weight of slow banks: see `ReadProjection`      |
+        | step sizes           | biases for a quarter of the largest: see `StepProjection`          |
         | residual projections | 0: every block starts as the identity                              |
         | slice projections    | identity on the channels that embedding and core both have         |
         | recurrent projection | 0.05 times the identity: see `RecurrentProjection`                 |
@@ -176,7 +179,7 @@ class StackformerPreTrainedModel(PreTrainedModel):
         elif isinstance(module, ActionProjection):
             init.zeros_(module.weight)
             init.copy_(module.bias, module.initial_bias())
-        elif isinstance(module, DecayProjection):
+        elif isinstance(module, (DecayProjection, StepProjection)):
             init.normal_(module.weight, std=module.in_features**-0.5)
             init.copy_(module.bias, module.initial_bias())
         elif isinstance(module, StepGate):

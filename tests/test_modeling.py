@@ -78,9 +78,10 @@ def test_any_split_gives_the_same_in_float32(shape):
     logits, cache = read_in_pieces(model, ids, [64, 1, 85])
     torch.testing.assert_close(logits, expected.logits, rtol=1e-4, atol=1e-4)
     # The running maximum that RWKV keeps is a difference of numbers of the size of T.
-    # A cell with angles forgets no rounding error, and the layer above it sees all of them.
-    mixers = shape.get("mixer_types", ())
-    atol = 1e-3 if "coupled_angles" in mixers else 2e-4 if "rwkv" in mixers else 1e-4
+    # A cell with angles forgets no rounding error, and the layer above it sees all of them. A cell that
+    # settles in its own past makes them larger from token to token.
+    mixers = set(shape.get("mixer_types", ()))
+    atol = 1e-3 if mixers & {"coupled_angles", "fast_weights"} else 2e-4 if "rwkv" in mixers else 1e-4
     assert_same_state(cache, expected.past_key_values, rtol=1e-4, atol=atol)
 
 

@@ -93,9 +93,7 @@ def test_text_at_the_best_learning_rate_of_each_model(tmp_path, monkeypatch, cap
     monkeypatch.setattr(study, "train", lambda *args: pytest.fail("trained again"))
     assert text.main(command) == rows
     assert "| llama |" in capsys.readouterr().out
-    with pytest.raises(
-        ValueError, match="context_length=500: expected at least 2, .* the 300 bytes"
-    ):
+    with pytest.raises(ValueError, match="context_length=500: expected at least 2, .* the 300 bytes"):
         text.main([*command, "--context_length", "500"])
 
 
