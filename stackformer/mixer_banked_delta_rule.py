@@ -63,8 +63,8 @@ class BankedDeltaRule(BankMixer):
         """Computes the inputs of the recurrence. Of `state`, only `past` is read."""
         weights = self.route(hidden, pointer.dtype)
         # Over the banks, the write weights of a key have unit length: they are the roots of the shares. The
-        # root has no gradient at 0.
-        write = weights.write.clamp(min=torch.finfo(weights.write.dtype).tiny).sqrt()
+        # root has no gradient at 0, and a bank with a share of 0 is not written to at all.
+        write = weights.write.clamp(min=torch.finfo(weights.write.dtype).tiny).sqrt() * (weights.write > 0)
         addressed = [
             address_memories(pointer, weight) for weight in (weights.read, write, weights.log_decay)
         ]  # [n, H, R] each

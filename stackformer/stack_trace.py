@@ -46,7 +46,7 @@ class StackTrace(ModelOutput):
         pointer (`torch.FloatTensor` [B, T, P, S]): probability mass on each stack level, before the step.
         actions (`torch.FloatTensor` [B, T, P, 3]): probabilities of push, no-op and pop. At the last step,
             and at the step at which a token halts, all mass is dropped, whatever the actions are.
-        bank_reads, bank_writes (`torch.FloatTensor` [B, T, P, L, H, N]): softmax over the memory banks.
+        bank_reads, bank_writes (`torch.FloatTensor` [B, T, P, L, H, N]): weights of the memory banks.
             Zeros for core layers without banks. `None` if no layer has banks.
         bank_decays (`torch.FloatTensor` [B, T, P, L, H, N]): logarithm of the decay factor of each bank, at
             most 0, for a level that holds all mass. For other levels, it is multiplied by their mass.
@@ -108,7 +108,7 @@ class TextTrace:
         active (`np.ndarray` [T, P]): whether the token was computed at the step.
         pointer (`np.ndarray` [T, P, S]): probability mass on each stack level, before the step.
         actions (`np.ndarray` [T, P, 3]): probabilities of push, no-op and pop.
-        bank_reads, bank_writes (`np.ndarray` [T, P, L, H, N]): softmax over the memory banks. `None`, like
+        bank_reads, bank_writes (`np.ndarray` [T, P, L, H, N]): weights of the memory banks. `None`, like
             `bank_decays` and `step_sizes`, for a model whose mixers have no banks.
         bank_decays (`np.ndarray` [T, P, L, H, N]): logarithm of the decay factor of each bank, at full mass.
         step_sizes (`np.ndarray` [T, P, L, H]): the fraction of its error that a layer of the delta rule
