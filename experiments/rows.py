@@ -85,6 +85,11 @@ COMPARED = {
         "hidden_size=176,intermediate_size=552,num_memory_banks=4",
         "linear attention to 4 banks per head that decay where they are written to; no stack.",
     ),
+    "memory bank, 2 of 4": Row(
+        "plain-tiny",
+        "hidden_size=176,intermediate_size=552,num_memory_banks=4,num_banks_per_tok=2",
+        "the same where a token writes to 2 of the 4 banks of each head, and reads 2.",
+    ),
     "Stackformer": Row(
         "stackformer-tiny",
         "num_memory_banks=4,bottleneck_intermediate_size=52",

@@ -29,19 +29,21 @@ class DecayProjection(nn.Linear):
     thousands of tokens. The router learns which to use (docs/experiments.md).
     """
 
-    def __init__(self, config: StackformerConfig):
+    def __init__(self, config: StackformerConfig, half_life_factor: float = 1.0):
         super().__init__(config.core_size, config.num_attention_heads * config.num_memory_banks)
         self.config = config
+        self.half_life_factor = half_life_factor
 
     def initial_bias(self) -> Tensor:
         """Returns biases [H N] with which bank n of head h has the (n H + h)-th of H N half-lives.
 
-        A bank forgets at most `max_decay_rate / N` nats per token while tokens write evenly. Half-lives too
+        They are those of `config.initial_half_lives`, times `half_life_factor`. A bank forgets at most `max_decay_rate / N` nats per token while tokens write evenly. Half-lives too
         short for that start at 0.9 of this rate.
         """
         heads, banks = self.config.num_attention_heads, self.config.num_memory_banks
         shortest, longest = map(math.log, self.config.initial_half_lives)
         half_lives = torch.linspace(shortest, longest, heads * banks, dtype=torch.float64).exp()
+        half_lives = self.half_life_factor * half_lives
         if self.config.max_decay_rate == 0:
             return torch.zeros(heads * banks)
         rates = math.log(2) * banks / (self.config.max_decay_rate * half_lives)
@@ -69,10 +71,13 @@ class BankMixer(Mixer):
     pass a short convolution. What is read is normalised and gated.
     """
 
+    half_life_factor = 1.0  # of the initial half-lives
+
     def __init__(self, config: StackformerConfig):
         super().__init__()
         self.num_heads = config.num_attention_heads
         self.num_banks = config.num_memory_banks
+        self.num_banks_per_token = config.num_banks_per_tok or config.num_memory_banks
         self.num_memories = config.num_memory_banks * config.stack_depth
         self.head_dim = config.core_size // config.num_attention_heads
         self.max_decay_rate = config.max_decay_rate
@@ -83,7 +88,7 @@ class BankMixer(Mixer):
         self.kernel_size = config.conv_kernel_size
         self.conv = ShortConvolution.of(3 * size, self.kernel_size)
         self.past_spec = past_spec(self.kernel_size, 3 * size)
-        self.decay_proj = DecayProjection(config)
+        self.decay_proj = DecayProjection(config, self.half_life_factor)
         if self.num_banks > 1:
             self.read_proj = nn.Linear(size, self.num_heads * self.num_banks)
             self.write_proj = nn.Linear(size, self.num_heads * self.num_banks)
@@ -130,7 +135,8 @@ class BankMixer(Mixer):
     def route(self, hidden: Tensor, dtype: torch.dtype) -> BankWeights:
         """Returns the share of each bank in the token's reads and writes, and its decay, in `dtype`.
 
-        A bank decays by its share of the write: what is not written to is kept.
+        Reads and writes choose their banks separately. A bank decays by its share of the write: what is not
+        written to is kept.
         """
 
         def logits(projection: nn.Linear) -> Tensor:
@@ -141,8 +147,8 @@ class BankMixer(Mixer):
         if self.num_banks == 1:
             one = torch.ones_like(log_decay)
             return BankWeights(one, one, log_decay, step_size)
-        write = logits(self.write_proj).softmax(-1)
-        read = logits(self.read_proj).softmax(-1)
+        write = bank_shares(logits(self.write_proj), self.num_banks_per_token)
+        read = bank_shares(logits(self.read_proj), self.num_banks_per_token)
         return BankWeights(read, write, write * log_decay, step_size)
 
     def can_decode_token(self, hidden: Tensor, layout: TokenLayout) -> bool:
@@ -165,6 +171,27 @@ class BankMixer(Mixer):
             return False
         dtype = at_least_float32(hidden)
         return all(tensor.is_contiguous() and tensor.dtype == dtype for tensor in state)
+
+
+def bank_shares(logits: Tensor, count: int) -> Tensor:
+    """Computes the share of each bank: a softmax over all banks, with 0 for all but the `count` largest.
+
+    The chosen shares are not scaled to a sum of 1, as in Switch Transformer (Fedus et al. 2021, arXiv
+    2101.03961). So even the share of a single chosen bank depends on the router, and the router learns from
+    it. docs/experiments.md compares this with a softmax over the chosen banks, and with gradients for the
+    other banks (straight-through), which are huge for a token that reads a bank that is still empty.
+
+    Args:
+        logits: [..., N]. Of equal ones, the first are chosen.
+
+    Returns:
+        [..., N].
+    """
+    shares = logits.softmax(-1)
+    if count == logits.shape[-1]:
+        return shares
+    others = logits.argsort(dim=-1, descending=True, stable=True)[..., count:]
+    return shares.scatter(-1, others, 0.0)
 
 
 def address_memories(pointer: Tensor, bank_weights: Tensor) -> Tensor:

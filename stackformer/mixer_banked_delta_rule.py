@@ -57,6 +57,9 @@ class BankedDeltaRule(BankMixer):
     Its state cannot be reversed: a step size of 1 forgets what the memories held for a key.
     """
 
+    # What is corrected need not be forgotten: memories of a few tokens lose the state that they track.
+    half_life_factor = 16.0
+
     state_type = DeltaBankState
 
     def __init__(self, config: StackformerConfig):
@@ -135,13 +138,12 @@ def stretched_sigmoid(logits: Tensor) -> Tensor:
 
 
 def _unit_length(shares: Tensor) -> Tensor:
-    """Returns the weights of banks [n, H, N] whose squares are `shares`.
+    """Returns the weights of banks [n, H, N] whose squares are `shares`; 0 for a bank that is not used.
 
     So a query that equals a key, and reads the banks with the weights of its write, reads what a full
-    correction wrote. With shares in place of these weights, recall is learned later (docs/experiments.md).
-    The root has no gradient at 0.
+    correction wrote. The root has no gradient at 0.
     """
-    return shares.clamp(min=torch.finfo(shares.dtype).tiny).sqrt()
+    return shares.clamp(min=torch.finfo(shares.dtype).tiny).sqrt() * (shares > 0)
 
 
 __all__ = ["BankedDeltaRule", "DeltaBankState"]

@@ -522,7 +522,7 @@ class StackformerForCausalLM(StackformerPreTrainedModel, StackformerGenerationMi
             )
         ids = ids.to(self.device, torch.long)  # a tokenizer returns the ids of an empty string as floats
         outputs = self(ids, use_cache=False, output_stack_trace=True)
-        return TextTrace.from_outputs(ids, outputs, tokenizer)
+        return TextTrace.from_outputs(ids, outputs, tokenizer, self.config)
 
     def _added_losses(self, outputs: Any) -> list[tuple[float, Tensor]]:
         """Returns the coefficient and the losses [B, T] of each term that training adds."""

@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import ModelOutput
 
+from .configuration_stackformer import StackformerConfig
 from .files import replaced_file, write_file
 from .mixer import BankWeights
 from .stack_trace_page import PAGE
@@ -45,7 +46,7 @@ class StackTrace(ModelOutput):
         pointer (`torch.FloatTensor` [B, T, P, S]): probability mass on each stack level, before the step.
         actions (`torch.FloatTensor` [B, T, P, 3]): probabilities of push, no-op and pop. At the last step,
             and at the step at which a token halts, all mass is dropped, whatever the actions are.
-        bank_reads, bank_writes (`torch.FloatTensor` [B, T, P, L, H, N]): softmax over the memory banks.
+        bank_reads, bank_writes (`torch.FloatTensor` [B, T, P, L, H, N]): weights of the memory banks.
             Zeros for core layers without banks. `None` if no layer has banks.
         bank_decays (`torch.FloatTensor` [B, T, P, L, H, N]): logarithm of the decay factor of each bank, at
             most 0, for a level that holds all mass. For other levels, it is multiplied by their mass.
@@ -107,11 +108,14 @@ class TextTrace:
         active (`np.ndarray` [T, P]): whether the token was computed at the step.
         pointer (`np.ndarray` [T, P, S]): probability mass on each stack level, before the step.
         actions (`np.ndarray` [T, P, 3]): probabilities of push, no-op and pop.
-        bank_reads, bank_writes (`np.ndarray` [T, P, L, H, N]): softmax over the memory banks. `None`, like
+        bank_reads, bank_writes (`np.ndarray` [T, P, L, H, N]): weights of the memory banks. `None`, like
             `bank_decays` and `step_sizes`, for a model whose mixers have no banks.
         bank_decays (`np.ndarray` [T, P, L, H, N]): logarithm of the decay factor of each bank, at full mass.
         step_sizes (`np.ndarray` [T, P, L, H]): the fraction of its error that a layer of the delta rule
             corrects; 1 for layers whose banks add.
+        delta_layers (`list[int]`): the core layers of the delta rule. Page and picture show the step sizes of
+            these only.
+        max_step_size (`float`): the largest step size that the model allows.
     """
 
     tokens: list[str]
@@ -125,10 +129,16 @@ class TextTrace:
     bank_writes: np.ndarray | None
     bank_decays: np.ndarray | None
     step_sizes: np.ndarray | None
+    delta_layers: list[int]
+    max_step_size: float
 
     @classmethod
     def from_outputs(
-        cls, ids: Tensor, outputs: ModelOutput, tokenizer: PreTrainedTokenizerBase
+        cls,
+        ids: Tensor,
+        outputs: ModelOutput,
+        tokenizer: PreTrainedTokenizerBase,
+        config: StackformerConfig,
     ) -> "TextTrace":
         """Makes the trace of ids [1, T] from a causal language model's outputs with `output_stack_trace`."""
         trace = outputs.stack_trace
@@ -151,6 +161,8 @@ class TextTrace:
             bank_writes=writes,
             bank_decays=decays,
             step_sizes=step_sizes,
+            delta_layers=[i for i, name in enumerate(config.mixer_types) if name == "banked_delta_rule"],
+            max_step_size=config.max_step_size,
         )
 
     @property
@@ -174,6 +186,13 @@ class TextTrace:
         forgotten = -np.expm1(self.bank_decays)
         return {"read": self.bank_reads, "written": self.bank_writes, "forgotten": forgotten}
 
+    @property
+    def delta_step_sizes(self) -> np.ndarray | None:
+        """The step sizes of the D layers of the delta rule [T, P, D, H]. `None` for a model without any."""
+        if self.step_sizes is None or not self.delta_layers:
+            return None
+        return self.step_sizes[:, :, self.delta_layers]
+
     def over_steps(self, weights: np.ndarray) -> np.ndarray:
         """Returns the mean [T, L, N] of `weights` [T, P, L, H, N] over heads and steps, weighted by mass."""
         share = self.mass / self.mass.sum(-1, keepdims=True)
@@ -182,7 +201,8 @@ class TextTrace:
     def to_html(self, path: str | os.PathLike | None = None) -> str:
         """Returns the trace as an interactive HTML page, in one file that needs no network.
 
-        The page stores 16 bits for each number: about 8 P (1 + S + L H N) bytes for each token.
+        The page stores 16 bits for each number: about 8 P (1 + S + L H N) bytes for each token, and 3 P H for
+        each layer of the delta rule.
 
         Args:
             path: the file to write the page to, if any. It is replaced as a whole.
@@ -200,14 +220,24 @@ class TextTrace:
     def _page_data(self) -> dict[str, Any]:
         """Returns the data of the page, as values for JSON."""
         arrays = {"pointer": self.pointer, "actions": self.actions, "finished": self.finished, **self.banks}
+        scales = dict.fromkeys(arrays, 1.0)
+        step_sizes = self.delta_step_sizes
+        if step_sizes is not None:  # as a bank of one number: [T, P, D, H, 1]
+            arrays["step size"], scales["step size"] = step_sizes[..., None], self.max_step_size
         return {
             "tokens": self.tokens,
             "ids": self.ids.tolist(),
             "surprise": [None if math.isnan(bits) else round(bits, 4) for bits in self.surprise.tolist()],
             "depth": [round(steps, 4) for steps in self.ponder_steps.tolist()],
             "steps": self.active.sum(-1).tolist(),
+            "delta_layers": self.delta_layers,
             "arrays": {
-                name: {"shape": array.shape, "data": _fixed_point(array)} for name, array in arrays.items()
+                name: {
+                    "shape": array.shape,
+                    "scale": scales[name],
+                    "data": _fixed_point(array / scales[name]),
+                }
+                for name, array in arrays.items()
             },
         }
 
@@ -223,8 +253,9 @@ class TextTrace:
         """Draws the trace to a PNG file.
 
         The picture has the text coloured by depth, and below it, for each token: surprise and depth, the mass
-        that leaves the stack at each step, the stack pointer, and the read weights, write weights and decay
-        of each bank (mean over heads and steps, weighted by mass).
+        that leaves the stack at each step, the stack pointer, the read weights, write weights and decay of
+        each bank (mean over heads and steps, weighted by mass), and the step sizes of each head of the delta
+        rule (mean over steps), from white for 0 to dark for the largest that the model allows.
 
         Raises:
             ImportError: if matplotlib is not installed.
@@ -234,21 +265,31 @@ class TextTrace:
         except ImportError as error:
             raise ImportError("pictures are drawn with matplotlib: pip install matplotlib") from error
         count, levels = self.pointer.shape[1:]
-        panels = [
-            ("Finished", self.finished, [f"step {p + 1}" for p in range(count)]),
+        # Title, values [T, rows], names of the rows, and where the colours end if not at the largest value.
+        panels: list[tuple[str, np.ndarray, list[str], float | None]] = [
+            ("Finished", self.finished, [f"step {p + 1}" for p in range(count)], None),
             (
                 "Stack pointer",
                 self.pointer[..., ::-1].reshape(len(self.tokens), -1),  # [T, P S], level 0 in the lowest row
                 [f"step {p + 1}, level {s + 1}" for p in range(count) for s in reversed(range(levels))],
+                None,
             ),
         ]
         for name, weights in self.banks.items():
             layers, _, banks = weights.shape[2:]
             rows = [f"layer {i + 1}, bank {n + 1}" for i in range(layers) for n in range(banks)]
-            panels.append((f"Banks {name}", self.over_steps(weights).reshape(len(self.tokens), -1), rows))
+            values = self.over_steps(weights).reshape(len(self.tokens), -1)
+            panels.append((f"Banks {name}", values, rows, None))
+        step_sizes = self.delta_step_sizes
+        if step_sizes is not None:
+            heads = step_sizes.shape[3]
+            rows = [f"layer {i + 1}, head {h + 1}" for i in self.delta_layers for h in range(heads)]
+            each = step_sizes.reshape(*step_sizes.shape[:2], -1, 1, 1)  # [T, P, D H, 1, 1], each head alone
+            title = "Step size of the delta rule: 1 replaces what is held for the key, more reflects it"
+            panels.append((title, self.over_steps(each)[..., 0], rows, self.max_step_size))
 
         lines = self._lines()
-        heights = [0.2 * len(lines), 1.1, *(0.14 * len(rows) for _, _, rows in panels)]
+        heights = [0.2 * len(lines), 1.1, *(0.14 * len(rows) for _, _, rows, _ in panels)]
         figure = Figure(figsize=(11, sum(heights) + 0.4 * len(heights)), layout="constrained")
         axes = figure.subplots(len(heights), 1, height_ratios=heights)
         for axis in axes[1:-1]:
@@ -256,8 +297,10 @@ class TextTrace:
             axis.tick_params(bottom=False, labelbottom=False)
         self._draw_text(axes[0], lines)
         self._draw_depth(axes[1])
-        for axis, (title, values, rows) in zip(axes[2:], panels, strict=True):
-            image = axis.imshow(values.T, aspect="auto", cmap="Blues", vmin=0, interpolation="nearest")
+        for axis, (title, values, rows, high) in zip(axes[2:], panels, strict=True):
+            image = axis.imshow(
+                values.T, aspect="auto", cmap="Blues", vmin=0, vmax=high, interpolation="nearest"
+            )
             axis.set_yticks(range(len(rows)), rows, fontsize=6)
             _style(axis, title)
             bar = figure.colorbar(image, ax=axis, pad=0.005, fraction=0.02, aspect=10)

@@ -135,15 +135,17 @@ const data = JSON.parse(document.getElementById("data").textContent);
 const $ = (id) => document.getElementById(id);
 const count = data.tokens.length;
 
-/** Numbers of 0..1 that are kept as 16 bits each: get(t, p, i) of an array of two or three dimensions. */
-function decode({ shape, data }) {
+/** Numbers from 0 to a scale that are kept as 16 bits each: get(t, p, i) of an array of two or three dimensions. */
+function decode({ shape, scale, data }) {
   const values = new Uint16Array(Uint8Array.from(atob(data), (c) => c.charCodeAt(0)).buffer);
-  const get = (t, p, i = 0) => values[(t * shape[1] + p) * (shape[2] ?? 1) + i] / 65535;
-  return { shape, values, get };
+  const get = (t, p, i = 0) => scale * values[(t * shape[1] + p) * (shape[2] ?? 1) + i] / 65535;
+  return { shape, scale, values, get };
 }
 const arrays = Object.fromEntries(Object.entries(data.arrays).map(([name, array]) => [name, decode(array)]));
 const [, P, S] = arrays.pointer.shape;
-const kinds = ["read", "written", "forgotten"].filter((kind) => kind in arrays);
+const STEP_SIZE = "step size";
+const kinds = ["read", "written", "forgotten", STEP_SIZE].filter((kind) => kind in arrays);
+const banks = kinds.filter((kind) => kind !== STEP_SIZE);
 const [L, H, N] = kinds.length ? arrays.read.shape.slice(2) : [0, 0, 0];
 const range = (n) => Array.from({ length: n }, (_, i) => i);
 const sum = (numbers) => numbers.reduce((a, b) => a + b, 0);
@@ -152,33 +154,40 @@ const smallest = (numbers) => numbers.reduce((a, b) => Math.min(a, b));
 const fixed = (x, digits = 2) => x.toFixed(digits);
 const mass = range(count).map((t) => range(P).map((p) => sum(range(S).map((s) => arrays.pointer.get(t, p, s)))));
 
-/** A bank's share: of one step and one head, or their means (null), steps by their mass. */
+/** The layers that have a kind of number, and how many numbers each head of them has. */
+const layersOf = (kind) => (kind === STEP_SIZE ? data.delta_layers : range(L));
+const sizeOf = (kind) => arrays[kind].shape[4];
+
+/** A bank's share, or a step size: of one step and one head, or their means (null), steps by their mass. */
 function share(kind, t, layer, bank, step = null, head = null) {
-  const { values } = arrays[kind];
+  const { values, scale } = arrays[kind], layers = layersOf(kind), at = layers.indexOf(layer), size = sizeOf(kind);
   const [first, last] = head === null ? [0, H - 1] : [head, head];
   let total = 0, weights = 0;
   for (let p = step ?? 0; p <= (step ?? P - 1); p++) {
     const weight = step === null ? mass[t][p] : 1;
     for (let h = first; h <= last; h++) {
-      total += weight * values[(((t * P + p) * L + layer) * H + h) * N + bank];
+      total += weight * values[(((t * P + p) * layers.length + at) * H + h) * size + bank];
       weights += weight;
     }
   }
-  return total / weights / 65535;
+  return scale * total / weights / 65535;
 }
 const meanLevel = (t) => sum(range(P).map((p) => sum(range(S).map((s) => (s + 1) * arrays.pointer.get(t, p, s))))) / sum(mass[t]);
 
 const BANKS = { read: "read from", written: "written to", forgotten: "forgotten by" };
 
-// What the text can be coloured by: [group, name, value of a token].
+// What the text can be coloured by: [group, name, value of a token, end of a scale from 0 if it is fixed].
 const colours = [
   ["Depth", "expected ponder steps", (t) => data.depth[t]],
   ["Depth", "steps computed", (t) => data.steps[t]],
   ["Depth", "mean stack level", meanLevel],
   ["Prediction", "surprise in bits", (t) => data.surprise[t] ?? 0],
-  ...kinds.flatMap((kind) => range(N).map((n) => [
+  ...banks.flatMap((kind) => range(N).map((n) => [
     "Memory", `${BANKS[kind]} bank ${n + 1}`, (t) => sum(range(L).map((l) => share(kind, t, l, n))) / L,
   ])),
+  ...(STEP_SIZE in arrays ? data.delta_layers : []).map((l) => [
+    "Memory", `step size of layer ${l + 1}`, (t) => share(STEP_SIZE, t, l, 0), arrays[STEP_SIZE].scale,
+  ]),
 ];
 
 function element(tag, properties = {}, ...children) {
@@ -210,9 +219,9 @@ for (let t = 0; t < count; t++) {
 }
 
 function paint() {
-  const [, , value] = colours[$("colour").value];
+  const [, , value, end] = colours[$("colour").value];
   const values = range(count).map(value);
-  const low = smallest(values), high = largest(values);
+  const low = end ? 0 : smallest(values), high = end ?? largest(values);
   $("low").textContent = fixed(low); $("high").textContent = fixed(high);
   spans.forEach((span, t) => span.style.setProperty("--level", `${high > low ? 100 * (values[t] - low) / (high - low) : 0}%`));
 }
@@ -287,18 +296,20 @@ function showBanks() {
     element("div", { className: "buttons" }, button(null, "all steps"), ...range(data.steps[t]).map((p) => button(p, `step ${p + 1}`)))];
   for (const kind of kinds) {
     const { high } = strips.find((strip) => strip.kind === kind);  // with many banks all shares are small
-    const shares = (layer, head) => range(N).map((n) => {
-      const where = `${kind}, layer ${layer + 1}, ${head === null ? "mean of heads" : `head ${head + 1}`}, bank ${n + 1}`;
+    const ofBanks = kind !== STEP_SIZE, size = sizeOf(kind);
+    const shares = (layer, head) => range(size).map((n) => {
+      const of = head === null ? "mean of heads" : `head ${head + 1}`;
       const value = share(kind, t, layer, n, step, head);
-      return cell(value, where, N > 8 ? "" : fixed(value), high);
+      return cell(value, `${kind}, layer ${layer + 1}, ${of}${ofBanks ? `, bank ${n + 1}` : ""}`, size > 8 ? "" : fixed(value), high);
     });
-    const rows = range(L).flatMap((l) => {
+    const rows = layersOf(kind).flatMap((l) => {
       const title = row(`${open.has(l) ? "\u25be" : "\u25b8"} layer ${l + 1}`, shares(l, null));
       title.className = "opens";
       title.onclick = () => { open.has(l) ? open.delete(l) : open.add(l); showBanks(); };
       return [title, ...(open.has(l) ? range(H).map((h) => row(`\u2003head ${h + 1}`, shares(l, h))) : [])];
     });
-    const head = element("tr", {}, element("th", { textContent: kind }), ...range(N).map((n) => element("th", { textContent: N > 4 ? n + 1 : `bank ${n + 1}` })));
+    const name = (n) => (ofBanks ? (N > 4 ? n + 1 : `bank ${n + 1}`) : `of ${high}`);
+    const head = element("tr", {}, element("th", { textContent: kind }), ...range(size).map((n) => element("th", { textContent: name(n) })));
     parts.push(element("table", {}, element("thead", {}, head), element("tbody", {}, ...rows)));
   }
   $("banks").replaceChildren(...parts);
@@ -309,11 +320,15 @@ const strips = [
   ["Finished", "share of each token that left at the step", range(P).map((p) => [`step ${p + 1}`, (t) => arrays.finished.get(t, p)])],
   ["Stack pointer", "probability mass on each level, before the step", range(P).flatMap((p) => range(S).reverse().map((s) =>
     [`step ${p + 1}, level ${s + 1}`, (t) => arrays.pointer.get(t, p, s)]))],
-  ...kinds.map((kind) => [`Banks ${kind}`,
+  ...banks.map((kind) => [`Banks ${kind}`,
     "mean over heads, and over steps by mass", range(L).flatMap((l) => range(N).map((n) => [`layer ${l + 1}, bank ${n + 1}`, (t) => share(kind, t, l, n)])), kind]),
-].map(([title, note, rows, kind]) => {
+  ...(STEP_SIZE in arrays ? [["Step size of the delta rule",
+    "mean over steps by mass; 1 replaces what is held for the key, more reflects it",
+    data.delta_layers.flatMap((l) => range(H).map((h) => [`layer ${l + 1}, head ${h + 1}`, (t) => share(STEP_SIZE, t, l, 0, null, h)])),
+    STEP_SIZE, arrays[STEP_SIZE].scale]] : []),
+].map(([title, note, rows, kind, end]) => {
   const values = rows.map(([, value]) => range(count).map(value));
-  return { title, note, kind, names: rows.map(([name]) => name), values, high: largest(values.map(largest)) || 1 };
+  return { title, note, kind, names: rows.map(([name]) => name), values, high: end ?? (largest(values.map(largest)) || 1) };
 });
 const ROW = 12, LEAST_WIDTH = 2;
 

@@ -181,7 +181,8 @@ def test_memories_start_with_their_half_lives(mixer_type, banks, heads):
     mixer = StackformerForCausalLM(config).model.layers[0].mixer
     weights = mixer.route(torch.zeros(1, 16), torch.float32)
     half_lives = (-math.log(2) / weights.log_decay[0]).t().flatten()  # [H, N] -> [N H]
-    expected = torch.logspace(math.log10(5), math.log10(2000), banks * heads)
+    factor = 16 if mixer_type == "banked_delta_rule" else 1
+    expected = factor * torch.logspace(math.log10(5), math.log10(2000), banks * heads)
     torch.testing.assert_close(half_lives, expected, rtol=1e-3, atol=0)
 
 

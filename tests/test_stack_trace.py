@@ -29,7 +29,9 @@ def _page_data(page: str) -> dict:
     (text,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)
     data = json.loads(text)
     data["arrays"] = {
-        name: np.frombuffer(base64.b64decode(array["data"]), "<u2").reshape(array["shape"]) / 65535
+        name: array["scale"]
+        * np.frombuffer(base64.b64decode(array["data"]), "<u2").reshape(array["shape"])
+        / 65535
         for name, array in data["arrays"].items()
     }
     return data
@@ -92,9 +94,46 @@ def test_page_holds_the_trace(shape):
             "written": trace.bank_writes,
             "forgotten": 1 - np.exp(trace.bank_decays),
         }
+    deltas = [i for i, name in enumerate(shape.get("mixer_types", [])) if name == "banked_delta_rule"]
+    assert data["delta_layers"] == trace.delta_layers == deltas
+    if deltas:
+        expected["step size"] = trace.step_sizes[:, :, deltas, :, None]
     assert data["arrays"].keys() == expected.keys()
     for name, array in expected.items():
-        np.testing.assert_allclose(data["arrays"][name], array, atol=1e-5, err_msg=name)
+        np.testing.assert_allclose(data["arrays"][name], array, atol=2e-5, err_msg=name)
+
+
+HYBRID = {"mixer_types": ["banked_linear_attention", "banked_delta_rule"]}
+
+
+@pytest.mark.parametrize("max_step_size", [0.5, 2.0])
+def test_step_sizes_are_those_of_the_delta_rule_only(max_step_size):
+    """A layer that adds has none to show, and the scale does not depend on the text."""
+    trace = _trace(**HYBRID, max_step_size=max_step_size)
+    assert trace.delta_layers == [1] and trace.max_step_size == max_step_size
+    np.testing.assert_array_equal(trace.delta_step_sizes, trace.step_sizes[:, :, 1:])
+    assert (trace.step_sizes[:, :, 0][trace.active] == 1).all()
+    shown = trace.delta_step_sizes[trace.active]
+    assert max_step_size / 2 < shown.max() < max_step_size
+    page = json.loads(re.findall(r'id="data">(.*?)</script>', trace.to_html(), re.DOTALL)[0])
+    assert page["arrays"]["step size"]["scale"] == max_step_size
+    assert page["arrays"]["step size"]["shape"] == [*trace.active.shape, 1, 2, 1]
+    assert _trace().delta_step_sizes is None
+
+
+def test_the_picture_has_a_panel_of_step_sizes(tmp_path, monkeypatch):
+    """Where a layer is of the delta rule. Its colours end at the largest step size that is allowed."""
+    from matplotlib.figure import Figure
+
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **options: figures.append(figure))
+    for shape in ({}, HYBRID):
+        _trace(**shape).to_png(tmp_path / "trace.png")
+    titles = [[axis.get_title(loc="left") for axis in figure.axes] for figure in figures]
+    assert not any("Step size" in title for title in titles[0])
+    (axis,) = (axis for axis in figures[1].axes if axis.get_title(loc="left").startswith("Step size"))
+    assert axis.images[0].get_clim() == (0, 2)
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["layer 2, head 1", "layer 2, head 2"]
 
 
 def test_a_page_without_banks():
@@ -265,6 +304,29 @@ def test_browser_opens_banks_to_heads_and_steps(open_page):
     assert page.inner_text("#tip").startswith("read, layer 1, mean of heads, bank 1: 0.")
 
 
+def test_browser_shows_step_sizes(open_page):
+    """Of one layer of two, which opens to its heads, and as colours of the text on a fixed scale."""
+    trace = _trace(**HYBRID)
+    page = open_page(trace)
+    page.click('[data-index="5"]')
+    table = page.locator("#banks table").last
+    assert table.locator("thead th").all_inner_texts() == ["step size", "of 2"]
+    sizes, mass = trace.delta_step_sizes[5, :, 0], trace.mass[5] / trace.mass[5].sum()  # [P, H], [P]
+    table.locator("tr.opens").click()
+    rows = page.locator("#banks table").last.locator("tbody tr")
+    assert rows.locator("th").all_inner_texts() == ["\u25be layer 2", "\u2003head 1", "\u2003head 2"]
+    shown = [float(text) for text in rows.locator("td").all_inner_texts()]
+    np.testing.assert_allclose(shown, [(mass @ sizes).mean(), *(mass @ sizes)], atol=0.0051)
+    rows.locator("td").nth(2).hover()
+    assert page.inner_text("#tip") == f"step size, layer 2, head 2: {(mass @ sizes)[1]:.4f}"
+
+    page.select_option("#colour", label="step size of layer 2")
+    assert [page.inner_text(end) for end in ("#low", "#high")] == ["0.00", "2.00"]
+    level = page.locator('[data-index="5"]').evaluate("(token) => token.style.getPropertyValue('--level')")
+    assert float(level.removesuffix("%")) == pytest.approx(50 * (mass @ sizes).mean(), abs=0.1)
+    assert "step size of layer 1" not in page.inner_text("#colour")
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_browser_colours_and_wraps(open_page, scheme):
     trace = _trace(text="words of a long text " * 20)
@@ -300,4 +362,5 @@ def test_browser_shows_every_shape_and_no_nonsense(open_page, shape):
     page = open_page(trace)
     text = page.inner_text("body")
     assert "NaN" not in text and "undefined" not in text and "Infinity" not in text
-    assert page.locator("canvas").count() == (2 if trace.bank_reads is None else 5)
+    strips = (2 if trace.bank_reads is None else 5) + bool(trace.delta_layers)
+    assert page.locator("canvas").count() == strips
