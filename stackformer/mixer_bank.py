@@ -37,8 +37,9 @@ class DecayProjection(nn.Linear):
     def initial_bias(self) -> Tensor:
         """Returns biases [H N] with which bank n of head h has the (n H + h)-th of H N half-lives.
 
-        They are those of `config.initial_half_lives`, times `half_life_factor`. A bank forgets at most `max_decay_rate / N` nats per token while tokens write evenly. Half-lives too
-        short for that start at 0.9 of this rate.
+        They are those of `config.initial_half_lives`, times `half_life_factor`. A bank forgets at most
+        `max_decay_rate / N` nats per token while tokens write evenly. Half-lives too short for that start at
+        0.9 of this rate.
         """
         heads, banks = self.config.num_attention_heads, self.config.num_memory_banks
         shortest, longest = map(math.log, self.config.initial_half_lives)
