@@ -7,13 +7,15 @@ each case; `report` prints them as Markdown, writes them as JSON (every sample i
 
 import argparse
 import gc
+import itertools
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
@@ -27,6 +29,9 @@ Work = Callable[[], Any]
 # Matrix products that say what the machine can do at the moment: one large, one of many chunk-sized ones.
 LARGE_PRODUCT, SMALL_PRODUCTS = "sgemm 1024", "batched sgemm 64"
 MACHINE = (LARGE_PRODUCT, SMALL_PRODUCTS)
+
+# The modes of an operator's benchmark.
+FORWARD, BACKWARD = "forward", "forward and backward"
 
 
 class BenchmarkParser(Parser):
@@ -64,6 +69,35 @@ def add_timing(parser: argparse.ArgumentParser, repeats: int) -> None:
 def add_plot(parser: argparse.ArgumentParser) -> None:
     """For benchmarks that draw."""
     parser.add_argument("--plot", default=None, help="file to draw to, such as a .png or .svg")
+
+
+def add_operator(parser: argparse.ArgumentParser, time: list[int], memories: list[int]) -> None:
+    """Adds the sizes of an operator on banks of memories, with these defaults, and the modes and threads."""
+    parser.add_argument("--time", type=COUNT, nargs="+", default=time, help="lengths T")
+    parser.add_argument("--memories", type=COUNT, nargs="+", default=memories, help="memories per head R")
+    parser.add_argument("--batch_size", type=COUNT, default=1, help="batch size")
+    parser.add_argument("--heads", type=COUNT, default=4, help="heads")
+    parser.add_argument("--head_dim", type=COUNT, nargs="+", default=[64], help="key and value sizes K = V")
+    parser.add_argument("--modes", nargs="+", default=[FORWARD, BACKWARD], choices=[FORWARD, BACKWARD])
+    parser.add_argument("--threads", type=COUNT, nargs="+", default=[1, 2], help="numbers of threads")
+
+
+def operator_cases(args: argparse.Namespace) -> Iterator[tuple[int, str, int]]:
+    """Yields head size, mode and length of each case of `add_operator`, with torch's threads set for it."""
+    threads_before = torch.get_num_threads()
+    for threads in args.threads:
+        torch.set_num_threads(threads)
+        yield from itertools.product(args.head_dim, args.modes, args.time)
+    torch.set_num_threads(threads_before)
+
+
+def operator_call(operator: Callable[..., Tensor], inputs: list[Tensor], mode: str) -> Work:
+    """Returns a function that makes one call, with the gradients of all inputs or without any."""
+    if mode == FORWARD:
+        return torch.no_grad()(lambda: operator(*inputs))
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    gradient = torch.randn_like(operator(*inputs))
+    return lambda: torch.autograd.grad(operator(*inputs), inputs, gradient)
 
 
 def take_turns(

@@ -147,6 +147,12 @@ def _banks(width: int, size: int, layers: int) -> StackformerConfig:
     return config
 
 
+def _delta_banks(width: int, size: int, layers: int) -> StackformerConfig:
+    config = _banks(width, size, layers)
+    config.mixer_types = ["banked_delta_rule"] * layers
+    return config
+
+
 def _stack(width: int, size: int, layers: int) -> StackformerConfig:
     return StackformerConfig(
         hidden_size=2 * width, bottleneck_size=width, intermediate_size=size,
@@ -187,12 +193,13 @@ def _qwen3_next(width: int, size: int, layers: int) -> Qwen3NextConfig:
     )  # fmt: skip
 
 
-PLAIN, BANKS, STACK = "plain core", "plain core, 4 banks", "stack"
+PLAIN, BANKS, DELTA_BANKS, STACK = "plain core", "plain core, 4 banks", "plain core, 4 delta banks", "stack"
 LLAMA, MAMBA2, RWKV, QWEN3_NEXT = "llama", "mamba2", "rwkv", "qwen3_next"
-OURS = (PLAIN, BANKS, STACK)
+OURS = (PLAIN, BANKS, DELTA_BANKS, STACK)
 FAMILIES = {
     PLAIN: Family(_plain, lambda width: 3 * width),
     BANKS: Family(_banks, lambda width: 3 * width),
+    DELTA_BANKS: Family(_delta_banks, lambda width: 3 * width),
     STACK: Family(_stack, lambda width: 3 * width),
     LLAMA: Family(_llama, lambda width: 8 * width // 3),
     MAMBA2: Family(_mamba2, lambda width: 128, HEAD // 2),
@@ -204,6 +211,7 @@ FAMILIES = {
 __all__ = [
     "BANKS",
     "COMPARED",
+    "DELTA_BANKS",
     "FAMILIES",
     "FAST_TRANSFORMERS",
     "HEAD",
