@@ -4,11 +4,11 @@
     python -m benchmarks.delta_bank --json outputs/delta_bank.json
 
 The sides, which take turns, are:
-- the memory bank, complete, as in benchmarks.memory_bank
-- the banked delta rule, in C++ where it was built, and in torch
+- the memory bank, with read and write weights, decay and normalizer
+- the banked delta rule, with the same but a normalizer, in C++ where it was built, and in torch
 - for one memory, `torch_chunk_gated_delta_rule` of transformers' Qwen3-Next, which users without a GPU get.
   It is the delta rule with a decay, and has no read and write weights.
-Each side has the function that it applies to queries and keys: elu + 1 for the memory bank, and length 1 for
+They are the operators alone: queries and keys are ready, positive for the memory bank, and of length 1 for
 the delta rules. All have the gradients of all their inputs. Before anything is timed, our delta rule is
 compared to the recurrence that defines it, and for one memory to Qwen3-Next's.
 
@@ -28,10 +28,11 @@ from torch.nn import functional
 from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_gated_delta_rule
 
 from benchmarks import harness
-from benchmarks.memory_bank import MAX_DECAY, bank, gates
+from benchmarks.memory_bank import MAX_DECAY, gates
 from experiments.command_line import run_main
 from stackformer.delta_bank import banked_delta_rule
 from stackformer.library import is_available
+from stackformer.memory_bank import banked_linear_attention
 
 OURS = {"cpp": "C++", "chunk": "torch"} if is_available() else {"chunk": "torch"}
 QWEN3_NEXT = "Qwen3-Next torch"
@@ -48,26 +49,35 @@ def delta_name(implementation: str) -> str:
     return f"delta bank {OURS[implementation]}"
 
 
-def delta_bank(
-    implementation: str, query, key, value, read, write, log_decay, step_size, max_decay: float = MAX_DECAY
-) -> Tensor:
-    """Runs the banked delta rule, with queries and keys of length 1."""
-    query, key = (functional.normalize(x, dim=-1) for x in (query, key))
-    options = {"max_decay": max_decay, "implementation": implementation}
+def bank(implementation: str, query, key, value, read, write, log_decay) -> Tensor:
+    """Runs the memory bank."""
+    options = {"max_decay": MAX_DECAY, "implementation": implementation}
+    return banked_linear_attention(query, key, value, read, write, log_decay, **options)[0]
+
+
+def delta_bank(implementation: str, query, key, value, read, write, log_decay, step_size) -> Tensor:
+    """Runs the banked delta rule."""
+    options = {"max_decay": MAX_DECAY, "implementation": implementation}
     return banked_delta_rule(query, key, value, read, write, log_decay, step_size, **options)[0]
 
 
 def qwen3_next(query, key, value, log_decay, step_size) -> Tensor:
-    """Runs the peer, with queries and keys of length 1. It divides queries by the root of their size."""
-    decay = log_decay.squeeze(-1)
-    return torch_chunk_gated_delta_rule(query, key, value, decay, step_size, use_qk_l2norm_in_kernel=True)[0]
+    """Runs the peer. It divides queries by the root of their size."""
+    return torch_chunk_gated_delta_rule(query, key, value, log_decay.squeeze(-1), step_size)[0]
 
 
-def inputs_of(tokens: tuple[int, ...], head_dim: int, memories: int, device: str = "cpu") -> list[Tensor]:
-    """Returns query to step size, made as the model makes them. The write weights have length 1."""
-    rows = list(torch.randn(3, *tokens, head_dim, device=device))
+def delta_inputs(tokens: tuple[int, ...], head_dim: int, memories: int, device: str = "cpu") -> list[Tensor]:
+    """Returns query to step size as the model makes them: queries, keys and write weights of length 1."""
+    query, key, value = torch.randn(3, *tokens, head_dim, device=device)
+    query, key = (functional.normalize(x, dim=-1) for x in (query, key))
     read, write, log_decay = gates(tokens, memories, device)
-    return [*rows, read, write.sqrt(), log_decay, 2 * torch.rand(tokens, device=device)]
+    return [query, key, value, read, write.sqrt(), log_decay, 2 * torch.rand(tokens, device=device)]
+
+
+def bank_inputs(inputs: list[Tensor]) -> list[Tensor]:
+    """Returns the memory bank's inputs for those of the delta rule: positive, with shares to write with."""
+    query, key, value, read, write, log_decay, _ = inputs
+    return [functional.elu(query) + 1, functional.elu(key) + 1, value, read, write.square(), log_decay]
 
 
 def peer_inputs(inputs: list[Tensor]) -> list[Tensor]:
@@ -93,11 +103,11 @@ def check(head_dim: int, memories: list[int]) -> None:
     """Raises an error unless outputs and gradients are the recurrence's, Qwen3-Next's for one memory."""
     torch.manual_seed(0)
     for count in memories:
-        inputs = [x.double() for x in inputs_of((1, 150, 2), head_dim, count)]
+        inputs = [x.double() for x in delta_inputs((1, 150, 2), head_dim, count)]
         expected = with_gradients(partial(delta_bank, "recurrent"), inputs)
         for implementation in OURS:
             assert_close(with_gradients(partial(delta_bank, implementation), inputs), expected, 1e-7)
-    inputs = [x.float() for x in inputs_of((1, 150, 2), head_dim, 1)]
+    inputs = [x.float() for x in delta_inputs((1, 150, 2), head_dim, 1)]
     expected = with_gradients(partial(delta_bank, "recurrent"), inputs)
     actual = with_gradients(lambda *x: head_dim**0.5 * qwen3_next(*x), peer_inputs(inputs))
     assert_close(actual, [expected[0], *peer_inputs(expected[1:])], 1e-4)
@@ -108,11 +118,11 @@ def measure(
 ) -> list[harness.Row]:
     """Measures one case and returns its rows. Ratios are relative to the memory bank."""
     torch.manual_seed(0)
-    inputs = inputs_of((args.batch_size, length, args.heads), head_dim, memories, args.device)
+    inputs = delta_inputs((args.batch_size, length, args.heads), head_dim, memories, args.device)
     base, *_ = args.implementations
-    # The memory bank writes with the shares themselves.
-    bank_inputs = [*inputs[:4], inputs[4].square(), inputs[5]]
-    sides: dict[str, tuple[Operator, list[Tensor]]] = {bank_name(base): (partial(bank, base), bank_inputs)}
+    sides: dict[str, tuple[Operator, list[Tensor]]] = {
+        bank_name(base): (partial(bank, base), bank_inputs(inputs))
+    }
     for implementation in args.implementations:
         sides[delta_name(implementation)] = (partial(delta_bank, implementation), inputs)
     if memories == 1:

@@ -30,6 +30,9 @@ Work = Callable[[], Any]
 LARGE_PRODUCT, SMALL_PRODUCTS = "sgemm 1024", "batched sgemm 64"
 MACHINE = (LARGE_PRODUCT, SMALL_PRODUCTS)
 
+# Of `add_timing`. Other work of the machine makes a wall clock run on, and hardly the clock of a process.
+CLOCKS = {"wall": time.perf_counter, "process": time.process_time}
+
 # The modes of an operator's benchmark.
 FORWARD, BACKWARD = "forward", "forward and backward"
 
@@ -63,6 +66,12 @@ def add_timing(parser: argparse.ArgumentParser, repeats: int) -> None:
     parser.add_argument("--repeats", type=COUNT, default=repeats, help="timed calls of each side")
     parser.add_argument(
         "--budget", type=NOT_NEGATIVE, default=30.0, help="seconds per case, after which 3 repeats are enough"
+    )
+    parser.add_argument(
+        "--clock",
+        default="wall",
+        choices=list(CLOCKS),
+        help="process: CPU seconds of the process, for one thread on a machine that does other work",
     )
 
 
@@ -101,7 +110,11 @@ def operator_call(operator: Callable[..., Tensor], inputs: list[Tensor], mode: s
 
 
 def take_turns(
-    sides: Mapping[str, Work], repeats: int, budget: float = float("inf"), device: str = "cpu"
+    sides: Mapping[str, Work],
+    repeats: int,
+    budget: float = float("inf"),
+    device: str = "cpu",
+    clock: str = "wall",
 ) -> dict[str, list[float]]:
     """Seconds of every call of every side; one call of each is for warming up and not counted.
 
@@ -113,6 +126,7 @@ def take_turns(
         repeats: rounds.
         budget: seconds after which no further round begins, once there were 3.
         device: synchronised before the clock is read.
+        clock: one of `CLOCKS`.
     """
     for work in sides.values():
         work()
@@ -122,16 +136,16 @@ def take_turns(
         if round_ >= 3 and time.perf_counter() - started > budget:
             break
         for name in names if round_ % 2 == 0 else reversed(names):
-            seconds[name].append(_seconds(sides[name], device))
+            seconds[name].append(_seconds(sides[name], device, CLOCKS[clock]))
     return seconds
 
 
-def _seconds(work: Work, device: str) -> float:
+def _seconds(work: Work, device: str, clock: Callable[[], float]) -> float:
     _synchronize(device)
-    started = time.perf_counter()
+    started = clock()
     work()
     _synchronize(device)
-    return time.perf_counter() - started
+    return clock() - started
 
 
 def _synchronize(device: str) -> None:
@@ -190,7 +204,7 @@ def measure(
         memory: whether to measure the peak, too, except of the machine's own sides.
         columns: more values by the name of the side.
     """
-    samples = take_turns(sides, args.repeats, args.budget, args.device)
+    samples = take_turns(sides, args.repeats, args.budget, args.device, args.clock)
     rows = []
     for name, seconds in samples.items():
         row = {**case, "side": name, "seconds": statistics.median(seconds), "samples": seconds}

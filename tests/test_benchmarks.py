@@ -5,6 +5,7 @@ import importlib
 import json
 import statistics
 import sys
+import time
 
 import pytest
 import torch
@@ -43,10 +44,17 @@ def test_a_budget_ends_the_rounds_after_three():
     assert len(calls) == 1 + 3
 
 
+@pytest.mark.parametrize(("clock", "least"), [("wall", 0.05), ("process", 0.0)])
+def test_a_clock_counts_the_time_or_the_work(clock, least):
+    """To sleep takes time, and no work."""
+    [seconds] = harness.take_turns({"a": lambda: time.sleep(0.05)}, repeats=1, clock=clock)["a"]
+    assert least <= seconds < least + 0.04
+
+
 def test_a_row_has_the_median_and_its_ratio_to_the_base(monkeypatch):
     samples = {"ours": [2.0, 9.0, 4.0], "peer": [1.0, 100.0, 3.0]}
     monkeypatch.setattr(harness, "take_turns", lambda *_: samples)
-    args = argparse.Namespace(repeats=3, budget=1.0, device="cpu")
+    args = argparse.Namespace(repeats=3, budget=1.0, device="cpu", clock="wall")
     ours, peer = harness.measure({"T": 5}, dict.fromkeys(samples), args, base="ours", flops={"peer": 7})
     assert ours == {"T": 5, "side": "ours", "seconds": 4.0, "samples": [2.0, 9.0, 4.0], "ratio": 1.0}
     assert (peer["seconds"], peer["ratio"], peer["flops"]) == (3.0, 0.75, 7)
