@@ -44,11 +44,11 @@ def test_a_budget_ends_the_rounds_after_three():
     assert len(calls) == 1 + 3
 
 
-@pytest.mark.parametrize(("clock", "least"), [("wall", 0.05), ("process", 0.0)])
-def test_a_clock_counts_the_time_or_the_work(clock, least):
+@pytest.mark.parametrize("clock", harness.CLOCKS)
+def test_a_clock_counts_the_time_or_the_work(clock):
     """To sleep takes time, and no work."""
     [seconds] = harness.take_turns({"a": lambda: time.sleep(0.05)}, repeats=1, clock=clock)["a"]
-    assert least <= seconds < least + 0.04
+    assert (seconds >= 0.05) == (clock == "wall")
 
 
 def test_a_row_has_the_median_and_its_ratio_to_the_base(monkeypatch):
