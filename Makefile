@@ -65,6 +65,7 @@ format: $(VENV)/installed
 SMALL = --parameters 2500000 --layers 4
 bench: $(VENV)/installed
 	$(BIN)/python -m benchmarks.memory_bank --time 256 1024 4096 16384 --json outputs/bench/memory_bank.json
+	$(BIN)/python -m benchmarks.delta_bank --time 1024 4096 --json outputs/bench/delta_bank.json
 	$(BIN)/python -m benchmarks.training $(SMALL) --time 512 4096 --tokens_per_step 4096 \
 		--json outputs/bench/training.json
 	$(BIN)/python -m benchmarks.prefill $(SMALL) --time 512 2048 8192 --json outputs/bench/prefill.json

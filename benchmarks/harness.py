@@ -7,13 +7,15 @@ each case; `report` prints them as Markdown, writes them as JSON (every sample i
 
 import argparse
 import gc
+import itertools
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
@@ -27,6 +29,12 @@ Work = Callable[[], Any]
 # Matrix products that say what the machine can do at the moment: one large, one of many chunk-sized ones.
 LARGE_PRODUCT, SMALL_PRODUCTS = "sgemm 1024", "batched sgemm 64"
 MACHINE = (LARGE_PRODUCT, SMALL_PRODUCTS)
+
+# Of `add_timing`. Other work of the machine makes a wall clock run on, and hardly the clock of a process.
+CLOCKS = {"wall": time.perf_counter, "process": time.process_time}
+
+# The modes of an operator's benchmark.
+FORWARD, BACKWARD = "forward", "forward and backward"
 
 
 class BenchmarkParser(Parser):
@@ -59,6 +67,12 @@ def add_timing(parser: argparse.ArgumentParser, repeats: int) -> None:
     parser.add_argument(
         "--budget", type=NOT_NEGATIVE, default=30.0, help="seconds per case, after which 3 repeats are enough"
     )
+    parser.add_argument(
+        "--clock",
+        default="wall",
+        choices=list(CLOCKS),
+        help="process: CPU seconds of the process, for one thread on a machine that does other work",
+    )
 
 
 def add_plot(parser: argparse.ArgumentParser) -> None:
@@ -66,8 +80,41 @@ def add_plot(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plot", default=None, help="file to draw to, such as a .png or .svg")
 
 
+def add_operator(parser: argparse.ArgumentParser, time: list[int], memories: list[int]) -> None:
+    """Adds the sizes of an operator on banks of memories, with these defaults, and the modes and threads."""
+    parser.add_argument("--time", type=COUNT, nargs="+", default=time, help="lengths T")
+    parser.add_argument("--memories", type=COUNT, nargs="+", default=memories, help="memories per head R")
+    parser.add_argument("--batch_size", type=COUNT, default=1, help="batch size")
+    parser.add_argument("--heads", type=COUNT, default=4, help="heads")
+    parser.add_argument("--head_dim", type=COUNT, nargs="+", default=[64], help="key and value sizes K = V")
+    parser.add_argument("--modes", nargs="+", default=[FORWARD, BACKWARD], choices=[FORWARD, BACKWARD])
+    parser.add_argument("--threads", type=COUNT, nargs="+", default=[1, 2], help="numbers of threads")
+
+
+def operator_cases(args: argparse.Namespace) -> Iterator[tuple[int, str, int]]:
+    """Yields head size, mode and length of each case of `add_operator`, with torch's threads set for it."""
+    threads_before = torch.get_num_threads()
+    for threads in args.threads:
+        torch.set_num_threads(threads)
+        yield from itertools.product(args.head_dim, args.modes, args.time)
+    torch.set_num_threads(threads_before)
+
+
+def operator_call(operator: Callable[..., Tensor], inputs: list[Tensor], mode: str) -> Work:
+    """Returns a function that makes one call, with the gradients of all inputs or without any."""
+    if mode == FORWARD:
+        return torch.no_grad()(lambda: operator(*inputs))
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    gradient = torch.randn_like(operator(*inputs))
+    return lambda: torch.autograd.grad(operator(*inputs), inputs, gradient)
+
+
 def take_turns(
-    sides: Mapping[str, Work], repeats: int, budget: float = float("inf"), device: str = "cpu"
+    sides: Mapping[str, Work],
+    repeats: int,
+    budget: float = float("inf"),
+    device: str = "cpu",
+    clock: str = "wall",
 ) -> dict[str, list[float]]:
     """Seconds of every call of every side; one call of each is for warming up and not counted.
 
@@ -79,6 +126,7 @@ def take_turns(
         repeats: rounds.
         budget: seconds after which no further round begins, once there were 3.
         device: synchronised before the clock is read.
+        clock: one of `CLOCKS`.
     """
     for work in sides.values():
         work()
@@ -88,16 +136,16 @@ def take_turns(
         if round_ >= 3 and time.perf_counter() - started > budget:
             break
         for name in names if round_ % 2 == 0 else reversed(names):
-            seconds[name].append(_seconds(sides[name], device))
+            seconds[name].append(_seconds(sides[name], device, CLOCKS[clock]))
     return seconds
 
 
-def _seconds(work: Work, device: str) -> float:
+def _seconds(work: Work, device: str, clock: Callable[[], float]) -> float:
     _synchronize(device)
-    started = time.perf_counter()
+    started = clock()
     work()
     _synchronize(device)
-    return time.perf_counter() - started
+    return clock() - started
 
 
 def _synchronize(device: str) -> None:
@@ -156,7 +204,7 @@ def measure(
         memory: whether to measure the peak, too, except of the machine's own sides.
         columns: more values by the name of the side.
     """
-    samples = take_turns(sides, args.repeats, args.budget, args.device)
+    samples = take_turns(sides, args.repeats, args.budget, args.device, args.clock)
     rows = []
     for name, seconds in samples.items():
         row = {**case, "side": name, "seconds": statistics.median(seconds), "samples": seconds}

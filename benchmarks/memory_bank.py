@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from benchmarks import harness
-from experiments.command_line import COUNT, NATURAL, run_main
+from experiments.command_line import NATURAL, run_main
 from experiments.report import draw_or_warn
 from stackformer.library import is_available
 from stackformer.memory_bank import banked_linear_attention
@@ -43,7 +43,6 @@ except ImportError:
 
 MAX_DECAY = 0.1
 KERNEL, LINEAR, SOFTMAX = "fast-transformers kernel", "fast-transformers", "softmax (SDPA)"
-FORWARD, BACKWARD = "forward", "forward and backward"
 Attention = Callable[..., Tensor]
 
 
@@ -148,21 +147,12 @@ def sides(length: int, head_dim: int, args: argparse.Namespace) -> dict[str, tup
     return result
 
 
-def work(attention: Attention, inputs: list[Tensor], backward: bool) -> harness.Work:
-    """Returns a function that makes one call, with the gradients of all inputs or without any."""
-    if not backward:
-        return torch.no_grad()(lambda: attention(*inputs))
-    inputs = [x.detach().requires_grad_() for x in inputs]
-    gradient = torch.randn_like(attention(*inputs))
-    return lambda: torch.autograd.grad(attention(*inputs), inputs, gradient)
-
-
-def measure(length: int, head_dim: int, mode: str, args: argparse.Namespace) -> list[harness.Row]:
+def measure(head_dim: int, mode: str, length: int, args: argparse.Namespace) -> list[harness.Row]:
     """Measures one case and returns its rows."""
     every = sides(length, head_dim, args)
-    calls = {name: work(*side[:2], backward=mode == BACKWARD) for name, side in every.items()}
+    calls = {name: harness.operator_call(*side[:2], mode) for name, side in every.items()}
     calls |= harness.machine_sides(args.device)
-    tokens = args.batch_size * length * args.heads * (3 if mode == BACKWARD else 1)
+    tokens = args.batch_size * length * args.heads * (3 if mode == harness.BACKWARD else 1)
     counted = {name: tokens * side[2] for name, side in every.items()} | harness.MACHINE_FLOPS
     case = {"mode": mode, "threads": torch.get_num_threads(), "K=V": head_dim, "T": length}
     base = name_of(args.implementations[0], args.memories[0])
@@ -207,30 +197,15 @@ def main(argv: list[str] | None = None) -> dict:
     parser = harness.parser(__doc__)
     harness.add_timing(parser, repeats=15)
     harness.add_plot(parser)
-    parser.add_argument(
-        "--time", type=COUNT, nargs="+", default=[256, 1024, 4096, 16384, 65536], help="lengths T"
-    )
-    parser.add_argument("--memories", type=COUNT, nargs="+", default=[1, 4, 16], help="memories per head R")
+    harness.add_operator(parser, time=[256, 1024, 4096, 16384, 65536], memories=[1, 4, 16])
     parser.add_argument("--implementations", nargs="+", default=list(OURS), choices=list(OURS))
-    parser.add_argument("--batch_size", type=COUNT, default=1, help="batch size")
-    parser.add_argument("--heads", type=COUNT, default=4, help="heads")
-    parser.add_argument("--head_dim", type=COUNT, nargs="+", default=[64], help="key and value sizes K = V")
-    parser.add_argument("--modes", nargs="+", default=[FORWARD, BACKWARD], choices=[FORWARD, BACKWARD])
     parser.add_argument("--max_quadratic", type=NATURAL, default=8192, help="longest T for softmax attention")
-    parser.add_argument("--threads", type=COUNT, nargs="+", default=[1, 2], help="numbers of threads")
     args = parser.parse_args(argv)
     if CausalLinearAttention is None:
         print("pytorch-fast-transformers is not installed: not measured")
     for head_dim in args.head_dim:
         check(head_dim, args.memories)
-    rows, threads_before = [], torch.get_num_threads()
-    for threads in args.threads:
-        torch.set_num_threads(threads)
-        for head_dim in args.head_dim:
-            for mode in args.modes:
-                for length in args.time:
-                    rows += measure(length, head_dim, mode, args)
-    torch.set_num_threads(threads_before)
+    rows = [row for case in harness.operator_cases(args) for row in measure(*case, args)]
     print(f"B={args.batch_size}, H={args.heads}; ratios: time relative to {rows[0]['side']}")
     content = harness.report(args, rows, tables(rows))
     if args.plot:

@@ -166,13 +166,20 @@ class Family(NamedTuple):
 def _plain(width: int, size: int, layers: int) -> StackformerConfig:
     return StackformerConfig(
         hidden_size=width, bottleneck_size=None, intermediate_size=size, num_hidden_layers=layers,
-        num_attention_heads=width // HEAD, num_memory_banks=1, stack_depth=1, max_ponder_steps=1, **SPECIAL,
+        num_attention_heads=width // HEAD, num_memory_banks=1, stack_depth=1, max_ponder_steps=1,
+        mixer_types=["banked_linear_attention"] * layers, **SPECIAL,
     )  # fmt: skip
 
 
 def _banks(width: int, size: int, layers: int) -> StackformerConfig:
     config = _plain(width, size, layers)
     config.num_memory_banks = StackformerConfig.num_memory_banks
+    return config
+
+
+def _delta_banks(width: int, size: int, layers: int) -> StackformerConfig:
+    config = _banks(width, size, layers)
+    config.mixer_types = ["banked_delta_rule"] * layers
     return config
 
 
@@ -216,11 +223,12 @@ def _qwen3_next(width: int, size: int, layers: int) -> Qwen3NextConfig:
     )  # fmt: skip
 
 
-PLAIN, BANKS, STACK = "plain core", "plain core, 4 banks", "stack"
-OURS = (PLAIN, BANKS, STACK)
+PLAIN, BANKS, DELTA_BANKS, STACK = "plain core", "plain core, 4 banks", "plain core, 4 delta banks", "stack"
+OURS = (PLAIN, BANKS, DELTA_BANKS, STACK)
 FAMILIES = {
     PLAIN: Family(_plain, lambda width: 3 * width),
     BANKS: Family(_banks, lambda width: 3 * width),
+    DELTA_BANKS: Family(_delta_banks, lambda width: 3 * width),
     STACK: Family(_stack, lambda width: 3 * width),
     LLAMA: Family(_llama, lambda width: 8 * width // 3),
     MAMBA2: Family(_mamba2, lambda width: 128, HEAD // 2),
@@ -232,6 +240,7 @@ FAMILIES = {
 __all__ = [
     "BANKS",
     "COMPARED",
+    "DELTA_BANKS",
     "FAMILIES",
     "FAST_TRANSFORMERS",
     "HEAD",

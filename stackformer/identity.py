@@ -109,6 +109,7 @@ def model_identity(model: Any) -> dict[str, Any]:
     return {"config": identity_fields(model), "fingerprint": digest.hexdigest()}
 
 
+@torch.compiler.assume_constant_result  # torch.compile cannot trace json
 def identity_fields(model: PreTrainedModel) -> dict[str, Any]:
     """Returns the fields of a model's configuration that affect its state or its use, as JSON values."""
     names = set(type(model.config).__annotations__) - _FREE_FIELDS - {"model_type"}

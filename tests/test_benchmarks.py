@@ -5,12 +5,14 @@ import importlib
 import json
 import statistics
 import sys
+import time
 
 import pytest
 import torch
 
 from benchmarks import (
     decode,
+    delta_bank,
     halting,
     harness,
     long_recall,
@@ -21,7 +23,7 @@ from benchmarks import (
     training,
 )
 from benchmarks.tasks.recall import DistantRecall
-from experiments.rows import FAMILIES, PLAIN, STACK
+from experiments.rows import DELTA_BANKS, FAMILIES, PLAIN, STACK
 from stackformer.training.long_context_trainer import DocumentStreams
 
 SMALL = ["--parameters", "300000", "--layers", "2", "--threads", "1"]
@@ -42,10 +44,17 @@ def test_a_budget_ends_the_rounds_after_three():
     assert len(calls) == 1 + 3
 
 
+@pytest.mark.parametrize("clock", harness.CLOCKS)
+def test_a_clock_counts_the_time_or_the_work(clock):
+    """To sleep takes time, and no work."""
+    [seconds] = harness.take_turns({"a": lambda: time.sleep(0.05)}, repeats=1, clock=clock)["a"]
+    assert (seconds >= 0.05) == (clock == "wall")
+
+
 def test_a_row_has_the_median_and_its_ratio_to_the_base(monkeypatch):
     samples = {"ours": [2.0, 9.0, 4.0], "peer": [1.0, 100.0, 3.0]}
     monkeypatch.setattr(harness, "take_turns", lambda *_: samples)
-    args = argparse.Namespace(repeats=3, budget=1.0, device="cpu")
+    args = argparse.Namespace(repeats=3, budget=1.0, device="cpu", clock="wall")
     ours, peer = harness.measure({"T": 5}, dict.fromkeys(samples), args, base="ours", flops={"peer": 7})
     assert ours == {"T": 5, "side": "ours", "seconds": 4.0, "samples": [2.0, 9.0, 4.0], "ratio": 1.0}
     assert (peer["seconds"], peer["ratio"], peer["flops"]) == (3.0, 0.75, 7)
@@ -125,7 +134,7 @@ def assert_ratios(rows: list[dict], case: tuple[str, ...], base: str) -> None:
 def test_memory_bank(tmp_path, capsys):
     plot = tmp_path / "plot.png"
     arguments = ["--time", "64", "128", "--memories", "1", "2", "--head_dim", "8", "--threads", "1", *BRIEF]
-    arguments += ["--modes", memory_bank.BACKWARD, "--implementations", "chunk"]
+    arguments += ["--modes", harness.BACKWARD, "--implementations", "chunk"]
     rows, text = run(memory_bank.main, [*arguments, "--plot", str(plot)], tmp_path, capsys)
     sides = {row["side"] for row in rows}
     assert {"bank torch, R=1", "bank torch, R=2", memory_bank.SOFTMAX, *harness.MACHINE} <= sides
@@ -141,8 +150,49 @@ def test_memory_bank(tmp_path, capsys):
     assert plot.stat().st_size > 1000
 
 
+def test_delta_bank(tmp_path, capsys):
+    arguments = ["--time", "64", "128", "--memories", "1", "2", "--head_dim", "8", "--threads", "1", *BRIEF]
+    arguments += ["--modes", harness.BACKWARD, "--implementations", "chunk"]
+    rows, text = run(delta_bank.main, arguments, tmp_path, capsys)
+    ours, reference = "delta bank torch", "bank torch"
+    sides = {(row["R"], row["side"]) for row in rows}
+    assert sides == {(1, reference), (1, ours), (1, delta_bank.QWEN3_NEXT), (2, reference), (2, ours)}
+    assert_ratios(rows, ("T", "R"), reference)
+    assert all(row["peak_bytes"] > 0 for row in rows)
+    seconds = {(row["T"], row["R"], row["side"]): row["seconds"] for row in rows}
+    quotients = {(row["T"], row["side"]): row["quotient"] for row in delta_bank.ratios(rows, ours, reference)}
+    assert quotients == {
+        (time, f"{upper} / {lower}, R={memories}"): seconds[time, memories, upper]
+        / seconds[time, memories, lower]
+        for upper, lower, memories in (
+            (ours, reference, 1), (ours, reference, 2), (delta_bank.QWEN3_NEXT, ours, 1)
+        )
+        for time in (64, 128)
+    }  # fmt: skip
+    assert f"{harness.milliseconds(rows[1])} |" in text
+    assert f"| {quotients[128, f'{ours} / {reference}, R=2']:.2f} |" in text
+
+
+def test_delta_bank_finds_a_wrong_side(monkeypatch):
+    """Before anything is timed: an implementation of ours, or the peer, that is off."""
+    delta_bank.check(8, [1, 3])
+    with monkeypatch.context() as patch:
+        patch.setattr(delta_bank, "qwen3_next", lambda *inputs: 1.01 * torch.ones_like(inputs[2]))
+        with pytest.raises((AssertionError, RuntimeError)):
+            delta_bank.check(8, [1])
+    operator = delta_bank.banked_delta_rule
+
+    def wrong(*inputs, implementation, **options):
+        output, state = operator(*inputs, implementation=implementation, **options)
+        return (output if implementation == "recurrent" else 1.01 * output), state
+
+    monkeypatch.setattr(delta_bank, "banked_delta_rule", wrong)
+    with pytest.raises(AssertionError):
+        delta_bank.check(8, [3])
+
+
 def test_training(tmp_path, capsys):
-    chosen = ["--models", PLAIN, "llama"]
+    chosen = ["--models", PLAIN, DELTA_BANKS, "llama"]
     sizes = ["--time", "32", "64", "--tokens_per_step", "64"]
     rows, text = run(training.main, [*SMALL, *BRIEF, *chosen, *sizes], tmp_path, capsys)
     assert [(row["T"], row["side"]) for row in rows] == [(t, side) for t in (32, 64) for side in chosen[1:]]
@@ -162,18 +212,18 @@ def test_prefill(tmp_path, capsys):
 
 
 def test_decode(tmp_path, capsys):
-    chosen = ["--models", STACK, "llama", "mamba2", "rwkv", "--no-compile"]
+    chosen = ["--models", STACK, DELTA_BANKS, "llama", "mamba2", "rwkv", "--no-compile"]
     sizes = ["--contexts", "32", "96", "--batch_size", "1", "2", "--tokens", "2", "--chunk_size", "40"]
     sizes += ["--max_cache_bytes", "300000"]
     rows, text = run(decode.main, [*SMALL, *BRIEF, *chosen, *sizes], tmp_path, capsys)
     size = {(row["context"], row["batch"], row["side"]): row.get("state_bytes") for row in rows}
-    for side in (STACK, "mamba2"):
+    for side in (STACK, DELTA_BANKS, "mamba2"):
         assert size[32, 1, side] == size[96, 1, side] == size[96, 2, side] / 2 > 0
     assert size[96, 1, "llama"] > 2 * size[32, 1, "llama"]
     assert (96, 2, "llama") not in size and (32, 2, "rwkv") not in size
     assert ("via generate", 1, "llama") in size
     in_turn = [row for row in rows if str(row["context"]).endswith("in turn")]
-    assert [row["side"] for row in in_turn] == ["32", "96"]
+    assert [row["side"] for row in in_turn] == ["32", "96"] * 2
     assert_ratios(in_turn, ("context",), "32")
     assert_ratios([row for row in rows if row not in in_turn], ("context", "batch"), STACK)
     assert harness.tokens_per_second(rows[1]) in text

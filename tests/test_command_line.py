@@ -367,6 +367,10 @@ CASES = {
         ("--time 0", "time=0: expected"),
         ("--device nothing", "device='nothing': expected"),
     ],
+    "benchmarks.delta_bank": [
+        ("--memories 0", "memories=0: expected"),
+        ("--json {bare}", "json='{bare}': expected"),
+    ],
     "benchmarks.memory_bank_gpu": [
         ("--time 0", "time=0: expected"),
         ("--json {bare}", "json='{bare}': expected"),

@@ -70,6 +70,20 @@ def test_decode_step(shape):
     assert_same_state(static, dynamic)
 
 
+@torch.no_grad()
+def test_a_new_cache_in_a_compiled_call():
+    """The compiled call is the first one that the cache sees, and marks it as the model's."""
+    shape = SHAPES["plain core"]
+    model, ids = tiny_model(**shape), random_ids(2, 3)
+    step = torch.compile(model, fullgraph=True, backend=BACKEND)
+    cache = StackformerStaticCache(model.config)
+    for token in ids.split(1, dim=1):
+        logits = step(token, past_key_values=cache).logits
+    torch.testing.assert_close(logits[:, -1], model(ids).logits[:, -1], **CLOSE)
+    with pytest.raises(ValueError, match="the memory of another model"):
+        tiny_model(**shape, max_decay_rate=0.25)(ids, past_key_values=cache)
+
+
 def test_static_cache_generation():
     model, ids, mask = tiny_model(), random_ids(2, 11), torch.ones(2, 11, dtype=torch.long)
     mask[0, :4] = 0
