@@ -97,7 +97,7 @@ def measure_task(run: TaskRun, args: argparse.Namespace) -> dict[str, Any]:
             "--learning_rate", str(args.learning_rate), "--warmup_steps", str(args.warmup_steps),
             "--output_dir", folder, "--disable_tqdm", "true",
         ])  # fmt: skip
-        [task_run] = tasks.plan(options, systems, folder)
+        [task_run] = tasks.plan(options, systems, training)
         started = time.process_time()
         with contextlib.redirect_stdout(nowhere):  # the Trainer prints between the lines of the progress bar
             tasks.train(task_run, options, training, callbacks=[CountSteps()])

@@ -45,6 +45,7 @@ class Row(NamedTuple):
 
 # Instead of positions, what is linear has a short convolution: without either, it has no word order.
 LINEAR = "conv_kernel_size=4,intermediate_size=568"
+_SUMS = 'mixer_types=["banked_linear_attention","banked_linear_attention"]'
 FAST_TRANSFORMERS = "linear attention (fast-transformers)"
 COMPARED = {
     "softmax decoder": Row(
@@ -92,10 +93,18 @@ COMPARED = {
     ),
     "Stackformer": Row(
         "stackformer-tiny",
-        "num_memory_banks=4,bottleneck_intermediate_size=52",
-        "4 banks per head and stack level, 3 levels, up to 3 ponder steps, in a bottleneck.",
+        None,
+        "4 banks per head and stack level, that add in one layer and correct in the other, 3 levels, up to 3 "
+        "ponder steps, in a bottleneck.",
     ),
-    "Stackformer, one bank": Row("stackformer-tiny", None, "the same with one memory per head and level."),
+    "Stackformer, one bank": Row(
+        "stackformer-tiny", "num_memory_banks=1", "the same with one memory per head and level."
+    ),
+    "Stackformer, sums alone": Row(
+        "stackformer-tiny",
+        _SUMS,
+        "the same without the delta rule.",
+    ),
 }
 
 _PLAIN = "bottleneck_size=none,num_memory_banks=1,stack_depth=1,max_ponder_steps=1"
@@ -114,10 +123,13 @@ QUALITY = {
     "attention": Row(
         _TINY, f'{_PLAIN},hidden_size=192,intermediate_size=528,mixer_types=["attention","attention"]'
     ),
-    "linear attention": Row(_TINY, f"{_PLAIN},hidden_size=176,intermediate_size=568,max_decay_rate=0"),
+    "linear attention": Row(
+        _TINY, f"{_PLAIN},hidden_size=176,intermediate_size=568,max_decay_rate=0,{_SUMS}"
+    ),
     "no stack, no halting, P = 4": Row(_TINY, "max_ponder_steps=4,stack_depth=1", depth=4),
     "random halting, P = 4": Row(_TINY, "max_ponder_steps=4", depth_of="stack, P = 4"),
-    "4 banks, P = 4": Row(_TINY, "max_ponder_steps=4,num_memory_banks=4"),
+    "one bank, P = 4": Row(_TINY, "max_ponder_steps=4,num_memory_banks=1"),
+    "sums alone, P = 4": Row(_TINY, f"max_ponder_steps=4,{_SUMS}"),
     "1 bank of their size, P = 4": Row(_TINY, "max_ponder_steps=4,num_memory_banks=1,num_attention_heads=1"),
 }
 

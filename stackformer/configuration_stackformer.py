@@ -122,6 +122,9 @@ RULES: dict[str, Rule] = {
 }
 
 
+FLAGSHIP = ("banked_linear_attention", "banked_delta_rule")  # the mixers of the layers, in turn
+
+
 class StackformerConfig(PreTrainedConfig):
     r"""Configuration of a [`StackformerModel`]. The defaults give a byte-level model of 5 million parameters.
 
@@ -183,8 +186,9 @@ class StackformerConfig(PreTrainedConfig):
             that wrap around, so that no token fades), "rwkv" (RWKV-4's time mix), "neural_memory" (the memory
             of Titans alone), "memory_as_gate" (that memory times softmax attention), "memory_as_context"
             (softmax attention inside of segments, with that memory as context) or "continuous_attention"
-            (infinity-former). All "banked_linear_attention" if `None`. docs/adding_a_mixer.md shows how to
-            add your own.
+            (infinity-former). "banked_linear_attention" and "banked_delta_rule" in turn if `None`: sums
+            predict text best, and corrections recall and track state (docs/experiments.md).
+            docs/adding_a_mixer.md shows how to add your own.
         feed_forward_type (`str`, defaults to `"gated"`): The feed-forward of the core layers, "gated" or
             "rwkv_channel_mix" (that of RWKV-4, which also sees the previous token).
         coupled_state_size (`int`, *optional*): Size of each of the two states of the coupled cell, in either
@@ -315,7 +319,7 @@ class StackformerConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         if self.mixer_types is None and isinstance(self.num_hidden_layers, int):
-            self.mixer_types = ["banked_linear_attention"] * self.num_hidden_layers
+            self.mixer_types = [FLAGSHIP[i % len(FLAGSHIP)] for i in range(self.num_hidden_layers)]
         if self.initial_half_lives is None:
             self.initial_half_lives = [1.0, 1024.0]
         if isinstance(self.vocab_size, int):

@@ -303,6 +303,16 @@ CASES = {
         ("--data_path {text} --plot a.gif", "plot='a.gif': expected a file that ends in one of"),
         ("--data_path {text} --seeds -1", "seeds=-1: expected a whole number, at least 0"),
     ],
+    "benchmarks.text": [
+        ("--data_path no", "data_path='no': expected a file, found none"),
+        ("--data_path {text}", "train_range='0:3600000': expected START:STOP with 0 <= START < STOP <= 1280"),
+        ("--data_path {text} --learning_rates 1e-3 0", "learning_rates=0.0: expected a number, above 0"),
+        (
+            "--data_path {text} --train_range 0:600 --eval_range 600:900 --long_range 600:900",
+            "context_length=8192: expected at least 2, and at most the 300 bytes of long_range",
+        ),
+        ("--data_path {text} --plot a.gif", "plot='a.gif': expected a file that ends in one of"),
+    ],
     "benchmarks.presets": [
         ("--data_path no", "data_path='no': expected a file, found none"),
         ("--data_path {text} --num_test 0", "num_test=0: expected"),

@@ -109,7 +109,8 @@ def test_derived_sizes():
     config = StackformerConfig(hidden_size=96, bottleneck_size=32)
     assert (config.core_size, config.intermediate_size, config.bottleneck_intermediate_size) == (32, 96, 96)
     assert StackformerConfig(hidden_size=96, bottleneck_size=None).core_size == 96
-    assert config.mixer_types == ["banked_linear_attention"] * 4
+    assert config.mixer_types == ["banked_linear_attention", "banked_delta_rule"] * 2
+    assert StackformerConfig(num_hidden_layers=1).mixer_types == ["banked_linear_attention"]
     assert config.rope_parameters == {"rope_type": "default", "rope_theta": 10000.0}
     assert StackformerConfig(rope_theta=500.0).rope_parameters["rope_theta"] == 500.0
 
