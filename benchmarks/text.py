@@ -8,9 +8,9 @@ Every row is a preset with other fields, or a model of transformers of the same 
 parameters and reads 6 million bytes in blocks of 1,024. Every learning rate is tried with the first seed, and
 the other seeds are trained at the one that was best. Runs that are finished are not repeated.
 
-Prints a Markdown table, median and range over the seeds, and draws it. Beside the validation loss of
-blocks, it has the loss by position in contexts of 8,192 bytes: a model that remembers goes on falling where
-no block of the training reached.
+Prints a Markdown table, median and range over the seeds, and draws it. Beside the validation loss of blocks,
+it has the loss by position in contexts of 8,192 bytes, on the same bytes at every position: that of a model
+that remembers falls on where no block of the training reached.
 """
 
 import argparse
@@ -43,8 +43,9 @@ def measure(run: Run, args: argparse.Namespace) -> dict[str, Any]:
     model, tokenizer, texts = study.build(run, args)
     measured, _ = study.train(model, tokenizer, texts, run.seed, args)
     ids = torch.from_numpy(encode(read_bytes(args.data_path, args.long_range), tokenizer).astype(np.int64))
-    nll = nll_by_position(model.eval(), ids.to(model.device), args.context_length)
-    return measured | {f"at {positions}": bits for positions, bits in mean_bits(nll).items()}
+    nll = nll_by_position(model.eval(), ids.to(model.device), args.context_length, args.block_size)
+    bits = mean_bits(nll, args.block_size)
+    return measured | {f"at {positions}": value for positions, value in bits.items()}
 
 
 def run_all(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -94,7 +95,9 @@ def main(argv: list[str] | None = None) -> study.Rows:
     check_picture_file("plot", args.plot)
     study.check(args)
     check_long_contexts(args)
-    positions = [f"at {start}-{stop - 1}" for start, stop in position_bins(args.context_length)]
+    positions = [
+        f"at {start}-{stop - 1}" for start, stop in position_bins(args.context_length, args.block_size)
+    ]
     lines = run_all(args)
     keys = ("bits_per_byte", "parameters", "tokens_per_second", "learning_rate", *positions)
     rows = study.summarize(lines, keys)
@@ -115,13 +118,14 @@ def main(argv: list[str] | None = None) -> study.Rows:
 
 def check_long_contexts(args: argparse.Namespace) -> None:
     """Raises:
-    ValueError: unless `long_range` is a part of the text that has at least one context.
+    ValueError: unless `long_range` is a part of the text that is long enough for `context_length`.
     """
     start, stop = parse_range(args.long_range, Path(args.data_path).stat().st_size, "long_range")
-    if not 2 <= args.context_length <= stop - start:
+    needed = 2 * args.context_length - args.block_size
+    if args.context_length % args.block_size or stop - start < needed:
         raise ValueError(
-            f"context_length={args.context_length}: expected at least 2, and at most the {stop - start} "
-            "bytes of long_range."
+            f"context_length={args.context_length}: expected a multiple of block_size={args.block_size}, and "
+            f"{needed} bytes of long_range, got {stop - start}."
         )
 
 

@@ -16,9 +16,9 @@ carried    the text is read once, from its start, in chunks; the cache is carrie
 Both predict every token but the first one exactly once. Works for any causal language model of transformers
 (carried: for those that return a cache).
 
---context_length cuts the text into contexts of so many tokens, reads each from its own start, and prints the
-bits of a token by its position in the context: a model that remembers predicts late tokens better than early
-ones. What is left over at the end of the text is not read.
+--context_length reads contexts of so many tokens, each from its own start, and prints the bits of a token by
+its position in the context: a model that remembers predicts late tokens better than early ones. A context
+starts every `context_stride` tokens, so the same tokens are early in one context and late in another.
 """
 
 import math
@@ -58,11 +58,12 @@ class EvaluationArguments:
     context_length: int | None = field(
         default=None, metadata={"help": "Also print bits by position in contexts of so many tokens."}
     )
+    context_stride: int = field(default=1024, metadata={"help": "Tokens between the starts of contexts."})
     device: str = field(default="cpu", metadata={"help": "Device of the model, such as cuda."})
     json: str | None = field(default=None, metadata={"help": "File to write the results to."})
 
     def __post_init__(self) -> None:
-        for name in ("window", "stride", "batch_size", "chunk_length", "context_length"):
+        for name in ("window", "stride", "batch_size", "chunk_length", "context_length", "context_stride"):
             COUNT.check(name, getattr(self, name))
         if self.stride is not None and self.stride > self.window:
             raise ValueError(f"stride={self.stride}: expected 1 <= stride <= window={self.window}.")
@@ -131,47 +132,64 @@ def carried_nll(model: PreTrainedModel, ids: torch.Tensor, chunk_length: int) ->
 
 @torch.no_grad()
 def nll_by_position(
-    model: PreTrainedModel, ids: torch.Tensor, context_length: int, batch_size: int = 1
+    model: PreTrainedModel, ids: torch.Tensor, context_length: int, stride: int, batch_size: int = 1
 ) -> torch.Tensor:
     """Mean -log p(token) in nats at each position but the first of contexts of `context_length` tokens.
 
+    A context starts at every `stride` tokens. Tokens count that are once in each `stride` of positions, so
+    positions from one multiple of the stride to another are compared on the same tokens.
+
     Args:
-        ids: [tokens], on its device. What does not fill a context is left out.
+        ids: [tokens], on its device.
         batch_size: contexts at once.
 
     Returns:
         [context_length - 1], in float64.
 
     Raises:
-        ValueError: if a size is not positive, or the text is shorter than a context of at least two tokens.
+        ValueError: if `stride` does not divide `context_length`, or the text is too short: it must have
+            `context_length` tokens, and `2 * context_length - stride` for every position to count.
     """
     COUNT.check("batch_size", batch_size)
-    if not 2 <= context_length <= len(ids):
+    if not context_length >= 2 or not 1 <= stride <= context_length or context_length % stride:
         raise ValueError(
-            f"context_length={context_length}: expected at least 2 and at most the text's {len(ids)} tokens."
+            f"context_stride={stride}: expected a divisor of context_length={context_length}, which is at "
+            "least 2."
         )
-    contexts = ids[: len(ids) // context_length * context_length].view(-1, context_length)
+    needed = 2 * context_length - stride
+    if len(ids) < needed:
+        raise ValueError(
+            f"context_length={context_length}: expected a text of at least {needed} tokens, got {len(ids)}."
+        )
+    contexts = ids.unfold(0, context_length, stride)  # [contexts, context_length], a view
+    starts = stride * torch.arange(len(contexts))
+    first, stop = context_length - stride, stride * len(contexts)  # the tokens that count
     total = torch.zeros(context_length - 1, dtype=torch.float64)
-    for rows in tqdm(contexts.split(batch_size), desc="by position", unit="batch"):
+    count = torch.zeros(context_length - 1, dtype=torch.float64)
+    batches = zip(contexts.split(batch_size), starts.split(batch_size), strict=True)
+    for rows, places in tqdm(list(batches), desc="by position", unit="batch"):
         logits = model(input_ids=rows[:, :-1], use_cache=False).logits.float()
         losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), rows[:, 1:], reduction="none")
-        total += losses.double().sum(0).cpu()
-    return total / len(contexts)
+        tokens = places.unsqueeze(1) + torch.arange(1, context_length)
+        counted = (tokens >= first) & (tokens < stop)
+        total += (losses.double().cpu() * counted).sum(0)
+        count += counted.sum(0)
+    return total / count
 
 
-def mean_bits(nll: torch.Tensor) -> dict[str, float]:
+def mean_bits(nll: torch.Tensor, stride: int) -> dict[str, float]:
     """Mean bits of a token in each of `position_bins`, by "first-last"; nll: of `nll_by_position`."""
     return {
         f"{start}-{stop - 1}": nll[start - 1 : stop - 1].mean().item() / math.log(2)
-        for start, stop in position_bins(len(nll) + 1)
+        for start, stop in position_bins(len(nll) + 1, stride)
     }
 
 
-def position_bins(context_length: int, first: int = 64) -> list[tuple[int, int]]:
-    """Positions start..stop-1 of a context, each bin as long as all before it: 1..63, 64..127, 128..255."""
+def position_bins(context_length: int, stride: int) -> list[tuple[int, int]]:
+    """Positions start..stop-1 of a context: the first `stride`, then as many as all before, and so on."""
     edges = [1]
     while edges[-1] < context_length:
-        edges.append(min(context_length, first if len(edges) == 1 else 2 * edges[-1]))
+        edges.append(min(context_length, stride if len(edges) == 1 else 2 * edges[-1]))
     return list(zip(edges[:-1], edges[1:], strict=True))
 
 
@@ -202,7 +220,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         "results": results,
         "by_position": {}
         if args.context_length is None
-        else mean_bits(nll_by_position(model, ids, args.context_length)),
+        else mean_bits(
+            nll_by_position(model, ids, args.context_length, args.context_stride), args.context_stride
+        ),
         "tokens": len(ids),
         "bytes": len(data),
         "parameters": model.num_parameters(),

@@ -309,7 +309,7 @@ CASES = {
         ("--data_path {text} --learning_rates 1e-3 0", "learning_rates=0.0: expected a number, above 0"),
         (
             "--data_path {text} --train_range 0:600 --eval_range 600:900 --long_range 600:900",
-            "context_length=8192: expected at least 2, and at most the 300 bytes of long_range",
+            "context_length=8192: expected a multiple of block_size=1024, and 15360 bytes of long_range",
         ),
         ("--data_path {text} --plot a.gif", "plot='a.gif': expected a file that ends in one of"),
     ],

@@ -72,7 +72,7 @@ def test_text_at_the_best_learning_rate_of_each_model(tmp_path, monkeypatch, cap
     (tmp_path / "text").write_bytes(bytes(range(256)) * 8)
     command = ["--data_path", tmp_path / "text", "--train_range", "0:1500", "--eval_range", "1500:2000"]
     command += ["--steps", 3, "--block_size", 32, "--seeds", 0, 1, "--learning_rates", "1e-9", "1e-2", "1e-3"]
-    command += ["--context_length", 100, "--long_range", "1500:1800", "--rows", "4 banks", "llama"]
+    command += ["--context_length", 128, "--long_range", "1500:1800", "--rows", "4 banks", "llama"]
     command += ["--json", tmp_path / "runs.jsonl", "--plot", tmp_path / "text.png"]
     command = [str(x) for x in command]
     rows = text.main(command)
@@ -88,12 +88,12 @@ def test_text_at_the_best_learning_rate_of_each_model(tmp_path, monkeypatch, cap
             min(scores),
             max(scores),
         )
-        assert row["at 1-63"].median > 0 and row["at 64-99"].median > 0
+        assert all(row[f"at {positions}"].median > 0 for positions in ("1-31", "32-63", "64-127"))
     assert (tmp_path / "text.png").read_bytes().startswith(b"\x89PNG")
     monkeypatch.setattr(study, "train", lambda *args: pytest.fail("trained again"))
     assert text.main(command) == rows
     assert "| llama |" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="context_length=500: expected at least 2, .* the 300 bytes"):
+    with pytest.raises(ValueError, match="context_length=500: expected a multiple of block_size=32"):
         text.main([*command, "--context_length", "500"])
 
 

@@ -1,10 +1,12 @@
 # Copyright 2026 The Stackformer authors. Licensed under the Apache License, Version 2.0.
 """Scripts: they measure what a hand-written reference does, and a run can be stopped, resumed and used."""
 
+import contextlib
 import io
 import json
 import math
 import pydoc_data.topics
+import statistics
 import sys
 
 import numpy as np
@@ -148,28 +150,49 @@ def test_bad_chunk_length(model):
         evaluate.carried_nll(model, _ids(4), 0)
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 16])
+@pytest.mark.parametrize("stride, batch_size", [(12, 1), (12, 4), (4, 1), (6, 2)])
 @torch.no_grad()
-def test_bits_by_position_are_those_of_each_context_alone(model, batch_size):
-    ids, length = _ids(40), 12
-    contexts = ids[:36].view(3, length)
-    logits = model(input_ids=contexts[:, :-1], use_cache=False).logits
-    expected = torch.nn.functional.cross_entropy(logits.transpose(1, 2), contexts[:, 1:], reduction="none")
-    actual = evaluate.nll_by_position(model, ids, length, batch_size)
-    torch.testing.assert_close(actual, expected.double().mean(0), rtol=1e-5, atol=1e-6)
-    bits = evaluate.mean_bits(torch.arange(1.0, 200.0) * math.log(2))
-    assert bits == pytest.approx({"1-63": 32, "64-127": 95.5, "128-199": 163.5})
+def test_bits_by_position_are_of_the_same_tokens_at_every_position(model, stride, batch_size):
+    """Every token that counts is once in each stride of positions; only the first position has no loss."""
+    ids, length = _ids(41), 12
+    found = {}
+    for start in range(0, 41 - length + 1, stride):
+        context = ids[None, start : start + length]
+        logits = model(input_ids=context[:, :-1], use_cache=False).logits
+        losses = torch.nn.functional.cross_entropy(logits[0], context[0, 1:], reduction="none")
+        found |= {(start + p, p): losses[p - 1].item() for p in range(1, length)}
+    starts = range(0, 41 - length + 1, stride)
+    tokens = {t for t, _ in found if t >= length - stride and t - t % stride in starts}
+    assert all((t, p) in found for t in tokens for p in range(t % stride, length, stride) if p > 0)
+    expected = [
+        statistics.fmean(loss for (t, p), loss in found.items() if p == place and t in tokens)
+        for place in range(1, length)
+    ]
+    actual = evaluate.nll_by_position(model, ids, length, stride, batch_size)
+    torch.testing.assert_close(actual, torch.tensor(expected, dtype=torch.float64), rtol=1e-5, atol=1e-6)
 
 
 def test_position_bins_cover_all_positions_once():
-    assert evaluate.position_bins(300) == [(1, 64), (64, 128), (128, 256), (256, 300)]
-    assert evaluate.position_bins(64) == [(1, 64)] and evaluate.position_bins(2) == [(1, 2)]
+    assert evaluate.position_bins(300, 64) == [(1, 64), (64, 128), (128, 256), (256, 300)]
+    assert evaluate.position_bins(64, 64) == [(1, 64)] and evaluate.position_bins(2, 2) == [(1, 2)]
+    bits = evaluate.mean_bits(torch.arange(1.0, 200.0) * math.log(2), 64)
+    assert bits == pytest.approx({"1-63": 32, "64-127": 95.5, "128-199": 163.5})
 
 
-@pytest.mark.parametrize("length", [1, 41])
-def test_a_context_that_does_not_fit(model, length):
-    with pytest.raises(ValueError, match=f"context_length={length}: expected at least 2 and at most .* 40"):
-        evaluate.nll_by_position(model, _ids(40), length)
+@pytest.mark.parametrize(
+    "length, stride, error",
+    [
+        (1, 1, "context_stride=1: expected a divisor of context_length=1, which"),
+        (12, 5, "context_stride=5: expected a divisor of context_length=12"),
+        (21, 21, None),
+        (21, 1, "context_length=21: expected a text of at least 41 tokens, got 40"),
+        (41, 41, "context_length=41: expected a text of at least 41 tokens, got 40"),
+    ],
+)
+def test_contexts_that_do_not_fit(model, length, stride, error):
+    expected = contextlib.nullcontext() if error is None else pytest.raises(ValueError, match=error)
+    with expected:
+        evaluate.nll_by_position(model, _ids(40), length, stride)
 
 
 def test_evaluate_script(model, tmp_path, capsys):
@@ -194,10 +217,10 @@ def test_evaluate_script(model, tmp_path, capsys):
     assert sorted(evaluate.main([*argv, "--no_windowed"])["results"]) == ["carried"]
     assert sorted(evaluate.main([*argv, "--no_carry_state"])["results"]) == ["windowed"]
     neither = [*argv, "--no_windowed", "--no_carry_state"]
-    report = evaluate.main([*neither, "--context_length", "16"])
-    bits = evaluate.nll_by_position(model, ids, 16).mean().item() / math.log(2)
-    assert report["results"] == {} and report["by_position"] == {"1-15": pytest.approx(bits)}
-    assert "1-15" in capsys.readouterr().out
+    report = evaluate.main([*neither, "--context_length", "16", "--context_stride", "8"])
+    bits = evaluate.mean_bits(evaluate.nll_by_position(model, ids, 16, 8), 8)
+    assert report["results"] == {} and report["by_position"] == pytest.approx(bits)
+    assert "8-15" in capsys.readouterr().out
     with pytest.raises(ValueError, match="context_length=None: expected one"):
         evaluate.main(neither)
 
