@@ -18,6 +18,7 @@ from .configuration_stackformer import StackformerConfig
 from .decoding_cpu import decode_token
 from .delta_bank import banked_delta_rule
 from .dtypes import at_least_float32
+from .fused_ops import unit_length
 from .mixer import BankWeights, Mixed
 from .mixer_bank import BankMixer, address_memories
 from .state import StateSpec, TensorSpec
@@ -87,7 +88,7 @@ class BankedDeltaRule(BankMixer):
         rows, past = self.convolve_heads(rows, None if state is None else state.past, layout)
         query, key, value = nn.functional.silu(rows).unbind(2)  # [B', T', H, K] each
         dtype = at_least_float32(hidden)
-        query, key = (nn.functional.normalize(x.to(dtype), dim=-1) for x in (query, key))
+        query, key = unit_length(query.to(dtype)), unit_length(key.to(dtype))
         return DeltaBankInputs((query, key, value, read, write, log_decay, step_size), weights, past)
 
     def decode_token(

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from stackformer.fused_ops import _MANY, RMSNorm, _Normalise, swish_gate
+from stackformer.fused_ops import _MANY, RMSNorm, _Normalise, swish_gate, unit_length
 from stackformer.layers_stackformer import ShortConvolution
 
 
@@ -39,6 +39,22 @@ def test_rms_norm_has_torchs_gradients():
         _Normalise.apply(x, weight, 1e-3), nn.functional.rms_norm(x, (5,), weight, eps=1e-3)
     )
     assert torch.autograd.gradcheck(lambda x, weight: _Normalise.apply(x, weight, 1e-3), (x, weight))
+
+
+def test_unit_length_has_torchs_gradients():
+    """Of a vector of zeros, too, which has no length."""
+    x = torch.randn(4, 3, 5, dtype=torch.float64)
+    x[1] = 0
+    x.requires_grad_()
+    weights = torch.randn_like(x)
+    actual, expected = unit_length(x), nn.functional.normalize(x, dim=-1)
+    torch.testing.assert_close(actual, expected)
+    gradients = [torch.autograd.grad((weights * unit).sum(), x)[0] for unit in (actual, expected)]
+    torch.testing.assert_close(*gradients)
+    y = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(unit_length, (y,))
+    with torch.no_grad():
+        torch.testing.assert_close(unit_length(x), expected)
 
 
 def test_rms_norm_has_its_gradients_under_autocast():
