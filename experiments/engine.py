@@ -7,7 +7,9 @@ say which runs are missing, and get each result from `execute` as soon as it is 
 
 import json
 import multiprocessing
+import os
 import signal
+import threading
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from pathlib import Path
@@ -73,12 +75,22 @@ class CountSteps(TrainerCallback):
 
 
 def _start_worker(steps_done: Any, threads: int) -> None:
-    """Prepare a process for its runs. Interrupted, it ends silently: the main process reports it."""
+    """Prepare a process for its runs. Interrupted, it ends silently: the main process reports it.
+
+    It also ends when the main process was killed, which could not tell it to.
+    """
     global _steps_done
-    if multiprocessing.parent_process() is not None:
+    if (parent := multiprocessing.parent_process()) is not None:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
+        threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     _steps_done = steps_done
     torch.set_num_threads(threads)
+
+
+def _end_with(parent: Any) -> None:
+    """Wait until the process `parent` is no more, and end this one, whatever it does."""
+    parent.join()
+    os._exit(1)
 
 
 def read_lines(path: str | Path) -> list[dict[str, Any]]:
