@@ -56,7 +56,8 @@ def execute(
         running = {pool.submit(work, run): run for run in runs}
         try:
             while running:
-                for future in wait(running, timeout=1, return_when=FIRST_COMPLETED).done:
+                done = wait(running, timeout=1, return_when=FIRST_COMPLETED).done
+                for future in sorted(done, key=lambda future: future.exception() is not None):
                     yield running.pop(future), future.result()
                 bar.update(steps_done.value - bar.n)
         except BaseException:
