@@ -179,16 +179,16 @@ class StackformerConfig(PreTrainedConfig):
             cannot.
         chunk_size (`int`, *optional*): Tokens per chunk in training and prefill. It changes the speed, not
             the results. `None` takes the size that was measured to be fastest.
-        mixer_types (`list[str]`, *optional*): The mixer of each core layer: "banked_linear_attention",
-            "banked_delta_rule" (the delta rule on banks of memories), "attention" (softmax attention),
-            "fast_weights" (a recurrent cell with fast weights and an inner loop), "fixed_size_attention"
-            (sums of f f^T), "coupled" (a reversible recurrent cell), "coupled_angles" (the same with states
-            that wrap around, so that no token fades), "rwkv" (RWKV-4's time mix), "neural_memory" (the memory
-            of Titans alone), "memory_as_gate" (that memory times softmax attention), "memory_as_context"
-            (softmax attention inside of segments, with that memory as context) or "continuous_attention"
-            (infinity-former). "banked_linear_attention" and "banked_delta_rule" in turn if `None`: sums
-            predict text best, and corrections recall and track state (docs/experiments.md).
-            docs/adding_a_mixer.md shows how to add your own.
+        mixer_types (`list[str]`, *optional*): The mixer of each core layer, or a list of one for all of them:
+            "banked_linear_attention", "banked_delta_rule" (the delta rule on banks of memories), "attention"
+            (softmax attention), "fast_weights" (a recurrent cell with fast weights and an inner loop),
+            "fixed_size_attention" (sums of f f^T), "coupled" (a reversible recurrent cell), "coupled_angles"
+            (the same with states that wrap around, so that no token fades), "rwkv" (RWKV-4's time mix),
+            "neural_memory" (the memory of Titans alone), "memory_as_gate" (that memory times softmax
+            attention), "memory_as_context" (softmax attention inside of segments, with that memory as
+            context) or "continuous_attention" (infinity-former). "banked_linear_attention" and
+            "banked_delta_rule" in turn if `None`: sums predict text best, and corrections recall and track
+            state (docs/experiments.md). docs/adding_a_mixer.md shows how to add your own.
         feed_forward_type (`str`, defaults to `"gated"`): The feed-forward of the core layers, "gated" or
             "rwkv_channel_mix" (that of RWKV-4, which also sees the previous token).
         coupled_state_size (`int`, *optional*): Size of each of the two states of the coupled cell, in either
@@ -318,8 +318,11 @@ class StackformerConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = 258
 
     def __post_init__(self, **kwargs):
-        if self.mixer_types is None and isinstance(self.num_hidden_layers, int):
-            self.mixer_types = [FLAGSHIP[i % len(FLAGSHIP)] for i in range(self.num_hidden_layers)]
+        if isinstance(self.num_hidden_layers, int):
+            if self.mixer_types is None:
+                self.mixer_types = [FLAGSHIP[i % len(FLAGSHIP)] for i in range(self.num_hidden_layers)]
+            elif isinstance(self.mixer_types, (list, tuple)) and len(self.mixer_types) == 1:
+                self.mixer_types = list(self.mixer_types) * self.num_hidden_layers
         if self.initial_half_lives is None:
             self.initial_half_lives = [1.0, 1024.0]
         if isinstance(self.vocab_size, int):
@@ -392,7 +395,7 @@ class StackformerConfig(PreTrainedConfig):
             isinstance(self.mixer_types, (list, tuple))
             and len(self.mixer_types) == self.num_hidden_layers
             and all(isinstance(name, str) for name in self.mixer_types),
-            f"a list of num_hidden_layers={self.num_hidden_layers} names",
+            f"a list of num_hidden_layers={self.num_hidden_layers} names, or of one",
         )
 
     def _require(self, name: str, condition: bool, expected: str) -> None:

@@ -49,7 +49,7 @@ PRESETS = sorted((Path(__file__).parent.parent / "configs").glob("*.json"))
         ("feature_map", "cosine"),
         ("conv_kernel_size", 0),
         ("chunk_size", 0),
-        ("mixer_types", ["banked_linear_attention"]),
+        ("mixer_types", ["banked_linear_attention"] * 2),
         ("mixer_types", [BankedLinearAttention] * 4),
         ("coupled_state_size", 0),
         ("fast_weights_steps", 0),
@@ -111,6 +111,7 @@ def test_derived_sizes():
     assert StackformerConfig(hidden_size=96, bottleneck_size=None).core_size == 96
     assert config.mixer_types == ["banked_linear_attention", "banked_delta_rule"] * 2
     assert StackformerConfig(num_hidden_layers=1).mixer_types == ["banked_linear_attention"]
+    assert StackformerConfig(num_hidden_layers=3, mixer_types=["rwkv"]).mixer_types == ["rwkv"] * 3
     assert config.rope_parameters == {"rope_type": "default", "rope_theta": 10000.0}
     assert StackformerConfig(rope_theta=500.0).rope_parameters["rope_theta"] == 500.0
 
@@ -134,6 +135,8 @@ def test_round_trips(tmp_path):
 def test_presets_build_models(path):
     given = json.loads(path.read_text())
     config = StackformerConfig.from_json_file(path)
+    if len(given.get("mixer_types", ())) == 1:
+        given["mixer_types"] *= config.num_hidden_layers
     for name, value in given.items():
         assert getattr(config, name) == value, f"{name} is not a field"
     assert StackformerForCausalLM(config).num_parameters() > 0
