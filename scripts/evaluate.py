@@ -147,8 +147,8 @@ def nll_by_position(
         [context_length - 1], in float64.
 
     Raises:
-        ValueError: if `stride` does not divide `context_length`, or the text is too short: it must have
-            `context_length` tokens, and `2 * context_length - stride` for every position to count.
+        ValueError: if `stride` does not divide `context_length`, or the text is too short for every position
+            to count: it must have `2 * context_length - stride` tokens.
     """
     COUNT.check("batch_size", batch_size)
     if not context_length >= 2 or not 1 <= stride <= context_length or context_length % stride:
