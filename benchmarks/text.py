@@ -38,7 +38,7 @@ class Run(study.Run):
 
 
 def measure(run: Run, args: argparse.Namespace) -> dict[str, Any]:
-    """What `study.train` measures, and the bits of a byte by position in long contexts."""
+    """Measures what `study.train` does, and the bits of a byte by position in long contexts."""
     args = argparse.Namespace(**vars(args) | {"learning_rate": run.learning_rate})
     model, tokenizer, texts = study.build(run, args)
     measured, _ = study.train(model, tokenizer, texts, run.seed, args)

@@ -45,7 +45,7 @@ class Row(NamedTuple):
 
 # Instead of positions, what is linear has a short convolution: without either, it has no word order.
 LINEAR = "conv_kernel_size=4,intermediate_size=568"
-_SUMS = 'mixer_types=["banked_linear_attention","banked_linear_attention"]'
+_SUMS, _CORRECTIONS = 'mixer_types=["banked_linear_attention"]', 'mixer_types=["banked_delta_rule"]'
 FAST_TRANSFORMERS = "linear attention (fast-transformers)"
 COMPARED = {
     "softmax decoder": Row(
@@ -135,15 +135,14 @@ QUALITY = {
 
 _TEXT = "hidden_size=96,intermediate_size=264"
 _PEER = "hidden_size=96,intermediate_size=264,num_attention_heads=4,num_key_value_heads=4,head_dim=24"
-_LAYERS = 'mixer_types=["{}","{}"]'
-_ADD, _DELTA = "banked_linear_attention", "banked_delta_rule"
 TEXT = {
     "one bank": Row("plain-tiny", _TEXT),
     "4 banks": Row("plain-tiny", f"{_TEXT},num_memory_banks=4"),
-    "delta rule": Row("plain-tiny", f"{_TEXT},{_LAYERS.format(_DELTA, _DELTA)}"),
-    "4 delta banks": Row("plain-tiny", f"{_TEXT},num_memory_banks=4,{_LAYERS.format(_DELTA, _DELTA)}"),
+    "delta rule": Row("plain-tiny", f"{_TEXT},{_CORRECTIONS}"),
+    "4 delta banks": Row("plain-tiny", f"{_TEXT},num_memory_banks=4,{_CORRECTIONS}"),
     "4 banks, then 4 delta banks": Row(
-        "plain-tiny", f"{_TEXT},num_memory_banks=4,{_LAYERS.format(_ADD, _DELTA)}"
+        "plain-tiny",
+        f'{_TEXT},num_memory_banks=4,mixer_types=["banked_linear_attention","banked_delta_rule"]',
     ),
     LLAMA: Row("peers/llama", _PEER.replace("264", "302")),
     QWEN3_NEXT: Row(

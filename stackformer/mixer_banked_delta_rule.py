@@ -58,7 +58,7 @@ class BankedDeltaRule(BankMixer):
     Its state cannot be reversed: a step size of 1 forgets what the memories held for a key.
     """
 
-    # What is corrected need not be forgotten: memories of a few tokens lose the state that they track.
+    # A memory of a few tokens would lose the state that it tracks. Corrections make forgetting needless.
     half_life_factor = 16.0
 
     state_type = DeltaBankState

@@ -25,7 +25,7 @@ def gated_linear_attention(query, key, value, g, scale):
 
 
 def gated_delta_rule(query, key, value, g, beta, scale):
-    """What flash-linear-attention's `chunk_gated_delta_rule` is defined as."""
+    """Computes flash-linear-attention's `chunk_gated_delta_rule` from its definition."""
     state, outputs = torch.zeros(1), []
     for t in range(query.shape[1]):
         state = g[:, t].exp()[..., None, None] * state

@@ -122,7 +122,7 @@ def test_step_sizes_are_those_of_the_delta_rule_only(max_step_size):
 
 
 def test_the_picture_has_a_panel_of_step_sizes(tmp_path, monkeypatch):
-    """Where a layer is of the delta rule. Its colours end at the largest step size that is allowed."""
+    """Only layers of the delta rule show step sizes. Their colours end at the largest one that is allowed."""
     from matplotlib.figure import Figure
 
     figures = []
